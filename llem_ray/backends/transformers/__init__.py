@@ -1,0 +1,1 @@
+"""Hugging Face transformers, with a decode loop of our own."""

@@ -1,0 +1,1 @@
+"""The sweep file: YAML to core types, strictly; JSON Schema."""

@@ -1,0 +1,172 @@
+"""The seam between llem-ray and an inference engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
+
+FinishReason = Literal["length", "stop", "abort"]
+StepKind = Literal["prefill", "decode", "mixed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One prompt as token ids: every engine gets the very same ids."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    max_new_tokens: int
+    ignore_eos: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepEvent:
+    """One forward step of the engine, on its node's monotonic clock."""
+
+    begin_ns: int
+    end_ns: int
+    kind: StepKind
+    prefill_tokens: int
+    """Real prompt tokens computed in this step."""
+    decode_tokens: int
+    """Output tokens this step produced (a prefill step yields the first of each request)."""
+    computed_tokens: int
+    """Token positions the device worked on, padding and finished rows included."""
+    flops: float | None = None
+    read_bytes: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestRecord:
+    """What became of one request. Times are ns of the node's monotonic clock."""
+
+    request_id: str
+    prompt_tokens: int
+    """Counted from ids, padding not included."""
+    padded_tokens: int
+    """Length the prompt was padded to."""
+    output_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    scheduled_ns: int
+    """When the load schedule wanted it sent."""
+    queued_ns: int
+    """When it entered the load generator's queue."""
+    sent_ns: int
+    """Just before it was handed to the engine."""
+    token_times_ns: tuple[int, ...]
+    """When each output token was delivered, ascending, as long as ``output_token_ids``."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens generated, counted from ids."""
+        return len(self.output_token_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What loading cost and what was loaded."""
+
+    import_s: float
+    construct_s: float
+    compile_s: float | None
+    """None where the engine does not tell it apart."""
+    warm_s: float | None
+    context_tokens: int
+    """Longest prompt plus output the model takes."""
+    vocab_size: int
+    parameters: int | None
+    weight_bytes: int | None
+    dtype: str
+    device: str
+    """``cpu`` or ``cuda``."""
+    model_commit: str | None
+    """Commit of the hub snapshot, or of the git folder the model lies in."""
+    random_weights: bool
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Further facts worth a column: attention implementation, engine version, tokenizer origin."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rank:
+    """One worker of a gang, as it sees itself."""
+
+    rank: int
+    host: str
+    """Stable host id, the same string that the sampler of that host reports as its node."""
+    pid: int
+    gpu_uuid: str | None
+    """None on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackendConfig:
+    """All an engine needs to load: handed to the plug-in's factory."""
+
+    model: ModelSpec
+    engine: EngineSpec
+    device: Literal["cpu", "cuda"]
+    """Resolved by the gang: never ``auto``."""
+    host: str
+    base_dir: str
+    """Folder that relative paths start from."""
+    cache_dir: str
+    """Writable folder for what we build ourselves: locally trained tokenizers, random checkpoints."""
+
+
+class InferenceBackend(Protocol):
+    """A loaded model that answers requests. The plug-in's factory is ``(BackendConfig) -> InferenceBackend``.
+
+    The constructor is cheap and touches no device. Calls come from one thread, in the order check, load, (encode | run |
+    reset)*, close. ``close`` may be called at any point and more than once.
+    """
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is loaded.
+
+        Raises:
+            ConfigError: An argument is unknown or has a wrong value, or the model is not there.
+            PluginError: The engine cannot run here.
+        """
+        ...
+
+    def load(self) -> LoadReport:
+        """Load model and tokenizer onto the device.
+
+        Raises:
+            LoadError: It could not be loaded.
+            DeviceMemoryError: The device is too small.
+        """
+        ...
+
+    def identity(self) -> tuple[Rank, ...]:
+        """The gang's workers, by rank."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text with the model's own tokenizer, special tokens included.
+
+        Raises:
+            LoadError: The model has no usable tokenizer.
+        """
+        ...
+
+    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
+        """Serve the requests together as one batch; yields every step as it ends, and a record per request.
+
+        Raises:
+            GenerationError: A prompt exceeds the context, or the engine failed.
+            DeviceMemoryError: The batch does not fit.
+            NumericsError: The model produced NaN or Inf logits.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forget cached prefixes and free what the last trial left behind."""
+        ...
+
+    def close(self) -> None:
+        """Free the device and end every process the engine started."""
+        ...

@@ -1,0 +1,83 @@
+"""How an attempt at a trial ended: Completed or Failed, told apart by type."""
+
+from __future__ import annotations
+
+import traceback as tb
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from llem_ray.core.backend import RequestRecord, StepEvent
+from llem_ray.core.energy import PhaseSpan, Window
+from llem_ray.core.errors import (
+    BackendError,
+    ConfigError,
+    DeviceMemoryError,
+    HangError,
+    LoadError,
+    NumericsError,
+    PluginError,
+)
+
+FailureKind = Literal[
+    "out_of_memory",
+    "numerics",
+    "bad_request",
+    "load",
+    "generation",
+    "engine_died",
+    "hang",
+    "node_died",
+    "sampler",
+    "interrupted",
+    "internal",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completed:
+    """A trial that ran to its end."""
+
+    window: Window
+    """The measured window, on the engine node's clock."""
+    spans: tuple[PhaseSpan, ...]
+    """Adjoining spans of the attempt: warmup, guard, measured, guard, cooldown."""
+    requests: tuple[RequestRecord, ...]
+    """Every request of the window, all passes; ids are ``<pass>-<index>``."""
+    steps: tuple[StepEvent, ...]
+    passes: int
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """A trial that did not. Its energy is waste."""
+
+    kind: FailureKind
+    message: str
+    traceback: str | None
+    spans: tuple[PhaseSpan, ...] = ()
+
+
+Outcome: TypeAlias = Completed | Failed
+
+
+def failure_kind(error: BaseException) -> FailureKind:
+    """The kind of failure an exception stands for."""
+    kinds: tuple[tuple[type[BaseException], FailureKind], ...] = (
+        (DeviceMemoryError, "out_of_memory"),
+        (NumericsError, "numerics"),
+        (HangError, "hang"),
+        (LoadError, "load"),
+        (BackendError, "generation"),
+        (ConfigError, "bad_request"),
+        (PluginError, "load"),
+        (KeyboardInterrupt, "interrupted"),
+    )
+    return next((kind for cls, kind in kinds if isinstance(error, cls)), "internal")
+
+
+def failed_from(error: BaseException, spans: tuple[PhaseSpan, ...] = ()) -> Failed:
+    """A Failed that carries the exception's message and traceback text."""
+    text = "".join(tb.format_exception(error))
+    return Failed(kind=failure_kind(error), message=str(error) or type(error).__name__, traceback=text, spans=spans)

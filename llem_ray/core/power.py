@@ -1,0 +1,194 @@
+"""The seam between llem-ray and a power meter, and the samples that cross it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Int64: TypeAlias = npt.NDArray[np.int64]
+Float64: TypeAlias = npt.NDArray[np.float64]
+
+Scope = Literal["gpu", "module", "memory", "cpu_package", "dram", "host"]
+Method = Literal["measured_counter", "measured_power_integral", "estimated_model", "unavailable"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One thing whose power can be read. ``uuid`` is its identity; ``index`` is for display."""
+
+    uuid: str
+    """NVML GPU UUID, ``rapl:<package>``, ``codecarbon:cpu`` and the like; unique on its host."""
+    name: str
+    source: str
+    """Name of the power source that reads it."""
+    scope: Scope
+    method: Method
+    """The best method the device offers; a window may fall back to a lesser one, and says so."""
+    index: int = 0
+    counter_quantum_mj: float | None = None
+    """Step of the energy counter in mJ; None without a counter."""
+    power_limit_mw: float | None = None
+    """Enforced power limit."""
+    sensor_rel: float | None = None
+    """Systematic gain error of the sensor, relative; published beside the reading, never folded into ``u_j``."""
+    shared: bool = False
+    """Several tenants share the reading (MIG): no joules per tenant."""
+    reason: str | None = None
+    """Why ``method`` is ``unavailable``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PowerSample:
+    """One poll of one device. A part that was not read is None and ``error`` says why."""
+
+    t_ns: int
+    """Mean of the monotonic clock before and after the call."""
+    hw_ns: int
+    """Half the time the call took."""
+    device_uuid: str
+    power_mw: float | None
+    """Instant power."""
+    power_avg_mw: float | None
+    """One-second average power."""
+    energy_mj: float | None
+    """Cumulative energy counter; wraps of the hardware register are already undone."""
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceState:
+    """Slow-lane reading of one device, about once a second. Each part may be None."""
+
+    t_ns: int
+    device_uuid: str
+    temperature_c: float | None = None
+    sm_clock_mhz: float | None = None
+    memory_clock_mhz: float | None = None
+    clock_event_mask: int | None = None
+    """NVML clocks-event reasons."""
+    memory_used_bytes: int | None = None
+    process_count: int | None = None
+    power_limit_mw: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What watching a device for 2 s told about its sensor."""
+
+    device_uuid: str
+    tick_period_s: float | None
+    """Period of the energy counter's ticks; None without a counter or when none was seen."""
+    has_instant: bool
+    has_average: bool
+    lag_s: float
+    """Assumed publication lag of the counter."""
+    call_s: float
+    """Median time of one read."""
+
+
+class PowerSource(Protocol):
+    """A meter on this host. The plug-in's factory is ``() -> PowerSource`` and raises PowerError where it cannot work."""
+
+    name: str
+    max_hz: float
+    """Polling faster than this is pointless; the sampler honours it."""
+
+    def devices(self) -> tuple[Device, ...]:
+        """All devices of this source, fixed for its life.
+
+        Raises:
+            PowerError: They cannot be listed.
+        """
+        ...
+
+    def read(self) -> Sequence[PowerSample]:
+        """Poll every device once: one sample a device, in the order of ``devices()``.
+
+        A device that fails yields a sample with ``error`` set; the others are read all the same.
+        """
+        ...
+
+    def read_states(self) -> Sequence[DeviceState]:
+        """Slow-lane readings; empty where the source has none."""
+        ...
+
+    def close(self) -> None:
+        """Release the meter; may be called more than once."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleBatch:
+    """Consecutive samples of one node's sampler as columns of equal length n, in polling order.
+
+    NaN stands for a reading that is missing; ``errors`` says why, by row.
+    """
+
+    node: str
+    epoch: int
+    """Counts the sampler's restarts on this node."""
+    seq: int
+    """Counts batches within an epoch, from 1."""
+    devices: tuple[str, ...]
+    """UUIDs that ``device`` indexes."""
+    device: npt.NDArray[np.int32]
+    t_ns: Int64
+    hw_ns: Int64
+    power_mw: Float64
+    power_avg_mw: Float64
+    energy_mj: Float64
+    errors: Mapping[int, str] = field(default_factory=dict)
+    states: tuple[DeviceState, ...] = ()
+    """Slow-lane readings of the same stretch of time."""
+
+    def __len__(self) -> int:
+        return len(self.t_ns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """All samples of one device over a stretch of time: columns of equal length n, ``t_ns`` strictly ascending."""
+
+    device_uuid: str
+    t_ns: Int64
+    hw_ns: Int64
+    power_mw: Float64
+    power_avg_mw: Float64
+    energy_mj: Float64
+
+    def __len__(self) -> int:
+        return len(self.t_ns)
+
+    def between(self, begin_ns: int, end_ns: int) -> Trace:
+        """The samples with ``begin_ns <= t_ns <= end_ns``; views, not copies."""
+        lo, hi = np.searchsorted(self.t_ns, begin_ns, "left"), np.searchsorted(self.t_ns, end_ns, "right")
+        return Trace(
+            device_uuid=self.device_uuid,
+            t_ns=self.t_ns[lo:hi],
+            hw_ns=self.hw_ns[lo:hi],
+            power_mw=self.power_mw[lo:hi],
+            power_avg_mw=self.power_avg_mw[lo:hi],
+            energy_mj=self.energy_mj[lo:hi],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerInfo:
+    """Who samples a node, and what it found there."""
+
+    node: str
+    """Stable host id."""
+    hostname: str
+    pid: int
+    epoch: int
+    sample_hz: float
+    devices: tuple[Device, ...]
+    calibrations: Mapping[str, Calibration]
+    unavailable: Mapping[str, str]
+    """Power source -> why it gives nothing on this host."""
+    host: Mapping[str, Any]
+    """Host facts for the ``nodes`` table: NVIDIA driver, CPU model, governor, kernel, memory."""

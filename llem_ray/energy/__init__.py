@@ -1,0 +1,1 @@
+"""Samples and windows to energy with its uncertainty. Pure arithmetic on arrays."""

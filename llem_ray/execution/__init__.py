@@ -1,0 +1,1 @@
+"""Runs a plan: run driver, executors, gangs, failure policy."""

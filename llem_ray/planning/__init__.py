@@ -1,0 +1,1 @@
+"""Sweep to trials to plan to placement. Pure."""

@@ -1,0 +1,1 @@
+"""Power sources and the sampler loop that polls them."""

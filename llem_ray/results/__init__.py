@@ -1,0 +1,1 @@
+"""The run directory: Arrow schemas, journal, atomic writer, reader, resume."""

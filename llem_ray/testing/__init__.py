@@ -1,0 +1,1 @@
+"""Fakes that users can test with too: engine, clock, power."""

@@ -1,0 +1,1 @@
+"""What is asked of an engine: prompts, token lengths, request records to latency metrics."""
