@@ -10,7 +10,8 @@
     |  |- GenerationError                 while it generated
     |  |- DeviceMemoryError               because the device's memory is too small
     |  |- NumericsError                   because it produced NaN or Inf logits
-    |  '- HangError                       because it answered nothing before its deadline
+    |  |- HangError                       because it answered nothing before its deadline
+    |  '- EngineDied                      its process ended
     |- PowerError                     4   a power source failed
     |  |- SourceUnavailable               the source does not exist on this host
     |  |- PowerPermissionDenied           it exists, but this user may not read it
@@ -129,6 +130,10 @@ class NumericsError(BackendError):
 
 class HangError(BackendError):
     """Nothing was heard before the deadline."""
+
+
+class EngineDied(BackendError):
+    """The engine's process ended without being asked to."""
 
 
 class PowerError(LlemRayError):

@@ -63,6 +63,8 @@ class EngineSpec:
     """Groups of layers, each on its own GPUs."""
     data_parallel: Annotated[int, Ge(1)] = 1
     """Replicas of the whole model."""
+    gpus: Annotated[int, Ge(0)] | None = None
+    """Whole GPUs the gang holds; default: tensor x pipeline x data parallel, 0 when `device` is `cpu`."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the engine as they are; the engine validates them before it loads weights."""
 
