@@ -85,6 +85,8 @@ class LoadReport:
     model_commit: str | None
     """Commit of the hub snapshot, or of the git folder the model lies in."""
     random_weights: bool
+    special_token_ids: tuple[int, ...] = ()
+    """Ids that random prompts leave out (begin, end, padding); empty where the engine does not tell."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Further facts worth a column: attention implementation, engine version, tokenizer origin."""
 
