@@ -192,3 +192,7 @@ class SamplerInfo:
     """Power source -> why it gives nothing on this host."""
     host: Mapping[str, Any]
     """Host facts for the ``nodes`` table: NVIDIA driver, CPU model, governor, kernel, memory."""
+    periods_s: Mapping[str, float] = field(default_factory=dict)
+    """Device UUID -> seconds between its polls, as they are now."""
+    notes: tuple[str, ...] = ()
+    """What the sampler did about trouble: slowed down, lost its spool, ended its lease. Oldest first, bounded."""
