@@ -1,0 +1,242 @@
+"""A loaded transformers model. Importing this module imports torch and transformers; the backend does so when it loads."""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from llem_ray.backends.transformers.arguments import TransformersArgs
+from llem_ray.backends.transformers.decoding import PaddedBatch, generate_batch
+from llem_ray.backends.transformers.loading import (
+    build_model,
+    context_tokens,
+    eos_token_ids,
+    first_line,
+    load_error,
+    read_model_config,
+)
+from llem_ray.backends.transformers.memory import BatchMemory, estimate_batch_memory, require_host_memory
+from llem_ray.backends.transformers.sampling import TokenSelector
+from llem_ray.backends.transformers.source import ModelSource, git_commit
+from llem_ray.backends.transformers.tokenizer import read_tokenizer, special_token_ids, train_tokenizer
+from llem_ray.core.backend import BackendConfig, LoadReport, Request, RequestRecord, StepEvent
+from llem_ray.core.errors import BackendError, DeviceMemoryError, GenerationError, LoadError
+from llem_ray.core.spec import SamplingSpec
+
+WARM_PROMPT_TOKENS = 8
+WARM_STEPS = 2
+
+OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "not enough memory")
+"""What torch's plain RuntimeErrors of the CPU allocator and of CUDA libraries say."""
+
+
+class Engine:
+    """A model and its tokenizer on one device.
+
+    Args:
+        model: Ready for inference.
+        tokenizer: Of transformers.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._vocab_size = int(model.config.get_text_config().vocab_size)
+        self._context_tokens = context_tokens(model.config)
+        self._eos_token_ids = eos_token_ids(model)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, nothing cut."""
+        return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
+
+    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
+        """See ``InferenceBackend.run``."""
+        self._require_valid(requests)
+        need = self._memory(requests)
+        if need is not None and self._model.device.type == "cpu":
+            require_host_memory(need.total_bytes, f"a batch of {len(requests)} requests", need.arithmetic)
+        try:
+            yield from generate_batch(self._model, requests, sampling, self._eos_token_ids, self._context_tokens - 1)
+        except BackendError:
+            raise
+        except (RuntimeError, MemoryError, ValueError, TypeError, IndexError) as error:
+            failure = _failure(error, len(requests), need)
+            free_after(error)
+            raise failure from error
+
+    def warm(self) -> None:
+        """One short batch, so that the first measured one meets libraries that have been set up."""
+        steps = min(WARM_STEPS, self._context_tokens - 1)
+        prompt = [index % self._vocab_size for index in range(min(WARM_PROMPT_TOKENS, self._context_tokens - steps))]
+        selector = TokenSelector(SamplingSpec(), self._model.device)
+        batch = PaddedBatch(self._model, [prompt], steps, selector, self._context_tokens - 1)
+        for _ in range(steps):
+            batch.step()
+
+    def release_memory(self) -> None:
+        """Give memory that nothing uses any more back to the device."""
+        release_memory()
+
+    def close(self) -> None:
+        """Drop the model and give its memory back to the device."""
+        del self._model, self._tokenizer
+        release_memory()
+
+    def _require_valid(self, requests: Sequence[Request]) -> None:
+        if not requests:
+            raise GenerationError("there are no requests")
+        for request in requests:
+            name, ids = f"request {request.request_id}", request.prompt_token_ids
+            if not ids or request.max_new_tokens < 1:
+                raise GenerationError(f"{name} asks for {request.max_new_tokens} tokens after a prompt of {len(ids)}")
+            if min(ids) < 0 or max(ids) >= self._vocab_size:
+                raise GenerationError(
+                    f"{name} has token ids from {min(ids)} to {max(ids)}, the model knows 0 to {self._vocab_size - 1}"
+                )
+            needed = len(request.prompt_token_ids) + request.max_new_tokens
+            if needed > self._context_tokens:
+                raise GenerationError(
+                    f"request {request.request_id}: {len(request.prompt_token_ids)} prompt + {request.max_new_tokens} new tokens"
+                    f" = {needed} exceed the model's context of {self._context_tokens}"
+                )
+
+    def _memory(self, requests: Sequence[Request]) -> BatchMemory | None:
+        return estimate_batch_memory(
+            self._model.config.get_text_config(),
+            rows=len(requests),
+            prompt_tokens=max(len(request.prompt_token_ids) for request in requests),
+            new_tokens=max(request.max_new_tokens for request in requests),
+            element_bytes=self._model.dtype.itemsize,
+            eager=self._model.config._attn_implementation == "eager",
+        )
+
+
+def load_engine(config: BackendConfig, source: ModelSource, args: TransformersArgs, import_s: float) -> tuple[Engine, LoadReport]:
+    """Load model and tokenizer, run a short batch, and report.
+
+    Raises:
+        LoadError: One of them could not be loaded.
+        DeviceMemoryError: The device is too small.
+    """
+    quieten()
+    begin_s = time.monotonic()
+    device = _device(config)
+    if args.num_threads is not None:
+        torch.set_num_threads(args.num_threads)
+    try:
+        model_config = read_model_config(source, config.model)
+        tokenizer, origin = _tokenizer(config, source, model_config)
+        model = build_model(source, config.model, args, model_config, device)
+        engine = Engine(model, tokenizer)
+        constructed_s = time.monotonic()
+        engine.warm()
+    except BackendError:
+        raise
+    except Exception as error:  # model code of third parties may raise anything; here it becomes one typed error
+        free_after(error)
+        if is_out_of_memory(error):
+            raise DeviceMemoryError(f"the model does not fit: {first_line(error)}") from error
+        raise load_error(f"model {source.location!r}", error) from error
+    warm_s = time.monotonic() - constructed_s
+    return engine, LoadReport(
+        import_s=import_s,
+        construct_s=constructed_s - begin_s,
+        compile_s=None,
+        warm_s=warm_s,
+        context_tokens=context_tokens(model.config),
+        vocab_size=int(model.config.get_text_config().vocab_size),
+        parameters=model.num_parameters(),
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=device.type,
+        model_commit=_commit(source, model_config),
+        random_weights=source.random,
+        special_token_ids=special_token_ids(tokenizer),
+        notes={
+            "engine": f"transformers {transformers.__version__}",
+            "torch": torch.__version__,
+            "attention": model.config._attn_implementation,
+            "model": source.location,
+            "tokenizer": origin,
+            "threads": str(torch.get_num_threads()),
+        },
+    )
+
+
+def gpu_uuid() -> str:
+    """NVML's UUID of the device the engine runs on: the first that is visible."""
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+
+
+def free_after(error: BaseException) -> None:
+    """Free what the frames of a failed call still hold, so that the next batch finds the memory."""
+    traceback.clear_frames(error.__traceback__)
+    release_memory()
+
+
+def release_memory() -> None:
+    """Give memory that nothing uses any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def quieten() -> None:
+    """Progress bars and log lines of the libraries would drown our own."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of device or host memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+
+
+def _failure(error: Exception, rows: int, need: BatchMemory | None) -> BackendError:
+    if is_out_of_memory(error):
+        arithmetic = f" (estimate: {need.arithmetic})" if need is not None else ""
+        return DeviceMemoryError(f"a batch of {rows} requests does not fit: {first_line(error)}{arithmetic}")
+    return GenerationError(f"the engine failed: {first_line(error)}")
+
+
+def _device(config: BackendConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise LoadError(
+            f"the engine is to run on CUDA, but torch {torch.__version__} sees no CUDA device",
+            "set `engine.device: cpu`, or install a CUDA build of torch and check `nvidia-smi`",
+        )
+    return torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
+
+
+def _tokenizer(config: BackendConfig, source: ModelSource, model_config: Any) -> tuple[Any, str]:
+    if source.tokenizer is not None:
+        revision = config.model.revision if source.tokenizer == source.location else None
+        try:
+            tokenizer = read_tokenizer(source.tokenizer, revision=revision, trust_remote_code=config.model.trust_remote_code)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            if not source.tokenizer_optional:
+                raise load_error(f"tokenizer {source.tokenizer!r}", error) from error
+        else:
+            return tokenizer, source.tokenizer
+    vocab_size = int(model_config.get_text_config().vocab_size)
+    return train_tokenizer(vocab_size, Path(config.cache_dir)), "trained locally"
+
+
+def _commit(source: ModelSource, model_config: Any) -> str | None:
+    if source.kind == "hub":
+        return getattr(model_config, "_commit_hash", None)
+    if source.kind == "builtin":
+        return None
+    path = Path(source.location)
+    return git_commit(path if path.is_dir() else path.parent)

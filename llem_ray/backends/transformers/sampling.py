@@ -1,0 +1,50 @@
+"""Chooses the next token: greedy, or by the same warpers in the same order as `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from llem_ray.core.spec import SamplingSpec
+
+NOT_FINITE = -1
+"""Stands for the token of a row whose logits are NaN or Inf."""
+
+
+class TokenSelector:
+    """Picks one token for each row of logits. Draws are seeded anew for every batch.
+
+    Args:
+        sampling: Temperature 0 is greedy.
+        device: Where the logits are.
+    """
+
+    def __init__(self, sampling: SamplingSpec, device: torch.device) -> None:
+        self._greedy = sampling.temperature == 0
+        self._warpers: list[Any] = []
+        if self._greedy:
+            return
+        if sampling.temperature != 1.0:
+            self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_k is not None:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+        self._generator = torch.Generator(device).manual_seed(sampling.seed)
+
+    def select(self, logits: torch.Tensor) -> torch.Tensor:
+        """Token ids (rows,) of logits (rows, vocabulary); ``NOT_FINITE`` where a row's maximum is NaN or Inf.
+
+        NaN and +Inf survive max(), so the check costs nothing beside the greedy choice; it comes before the draw because
+        drawing from NaN kills a CUDA context.
+        """
+        largest, best = logits.max(dim=-1)
+        finite = largest.isfinite()
+        if not self._greedy:
+            scores = logits.float().masked_fill(~finite[:, None], 0.0)
+            for warp in self._warpers:
+                scores = warp(None, scores)
+            best = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self._generator).squeeze(1)
+        return best.masked_fill(~finite, NOT_FINITE)
