@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pynvml
@@ -295,3 +296,18 @@ def test_build_says_what_the_compiler_said(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="/bin/false could not build"):
         build(tmp_path)
     assert not list(tmp_path.rglob("libnvidia-ml.so.1"))
+
+
+def test_real_time_runs_on_the_wall_clock() -> None:
+    origin_ns = time.time_ns() - 3_600 * 10**9
+    scenario = Scenario(gpus=(Gpu(uuid="GPU-a", waveform=SQUARE),), clock="realtime", origin_ns=origin_ns)
+    with fake_nvml(scenario):
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        for _ in range(20):
+            before_s = scenario.seconds(time.time_ns())
+            energy_j = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3 - 1e6
+            after_s = scenario.seconds(time.time_ns())
+            earliest_j, latest_j = (scenario.energy_j("GPU-a", 0.0, math.floor(t / 0.1) * 0.1) for t in (before_s, after_s))
+            assert earliest_j - 0.002 <= energy_j <= latest_j + 0.001
+            time.sleep(0.013)
