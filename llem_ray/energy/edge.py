@@ -1,0 +1,201 @@
+"""The value of an energy counter at one instant between two of its ticks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from llem_ray.core.power import Float64
+from llem_ray.core.units import NS_PER_S
+from llem_ray.energy.ticks import TickLine, Ticks, tick_line
+
+FLOOR_J2: Final = 1e-6
+"""Variance of one millijoule, so that no weight is infinite."""
+
+MIN_SLOPE_W: Final = 1.0
+MIN_SLOPE_REL: Final = 0.02
+
+LEFT_TRUST: Final = 0.7
+RIGHT_TRUST: Final = 3.0
+"""Power follows the work late, so the tick after an edge is the one that holds a tail: its change counts for more."""
+
+TIMING_SD_S: Final = 0.5e-3
+"""Timing errors beyond this do not move the weights: they are common to both edges of a window and mostly cancel."""
+
+CONFLICT_SHARE: Final = 0.05
+"""Where the two sides contradict each other, at least this share of the contradiction squared is variance."""
+
+GAP_PERIODS: Final = 1.5
+WIDE_PERIODS: Final = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """The counter at one instant. ``u_j`` is one sigma of sampling, without lag and clock offset."""
+
+    t_ns: int
+    c_j: float
+    u_j: float
+    step_w: float
+    """Power after less power before, absolute: what a shift of the clock multiplies."""
+    lower_j: float
+    """Hard bound on the counter, by the power limit."""
+    upper_j: float
+    gap: bool
+    """Ticks are missing here."""
+
+
+def counter_at(
+    ticks: Ticks,
+    t_ns: int,
+    *,
+    power_max_w: float | None,
+    quantum_j: float,
+    lag_s: float = 0.0,
+    delta_s: float = 0.0,
+) -> Edge | None:
+    """The counter at ``t_ns``, by extrapolation from the ticks before and after it.
+
+    Each side assumes that the power of its neighbouring tick holds up to the edge, which is exact where the load steps at the
+    edge; the two are weighted by how much the power changed one tick further out and by how well the ticks' times are known.
+    The value never leaves the hard bound.
+
+    Args:
+        ticks: Ticks around the edge.
+        t_ns: The instant.
+        power_max_w: Power that the device cannot exceed, or None.
+        quantum_j: Step of the counter.
+        lag_s: Publication lag, widens the bound.
+        delta_s: Half-width of the clock offset, widens the bound.
+
+    Returns:
+        None when there are fewer than two ticks, or when the edge lies over 1.5 tick intervals outside of them.
+    """
+    x0_s = (t_ns - ticks.origin_ns) / NS_PER_S
+    if len(ticks) < 2:
+        return None
+    line = tick_line(ticks, x0_s)
+    c_j = ticks.c_j[line.first : line.first + len(line.tau_s)]
+    k = int(np.searchsorted(line.tau_s, x0_s, "right")) - 1
+    interval_s = ticks.interval_s
+    outside_s = max(line.tau_s[0] - x0_s, x0_s - line.tau_s[-1])
+    if outside_s > GAP_PERIODS * interval_s or len(c_j) < 2:
+        return None
+    value_j, u_j, step_w, gap = _combine(line, c_j, k, x0_s, interval_s)
+    lower_j, upper_j = counter_bound(
+        ticks, x0_s, power_max_w=power_max_w, quantum_j=quantum_j, lag_s=lag_s, delta_s=delta_s, around=line.first + k
+    )
+    if lower_j <= upper_j:
+        value_j = min(max(value_j, lower_j), upper_j)
+    return Edge(t_ns, value_j, u_j, step_w, lower_j, upper_j, gap)
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What the ticks on one side say of the counter at the edge."""
+
+    value_j: float
+    variance_j2: float
+    """Of the extrapolation; timing not included."""
+    power_w: float
+
+
+def _combine(line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: float) -> tuple[float, float, float, bool]:
+    """Counter, u, step of power and gap mark at ``x0_s``, which lies between ticks k and k + 1 (one of them may not exist)."""
+    near = slice(max(0, k - 4), k + 6)
+    tau_s, c, k = line.tau_s[near], c_j[near], k - max(0, k - 4)
+    rate_w = np.diff(c) / np.maximum(np.diff(tau_s), 1e-6)
+    x_s = x0_s - float(tau_s[k]) if k >= 0 else np.inf
+    y_s = float(tau_s[k + 1]) - x0_s if k + 1 < len(c) else np.inf
+    left, right = _left_side(rate_w, c, k, x_s), _right_side(rate_w, c, k, y_s)
+    if left is None or right is None:
+        side = left or right
+        assert side is not None  # there are two ticks or more
+        value_j, u_j, step_w = side.value_j, float(np.hypot(side.variance_j2**0.5, side.power_w * line.sd_s)), 0.0
+    else:
+        value_j, u_j = _weigh(left, right, line.sd_s)
+        step_w = abs(right.power_w - left.power_w)
+    hole_s = x_s + y_s
+    wide_s = line.sd_s * float(np.sqrt(3.0))
+    gap = hole_s > GAP_PERIODS * interval_s or wide_s > WIDE_PERIODS * interval_s
+    if gap:
+        between_s = x_s * y_s / interval_s if np.isfinite(hole_s) else 0.0
+        reach_s = max(min(x_s, y_s), min(between_s, max(x_s, y_s)), wide_s)
+        u_j = max(u_j, float(np.ptp(rate_w)) * reach_s / float(np.sqrt(3.0)))
+    return value_j, u_j, step_w, bool(gap)
+
+
+def _left_side(rate_w: Float64, c_j: Float64, k: int, x_s: float) -> _Side | None:
+    """C_k + P_L x. ``rate_w[i]`` is the power between ticks i and i + 1."""
+    if k < 0:
+        return None
+    across_w = float(rate_w[k]) if k < len(rate_w) else float(rate_w[-1])
+    power_w = float(rate_w[k - 1]) if k >= 1 else across_w
+    outer_w = float(rate_w[k - 2]) if k >= 2 else 0.5 * across_w
+    return _Side(float(c_j[k]) + power_w * x_s, _variance_j2(power_w, outer_w, x_s, LEFT_TRUST), power_w)
+
+
+def _right_side(rate_w: Float64, c_j: Float64, k: int, y_s: float) -> _Side | None:
+    """C_{k+1} - P_R y."""
+    if k + 1 >= len(c_j):
+        return None
+    across_w = float(rate_w[max(k, 0)])
+    power_w = float(rate_w[k + 1]) if k + 1 < len(rate_w) else across_w
+    outer_w = float(rate_w[k + 2]) if k + 2 < len(rate_w) else 0.5 * across_w
+    return _Side(float(c_j[k + 1]) - power_w * y_s, _variance_j2(power_w, outer_w, y_s, RIGHT_TRUST), power_w)
+
+
+def _variance_j2(power_w: float, outer_w: float, reach_s: float, trust: float) -> float:
+    slope_w = max(trust * abs(power_w - outer_w), MIN_SLOPE_REL * power_w, MIN_SLOPE_W)
+    return (slope_w * reach_s) ** 2 + FLOOR_J2
+
+
+def _weigh(left: _Side, right: _Side, sd_s: float) -> tuple[float, float]:
+    """Weighted mean of both sides and its u.
+
+    The timing error of the ticks is common to both sides: it enters once, through the weighted power. Where the sides
+    contradict each other by more than they claim to know, the truth lies somewhere between them.
+    """
+    step_w = right.power_w - left.power_w
+    weighing_s = min(sd_s, TIMING_SD_S)
+    total = left.variance_j2 + right.variance_j2 + (weighing_s * step_w) ** 2
+    weight = (right.variance_j2 + weighing_s**2 * step_w * right.power_w) / total
+    weight = min(max(weight, 0.0), 1.0)
+    conflict_j = left.value_j - right.value_j
+    expected_j2 = left.variance_j2 + right.variance_j2 + (sd_s * step_w) ** 2
+    excess_j2 = max(0.0, conflict_j**2 - expected_j2)
+    variance_j2 = (
+        weight**2 * left.variance_j2
+        + (1 - weight) ** 2 * right.variance_j2
+        + (sd_s * (right.power_w - weight * step_w)) ** 2
+        + excess_j2 * max(weight * (1 - weight), CONFLICT_SHARE)
+    )
+    return weight * left.value_j + (1 - weight) * right.value_j, float(np.sqrt(variance_j2))
+
+
+def counter_bound(
+    ticks: Ticks,
+    x0_s: float,
+    *,
+    power_max_w: float | None,
+    quantum_j: float,
+    lag_s: float,
+    delta_s: float,
+    around: int | None = None,
+) -> tuple[float, float]:
+    """Bounds on the counter at ``x0_s`` that hold for any load between 0 and ``power_max_w``.
+
+    From the raw brackets (lo, hi] of the ticks near index ``around``: C >= max(c - P_max max(0, hi - x0)) and
+    C <= min(c + quantum + P_max max(0, x0 - lo)). Without ``power_max_w`` only the values seen before and after bound it.
+    """
+    near = slice(None) if around is None else slice(max(0, around - 8), around + 10)
+    lo_s, hi_s, c_j = ticks.lo_s[near] - lag_s, ticks.hi_s[near], ticks.c_j[near]
+    early_s = np.maximum(0.0, hi_s - (x0_s - delta_s))
+    late_s = np.maximum(0.0, (x0_s + delta_s) - lo_s)
+    if power_max_w is None:
+        lower, upper = np.where(early_s > 0, -np.inf, c_j), np.where(late_s > 0, np.inf, c_j + quantum_j)
+    else:
+        lower, upper = c_j - power_max_w * early_s, c_j + quantum_j + power_max_w * late_s
+    return float(lower.max(initial=-np.inf)), float(upper.min(initial=np.inf))
