@@ -133,6 +133,8 @@ class FakeBackend:
         args = self._checked()
         if not self._loaded:
             raise GenerationError("the fake engine is not loaded")
+        if not requests:
+            raise GenerationError("there are no requests")
         sent_ns = self._clock.monotonic_ns()
         self._runs += 1
         for request in requests:

@@ -44,9 +44,11 @@ class Engine:
     Args:
         model: Ready for inference.
         tokenizer: Of transformers.
+        threads_before: CPU threads of torch before this engine was loaded; set again by ``close``.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, threads_before: int) -> None:
+        self._threads_before = threads_before
         self._model = model
         self._tokenizer = tokenizer
         self._vocab_size = int(model.config.get_text_config().vocab_size)
@@ -88,6 +90,7 @@ class Engine:
     def close(self) -> None:
         """Drop the model and give its memory back to the device."""
         del self._model, self._tokenizer
+        torch.set_num_threads(self._threads_before)
         release_memory()
 
     def _require_valid(self, requests: Sequence[Request]) -> None:
@@ -129,13 +132,14 @@ def load_engine(config: BackendConfig, source: ModelSource, args: TransformersAr
     quieten()
     begin_s = time.monotonic()
     device = _device(config)
-    if args.num_threads is not None:
-        torch.set_num_threads(args.num_threads)
+    threads_before = torch.get_num_threads()
     try:
         model_config = read_model_config(source, config.model)
         tokenizer, origin = _tokenizer(config, source, model_config)
         model = build_model(source, config.model, args, model_config, device)
-        engine = Engine(model, tokenizer)
+        engine = Engine(model, tokenizer, threads_before)
+        if args.num_threads is not None:
+            torch.set_num_threads(args.num_threads)
         constructed_s = time.monotonic()
         engine.warm()
     except BackendError:
@@ -145,12 +149,12 @@ def load_engine(config: BackendConfig, source: ModelSource, args: TransformersAr
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"the model does not fit: {first_line(error)}") from error
         raise load_error(f"model {source.location!r}", error) from error
-    warm_s = time.monotonic() - constructed_s
+    finished_s = time.monotonic()
     return engine, LoadReport(
         import_s=import_s,
         construct_s=constructed_s - begin_s,
         compile_s=None,
-        warm_s=warm_s,
+        warm_s=finished_s - constructed_s,
         context_tokens=context_tokens(model.config),
         vocab_size=int(model.config.get_text_config().vocab_size),
         parameters=model.num_parameters(),
@@ -160,14 +164,7 @@ def load_engine(config: BackendConfig, source: ModelSource, args: TransformersAr
         model_commit=_commit(source, model_config),
         random_weights=source.random,
         special_token_ids=special_token_ids(tokenizer),
-        notes={
-            "engine": f"transformers {transformers.__version__}",
-            "torch": torch.__version__,
-            "attention": model.config._attn_implementation,
-            "model": source.location,
-            "tokenizer": origin,
-            "threads": str(torch.get_num_threads()),
-        },
+        notes=_notes(model, source, origin),
     )
 
 
@@ -231,6 +228,17 @@ def _tokenizer(config: BackendConfig, source: ModelSource, model_config: Any) ->
             return tokenizer, source.tokenizer
     vocab_size = int(model_config.get_text_config().vocab_size)
     return train_tokenizer(vocab_size, Path(config.cache_dir)), "trained locally"
+
+
+def _notes(model: Any, source: ModelSource, tokenizer_origin: str) -> dict[str, str]:
+    return {
+        "engine": f"transformers {transformers.__version__}",
+        "torch": torch.__version__,
+        "attention": model.config._attn_implementation,
+        "model": source.location,
+        "tokenizer": tokenizer_origin,
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def _commit(source: ModelSource, model_config: Any) -> str | None:
