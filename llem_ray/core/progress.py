@@ -1,0 +1,37 @@
+"""What the user is shown while a run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProgressEvent:
+    """Where a run is. A part that is not known yet is None."""
+
+    trial: int
+    """Trials settled so far, plus one while another runs."""
+    total: int
+    phase: str
+    label: str
+    """The running trial's settings, short."""
+    watts: float | None = None
+    """Newest power of all devices together."""
+    watts_estimated: bool = False
+    """``watts`` is an estimate: nothing measures."""
+    j_per_token: float | None = None
+    """Mean of the valid trials so far, J per output token."""
+    eta_s: float | None = None
+
+
+class Progress(Protocol):
+    """Somebody who shows progress. Called from the run driver's threads, so it must not block."""
+
+    def update(self, event: ProgressEvent) -> None:
+        """The run moved on, or time passed."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Something worth a line of its own: a failure, a retry, a request to stop."""
+        ...

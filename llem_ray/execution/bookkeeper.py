@@ -1,0 +1,263 @@
+"""Turns what happened into durable rows, on a thread of its own, once the samples after each window have arrived.
+
+The next trial does not wait for it. Events are handled in the order they happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from typing import Final
+
+from llem_ray.core.clock import Clock
+from llem_ray.core.energy import PhaseEnergy
+from llem_ray.core.outcome import Completed, Failed
+from llem_ray.core.plan import Plan, Trial
+from llem_ray.core.units import NS_PER_S, ns_from_s
+from llem_ray.execution.accounting import Accounts
+from llem_ray.execution.meter import Meter
+from llem_ray.execution.records import AttemptEnded, Event, GangRecord, IdleTaken, LoadEnded, SpansAdded
+from llem_ray.execution.rows import Row, attempt_row, request_rows
+from llem_ray.results.journal import Journal, JournalEvent, JournalState
+from llem_ray.results.rows import phase_row
+from llem_ray.results.writer import DatasetWriter
+
+LOG = logging.getLogger(__name__)
+
+PUMP_S: Final = 1.0
+PATIENCE_S: Final = 10.0
+"""Samples that have not come by then are counted as lost; what is there decides."""
+KEEP_S: Final = 30.0
+"""Samples kept behind what is still to be accounted for: sensors' averages look back."""
+
+
+class Bookkeeper:
+    """Accounts for a run.
+
+    Args:
+        plan: The plan that is run.
+        meter: Where samples come from.
+        journal: Told when an attempt begins and when its row is durable.
+        writer: Takes the rows.
+        state: What the journal says so far; kept up to date.
+        clock: The run driver's clock.
+    """
+
+    def __init__(
+        self, plan: Plan, meter: Meter, journal: Journal, writer: DatasetWriter, state: JournalState, clock: Clock
+    ) -> None:
+        self._plan, self._meter, self._journal, self._writer = plan, meter, journal, writer
+        self._state, self._clock = state, clock
+        self._accounts = Accounts(plan.measure, meter)
+        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._waiting: deque[Event] = deque()
+        self._phases: list[Row] = []
+        self._given: dict[str, int] = {}
+        self._accounted_ns = 0
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._idle = threading.Event()
+        self._ending = False
+        self._error: BaseException | None = None
+        self._joules_per_token: list[float] = []
+        self.phase = "startup"
+        """What the run does now, for the progress display."""
+        self.label = ""
+        """Settings of the running trial, for the progress display."""
+        self._first_trial_ns: int | None = None
+        self._last_trial_ns: int | None = None
+        self.completed = 0
+        self.invalid = 0
+        self._thread = threading.Thread(target=self._work, name="llem-ray-bookkeeper", daemon=True)
+
+    def start(self) -> None:
+        """Begin to fetch samples and account for events."""
+        self._thread.start()
+
+    def add(self, event: Event) -> None:
+        """Tell what happened."""
+        self._idle.clear()
+        self._inbox.put(event)
+
+    def next_attempt(self, trial_id: str) -> int:
+        """Number of the trial's next attempt, from 1; every call gives another."""
+        with self._lock:
+            self._given[trial_id] = max(self._given.get(trial_id, 0) + 1, self._state.next_attempt(trial_id))
+            return self._given[trial_id]
+
+    def measuring(self, trial: Trial, attempt: int, gang: GangRecord) -> None:
+        """Journal that an attempt begins."""
+        self.phase = "trial"
+        self.label = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in trial.cell.settings.items())
+        if self._first_trial_ns is None:
+            self._first_trial_ns = self._clock.monotonic_ns()
+        self._log(
+            JournalEvent(
+                event="measuring",
+                trial_id=trial.trial_id,
+                cell_id=trial.cell.cell_id,
+                repeat=trial.repeat,
+                attempt=attempt,
+                load_key=gang.group.load_key,
+                host=gang.leased.hostname,
+                pid=gang.leased.pid,
+            )
+        )
+
+    def raise_if_broken(self) -> None:
+        """Raise what ended the bookkeeping, such as a full disk: nothing more should be measured then."""
+        if self._error is not None:
+            raise self._error
+
+    def settled(self) -> int:
+        """Trials that are done or given up, earlier sessions included."""
+        with self._lock:
+            return len(self._state.done) + len(self._state.given_up)
+
+    def mean_j_per_token(self) -> float | None:
+        """Mean J per output token of this session's valid trials."""
+        values = self._joules_per_token
+        return sum(values) / len(values) if values else None
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until every event so far is durable; False when it is not after ``timeout_s``.
+
+        Raises:
+            ResultsError: Bookkeeping broke.
+        """
+        deadline_ns = self._clock.monotonic_ns() + ns_from_s(timeout_s)
+        while not self._idle.is_set() and self._clock.monotonic_ns() < deadline_ns:
+            self._wake.set()
+            self._idle.wait(0.05)
+            self.raise_if_broken()
+        return self._idle.is_set()
+
+    def end(self) -> None:
+        """Stop the thread."""
+        self._ending = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=PATIENCE_S)
+
+    def write_last_spans(self, last: SpansAdded) -> None:
+        """After ``end``: account for what was left, whether its samples came or not, and make all phases durable."""
+        for event in [*self._waiting, last]:
+            if isinstance(event, SpansAdded):
+                self._phases.extend(self._phase_rows(event))
+        self._waiting.clear()
+        self._writer.write_phases(self._phases)
+        self._phases = []
+
+    @property
+    def is_running(self) -> bool:
+        """The thread fetches samples and accounts."""
+        return self._thread.is_alive()
+
+    def eta_s(self, trials_left: int) -> float | None:
+        """Time to go at the mean pace of this session's trials; None before the first."""
+        if not self.completed or self._first_trial_ns is None or self._last_trial_ns is None:
+            return None
+        return (self._last_trial_ns - self._first_trial_ns) / NS_PER_S / self.completed * trials_left
+
+    def _work(self) -> None:
+        try:
+            while not self._ending:
+                self._step()
+                self._wake.wait(self._nap_s())
+                self._wake.clear()
+        except BaseException as error:  # noqa: BLE001 - carried to the run driver's thread, which raises it
+            LOG.exception("bookkeeping ended")
+            self._error = error
+
+    def _nap_s(self) -> float:
+        """Until the next look: soon when somebody waits for the last samples of a window, else a second."""
+        return 0.1 if self._wake.is_set() else PUMP_S
+
+    def _step(self) -> None:
+        self._writer.write_power(self._meter.pump())
+        while True:
+            try:
+                self._waiting.append(self._inbox.get_nowait())
+            except queue.Empty:
+                break
+        while self._waiting and self._is_ready(self._waiting[0]):
+            self._handle(self._waiting.popleft())
+        if not self._waiting and self._inbox.empty():
+            self._idle.set()
+        needed_ns = min([self._accounted_ns, *map(_begin_ns, self._waiting)])
+        self._meter.trim(needed_ns - ns_from_s(KEEP_S))
+
+    def _is_ready(self, event: Event) -> bool:
+        overdue = self._clock.monotonic_ns() > event.needs_ns + PATIENCE_S * NS_PER_S
+        return overdue or self._meter.is_sampled_until(event.needs_ns)
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case SpansAdded():
+                self._phases.extend(self._phase_rows(event))
+                self._accounted_ns = max(self._accounted_ns, event.needs_ns)
+            case IdleTaken():
+                self._accounts.take_idle(event)
+            case LoadEnded():
+                self._accounts.take_load(event)
+            case AttemptEnded():
+                self._record(event)
+
+    def _phase_rows(self, event: SpansAdded) -> list[Row]:
+        rows: list[Row] = []
+        for node, energies in self._accounts.phase_energies(event):
+            rows.extend(phase_row(energy, gang=_gang_name(event, energy), node=node) for energy in energies)
+        return rows
+
+    def _record(self, ended: AttemptEnded) -> None:
+        row = attempt_row(ended) | self._accounts.energy_columns(ended)
+        phases, self._phases = self._phases, []
+        self._writer.write_trial(row, request_rows(ended, keep_token_times=True), phases)
+        outcome = ended.outcome
+        if isinstance(outcome, Failed):
+            cut = outcome.kind == "interrupted"
+            self._log(_attempt_event(ended, "interrupted" if cut else "failed", outcome.kind))
+            return
+        self._log(_attempt_event(ended, "done", None))
+        self.completed += 1
+        self._last_trial_ns = ended.end_ns
+        self.invalid += not row.get("power_valid")
+        j_per_token = row.get("joules_per_output_token")
+        if j_per_token is not None:
+            self._joules_per_token.append(j_per_token)
+
+    def _log(self, event: JournalEvent) -> None:
+        with self._lock:
+            self._journal.append(event)
+            self._state.apply({name: getattr(event, name) for name in ("event", "trial_id", "attempt", "kind", "final")})
+
+
+def _attempt_event(ended: AttemptEnded, name: str, kind: str | None) -> JournalEvent:
+    trial, gang = ended.trial, ended.gang
+    return JournalEvent(
+        event=name,  # type: ignore[arg-type]
+        trial_id=trial.trial_id,
+        cell_id=trial.cell.cell_id,
+        repeat=trial.repeat,
+        attempt=ended.attempt,
+        load_key=ended.group.load_key,
+        host=gang.leased.hostname if gang else None,
+        kind=kind,
+        final=ended.final if kind else None,
+    )
+
+
+def _gang_name(event: SpansAdded, energy: PhaseEnergy) -> str | None:
+    return None if event.gang is None or energy.span.phase == "unleased" else event.gang.name
+
+
+def _begin_ns(event: Event) -> int:
+    match event:
+        case SpansAdded():
+            return min((span.begin_ns for span in event.spans), default=event.needs_ns)
+        case AttemptEnded():
+            return event.outcome.window.begin_ns if isinstance(event.outcome, Completed) else event.begin_ns
+        case _:
+            return event.span.begin_ns

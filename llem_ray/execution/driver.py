@@ -1,0 +1,259 @@
+"""The run driver: carries out a plan, trial by trial, and never loses what is done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from llem_ray.core.clock import Clock, SystemClock
+from llem_ray.core.energy import Phase
+from llem_ray.core.outcome import Failed
+from llem_ray.core.plan import LoadGroup, Plan, Trial
+from llem_ray.core.progress import Progress, ProgressEvent
+from llem_ray.core.units import NS_PER_S
+from llem_ray.execution.bookkeeper import Bookkeeper
+from llem_ray.execution.calls import Executor
+from llem_ray.execution.interrupts import Aborted, Interrupts
+from llem_ray.execution.lane import GangLane, RunContext
+from llem_ray.execution.meter import Meter
+from llem_ray.execution.policy import FailurePolicy
+from llem_ray.execution.records import AttemptEnded, SpansAdded
+from llem_ray.execution.spans import Timeline
+from llem_ray.execution.waits import Waits
+from llem_ray.results.environment import describe_environment, record_session
+from llem_ray.results.journal import Journal, JournalEvent
+from llem_ray.results.reader import settled_state
+from llem_ray.results.rows import node_row
+from llem_ray.results.rundir import RunDirectory
+from llem_ray.results.writer import DatasetWriter
+
+LOG = logging.getLogger(__name__)
+
+DRAIN_TIMEOUT_S = 60.0
+LAST_SPAN_TIMEOUT_S = 3.0
+PROGRESS_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """How a plan is carried out; no part of what is measured."""
+
+    begin_ns: int
+    """When the run's clock began: the start of the process."""
+    cache_dir: str
+    """Writable folder for tokenizers and checkpoints that are built here."""
+    retry_failed: bool = False
+    """Try trials again that failed for good in an earlier session."""
+    allow_mixed: bool = False
+    """Resume although engine, NVIDIA driver, GPUs or llem-ray changed."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Further facts for the environment record."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """How a session of a run ended."""
+
+    completed: int
+    """Trials done in this session."""
+    failed: int
+    """Trials that failed for good, earlier sessions included."""
+    invalid: int
+    """Trials of this session whose energy is missing or invalid."""
+    left: int
+    """Trials that are still to do."""
+    interrupted: bool
+    """The user stopped it."""
+    stopped: str | None
+    """Why the run gave up before its end, or None."""
+
+
+class RunDriver:
+    """One session of a run: a plan, an executor, a run directory that the caller has locked. Use it once.
+
+    Args:
+        plan: What to run.
+        rundir: Where results go.
+        executor: Where gangs and samplers run.
+        options: How to run.
+        progress: Told what happens, for the terminal.
+        clock: The monotonic clock of this host.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        rundir: RunDirectory,
+        executor: Executor,
+        options: RunOptions,
+        progress: Progress,
+        clock: Clock | None = None,
+    ) -> None:
+        self._plan, self._rundir, self._executor = plan, rundir, executor
+        self._options, self._progress = options, progress
+        self._clock = clock or SystemClock()
+        self._interrupts = Interrupts(on_first=self._announce_stop)
+        self._meter = Meter(executor, plan.measure.sources, plan.measure.sample_hz, self._clock)
+        self._timeline = Timeline(options.begin_ns)
+        self._shown_ns = 0
+
+    def run(self) -> RunResult:
+        """Run every open trial of the plan.
+
+        Raises:
+            ResultsError: The run directory cannot be written, or was begun in another environment; what is done stays.
+            PlacementError: The executor cannot be reached or has too little.
+            PowerError: A power source asked for by name cannot work.
+        """
+        self._rundir.check_writable()
+        self._state = settled_state(self._rundir)
+        with Journal.open(self._rundir.journal_path) as journal:
+            self._writer = DatasetWriter(self._rundir)
+            self._book = Bookkeeper(self._plan, self._meter, journal, self._writer, self._state, self._clock)
+            try:
+                interrupted, stopped = self._run_session(journal)
+            finally:
+                self._interrupts.restore()
+            left = sum(not self._state.is_settled(trial.trial_id) for trial in self._plan.trials)
+            if interrupted:
+                journal.append(JournalEvent(event="interrupted"))
+            elif not left:
+                journal.append(JournalEvent(event="run_finished"))
+        return RunResult(
+            completed=self._book.completed,
+            failed=len(self._state.given_up),
+            invalid=self._book.invalid,
+            left=left,
+            interrupted=interrupted,
+            stopped=stopped,
+        )
+
+    def _run_session(self, journal: Journal) -> tuple[bool, str | None]:
+        """Start everything, run the groups, end everything. Returns whether the user stopped it, and why it gave up."""
+        interrupted, stopped = False, None
+        try:
+            self._executor.start()
+            self._interrupts.install()
+            infos = self._meter.open()
+            backends = dict.fromkeys(group.experiment.engine.backend for group in self._plan.groups)
+            environment = describe_environment(backends, infos, {**self._executor.facts(), **self._options.facts})
+            record_session(
+                self._rundir, environment, datetime.now(UTC).isoformat(), allow_mixed=self._options.allow_mixed
+            )
+            journal.append(JournalEvent(event="run_started", host=socket.gethostname(), pid=os.getpid()))
+            self._writer.write_nodes([node_row(info, {**environment.engines, **environment.packages}) for info in infos])
+            self._book.start()
+            self._cover("startup")
+            self._record_cut_short()
+            stopped = self._run_groups()
+        except Aborted:
+            interrupted = True
+        finally:
+            self._end()
+        return interrupted or self._interrupts.stop_requested, stopped
+
+    def _run_groups(self) -> str | None:
+        waits = Waits(self._clock, self._interrupts, self._tick)
+        measure = self._plan.measure
+        context = RunContext(
+            plan=self._plan,
+            executor=self._executor,
+            meter=self._meter,
+            book=self._book,
+            timeline=self._timeline,
+            waits=waits,
+            progress=self._progress,
+            clock=self._clock,
+            policy=FailurePolicy(
+                max_attempts=measure.max_attempts, max_consecutive_failures=measure.max_consecutive_failures
+            ),
+            cache_dir=self._options.cache_dir,
+        )
+        for group in self._plan.groups:
+            trials = [trial for trial in group.trials if self._is_open(trial)]
+            if not trials or waits.stop_requested:
+                continue
+            stopped = GangLane(context, group, trials).run()
+            if stopped is not None:
+                return stopped
+        return None
+
+    def _is_open(self, trial: Trial) -> bool:
+        if trial.trial_id in self._state.done:
+            return False
+        return self._options.retry_failed or trial.trial_id not in self._state.given_up
+
+    def _record_cut_short(self) -> None:
+        """An attempt that an earlier session was killed in is a row too."""
+        owners = {trial.trial_id: (group, trial) for group in self._plan.groups for trial in group.trials}
+        for trial_id, attempt in list(self._state.open_attempts.items()):
+            if trial_id in owners:
+                self._book.add(_cut_short(*owners[trial_id], attempt, self._timeline.end_ns))
+
+    def _end(self) -> None:
+        """Make every row durable, then end samplers and executor; the ledger runs to the last moment."""
+        try:
+            if self._book.is_running:
+                self._book.phase = "finalise"
+                self._book.drain(DRAIN_TIMEOUT_S)
+                self._cover("finalise")
+                self._book.drain(LAST_SPAN_TIMEOUT_S)
+        finally:
+            self._book.end()
+            self._meter.close()
+            self._executor.close()
+        self._timeline.close_at("shutdown", self._clock.monotonic_ns())
+        self._book.write_last_spans(SpansAdded(gang=None, spans=self._timeline.take()))
+        self._writer.finish()
+
+    def _cover(self, phase: Phase) -> None:
+        self._timeline.close_at(phase, self._clock.monotonic_ns())
+        self._book.add(SpansAdded(gang=None, spans=self._timeline.take()))
+
+    def _tick(self) -> None:
+        """Somebody waits: a chance to look at the bookkeeper and to show progress."""
+        self._book.raise_if_broken()
+        now_ns = self._clock.monotonic_ns()
+        if now_ns - self._shown_ns < PROGRESS_S * NS_PER_S:
+            return
+        self._shown_ns = now_ns
+        self._progress.update(self._progress_event())
+
+    def _progress_event(self) -> ProgressEvent:
+        book, plan = self._book, self._plan
+        total = len(plan.trials)
+        settled = book.settled()
+        watts, estimated = self._meter.latest_power_w()
+        return ProgressEvent(
+            trial=min(settled + 1, total),
+            total=total,
+            phase=book.phase,
+            label=book.label,
+            watts=watts,
+            watts_estimated=estimated,
+            j_per_token=book.mean_j_per_token(),
+            eta_s=book.eta_s(total - settled),
+        )
+
+    def _announce_stop(self) -> None:
+        self._progress.message("stopping after the running trial; Ctrl-C again aborts it")
+
+
+def _cut_short(group: LoadGroup, trial: Trial, attempt: int, now_ns: int) -> AttemptEnded:
+    failure = Failed(kind="interrupted", message="the run driver was killed during this attempt", traceback=None)
+    return AttemptEnded(
+        gang=None,
+        group=group,
+        trial=trial,
+        attempt=attempt,
+        outcome=failure,
+        begin_ns=now_ns,
+        end_ns=now_ns,
+        started_utc=datetime.now(UTC),
+        gap_s=None,
+        final=False,
+    )

@@ -1,0 +1,58 @@
+"""What can be refused before anything is started or measured."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from llem_ray.core.backend import BackendConfig, InferenceBackend
+from llem_ray.core.errors import PlacementError
+from llem_ray.core.plan import Plan
+from llem_ray.core.plugins import load_plugin
+from llem_ray.core.units import NS_PER_S
+from llem_ray.power.host import host_id
+from llem_ray.workloads.prompts import load_prompts
+
+
+def check_plan(plan: Plan, gpus: int, cache_dir: str) -> None:
+    """Check every engine, its arguments, its model and every prompt source of the plan on this host.
+
+    Args:
+        plan: The plan.
+        gpus: Whole GPUs that this host has.
+        cache_dir: Writable folder for what is built here.
+
+    Raises:
+        PluginError: An engine is unknown or not installed; the hint is the pip command.
+        ConfigError: An engine argument, a model or a prompts file is wrong.
+        PlacementError: A gang needs more GPUs than there are.
+    """
+    for spec in dict.fromkeys(trial.experiment.workload.prompts for trial in plan.trials):
+        load_prompts(spec, plan.base_dir)
+    for group in plan.groups:
+        if group.gpus > gpus:
+            label = group.experiment.model.id or group.experiment.model.config
+            raise PlacementError(
+                f"the gang for {label} needs {group.gpus} GPUs, this host has {gpus}",
+                "set engine.device: cpu, or run it where the GPUs are",
+            )
+        engine = group.experiment.engine
+        on_gpu = engine.device == "cuda" or (engine.device == "auto" and group.gpus > 0)
+        config = BackendConfig(
+            model=group.experiment.model,
+            engine=engine,
+            device="cuda" if on_gpu else "cpu",
+            host=host_id(),
+            base_dir=plan.base_dir,
+            cache_dir=cache_dir,
+        )
+        backend: InferenceBackend = load_plugin("llem_ray.backends", engine.backend)(config)
+        backend.check()
+
+
+def process_start_ns() -> int:
+    """When this process started, in ns of the monotonic clock; to 10 ms."""
+    fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    started_ns = int(fields[19]) * NS_PER_S // os.sysconf("SC_CLK_TCK")
+    return time.monotonic_ns() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - started_ns)

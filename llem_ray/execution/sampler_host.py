@@ -1,0 +1,66 @@
+"""Holds one node's power sampler. A plain class: Ray makes an actor of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llem_ray.core.clock import Clock, SystemClock
+from llem_ray.core.power import SampleBatch, SamplerInfo
+from llem_ray.power.host import host_id
+from llem_ray.power.sampler import SamplerLoop
+from llem_ray.power.sources import open_sources
+
+CALIBRATION_S = 2.0
+
+
+class SamplerHost:
+    """Opens the node's power sources, calibrates them and polls them on a thread of its own.
+
+    Args:
+        sources: Names of power sources, or ``auto``.
+        sample_hz: Polls per second.
+        epoch: Counts the sampler's restarts on this node, from 1.
+        lease_s: Stop polling when nobody fetched for this long; None polls until closed.
+        spool_dir: Folder for samples that nobody fetched in time, or None to keep them in memory.
+        clock: The node's monotonic clock.
+
+    Raises:
+        PowerError: A source that was asked for by name cannot work here.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str] | str,
+        sample_hz: float,
+        epoch: int = 1,
+        lease_s: float | None = None,
+        spool_dir: str | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        names = "auto" if isinstance(sources, str) else tuple(sources)
+        opened, unavailable = open_sources(names)
+        self._loop = SamplerLoop(
+            opened,
+            node=host_id(),
+            clock=clock or SystemClock(),
+            sample_hz=sample_hz,
+            epoch=epoch,
+            unavailable=unavailable,
+            lease_s=lease_s,
+            spool_dir=Path(spool_dir) if spool_dir else None,
+        )
+        self._loop.calibrate(CALIBRATION_S)
+        self._loop.start()
+
+    def describe(self) -> SamplerInfo:
+        """Who samples, which devices, how their sensors behave."""
+        return self._loop.info()
+
+    def fetch(self, after_seq: int) -> list[SampleBatch]:
+        """All batches after ``after_seq``, up to now; acknowledges those up to it."""
+        return self._loop.fetch(after_seq, flush=True)
+
+    def close(self) -> None:
+        """Stop polling and release the meters."""
+        self._loop.close()
