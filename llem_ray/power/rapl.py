@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ PERMISSION_HINT: Final = (
     "reading RAPL needs root: run `sudo chmod -R a+r /sys/class/powercap/intel-rapl*` once per boot, "
     "or give the process CAP_DAC_READ_SEARCH"
 )
+_BUSYWORK: Final = bytes(4 << 20)
 _ZONE_FAMILIES: Final = ("intel-rapl", "intel-rapl-mmio")
 """In order of preference: the second mirrors the first on some client chips. AMD uses the first, too."""
 
@@ -137,9 +139,7 @@ class RaplSource:
         moving: set[str] = set()
         end_ns = time.monotonic_ns() + ns_from_s(probe_s)
         while len(moving) < len(first):
-            busy_until_ns = min(end_ns, time.monotonic_ns() + 5_000_000)
-            while time.monotonic_ns() < busy_until_ns:
-                pass
+            hashlib.sha256(_BUSYWORK)  # keeps the CPU busy without holding up the other threads of this process
             moving |= {counter.zone.name for counter in self._counters if counter.read_uj() != first[counter.zone.name]}
             if time.monotonic_ns() >= end_ns:
                 break

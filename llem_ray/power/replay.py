@@ -45,8 +45,10 @@ class ReplaySource:
     """A meter whose readings come from a CSV file.
 
     Columns: t_s, device_uuid, power_w; optional: power_avg_w, energy_j (a counter) and scope (default gpu; a device's first
-    row counts). An empty cell is a reading that was missing. Time starts at the first row when the source is opened. A read gives each device's latest row by then, as a sensor holds
-    its last value; before a device's first row, and after the end of the file, it gives an error. A looped recording
+    row counts). An empty cell is a reading that was missing.
+
+    Time starts at the first row when the source is opened. A read gives each device's latest row by then, as a sensor
+    holds its last value; before a device's first row, and after the end of the file, it gives an error. A looped recording
     starts over after its last row plus its mean spacing, and its energy counter goes on from where it was.
 
     Args:

@@ -220,7 +220,7 @@ class SamplerLoop:
     def _run(self) -> None:
         while not self._stop.is_set():
             now_ns = self._clock.monotonic_ns()
-            if self._lease_ns is not None and now_ns - self._renewed_ns > self._lease_ns:
+            if self._lease_ns is not None and now_ns > self._renewed_ns + self._lease_ns:
                 self._note(f"nobody fetched for {self._lease_ns / NS_PER_S:g} s: sampling ended with its lease")
                 return
             due_ns = self._due_ns()

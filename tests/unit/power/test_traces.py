@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llem_ray.core.power import DeviceState, SampleBatch
+from llem_ray.power.traces import FIRST_CAPACITY, MAX_BEYOND, TraceBuffer
+
+UUIDS = ("a", "b")
+
+
+def batch(rows, seq=1, epoch=1, node="n0", errors=None, states=()):
+    """rows: (device index, t_ns) pairs; every reading is made from t_ns."""
+    device = np.array([d for d, _ in rows], np.int32)
+    t_ns = np.array([t for _, t in rows], np.int64)
+    return SampleBatch(
+        node=node,
+        epoch=epoch,
+        seq=seq,
+        devices=UUIDS,
+        device=device,
+        t_ns=t_ns,
+        hw_ns=t_ns + 1,
+        power_mw=t_ns * 1.0,
+        power_avg_mw=t_ns * 2.0,
+        energy_mj=t_ns * 3.0,
+        errors=errors or {},
+        states=states,
+    )
+
+
+def steady(seq, n=100, period_ns=50):
+    begin = (seq - 1) * n
+    return batch([(d, (begin + i) * period_ns) for i in range(n) for d in (0, 1)], seq)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 60)), max_size=60),
+    st.lists(st.integers(1, 15), min_size=1, max_size=10),
+    st.randoms(use_true_random=False),
+    st.tuples(st.integers(-5, 65), st.integers(-5, 65)),
+    st.integers(0, 60),
+)
+def test_like_a_sorted_set(rows, sizes, random, span, cut):
+    """Whatever the order and overlap of batches, a trace is the sorted set of its device's times."""
+    batches, rest = [], list(rows)
+    while rest:
+        size = sizes[len(batches) % len(sizes)]
+        batches.append(batch(rest[:size], seq=len(batches) + 1))
+        rest = rest[size:]
+    random.shuffle(batches)
+    buffer = TraceBuffer()
+    for i, one in enumerate(batches):
+        assert buffer.append(one)
+        assert not buffer.append(batches[random.randrange(i + 1)])
+    for trim_ns in (None, cut):
+        if trim_ns is not None:
+            buffer.trim(trim_ns)
+        for index, uuid in enumerate(UUIDS):
+            kept = sorted({t for d, t in rows if d == index and (trim_ns is None or t >= trim_ns)})
+            trace = buffer.trace(uuid, *span)
+            assert trace.t_ns.tolist() == [t for t in kept if span[0] <= t <= span[1]]
+            assert np.array_equal(trace.hw_ns, trace.t_ns + 1)
+            assert np.array_equal(trace.power_mw, trace.t_ns * 1.0)
+            assert np.array_equal(trace.power_avg_mw, trace.t_ns * 2.0)
+            assert np.array_equal(trace.energy_mj, trace.t_ns * 3.0)
+            assert buffer.last_ns(uuid) == (kept[-1] if kept else None)
+
+
+def test_two_epochs_are_told_apart():
+    buffer = TraceBuffer()
+    assert buffer.append(batch([(0, 1), (0, 3)], seq=1, epoch=1))
+    assert buffer.append(batch([(0, 2), (0, 3), (0, 4)], seq=1, epoch=2))
+    assert buffer.trace("a", 0, 10).t_ns.tolist() == [1, 2, 3, 4]
+
+
+def test_another_nodes_batch_is_refused():
+    buffer = TraceBuffer()
+    buffer.append(batch([(0, 1)]))
+    with pytest.raises(ValueError, match="n1"):
+        buffer.append(batch([(0, 2)], seq=2, node="n1"))
+
+
+def test_unknown_device_has_an_empty_trace():
+    buffer = TraceBuffer()
+    assert len(buffer.trace("x", 0, 10)) == 0
+    assert buffer.last_ns("x") is None
+    assert buffer.states("x", 0, 10) == buffer.errors("x", 0, 10) == ()
+    buffer.append(batch([(0, 1)]))
+    assert buffer.devices == UUIDS
+    assert buffer.last_ns("b") is None
+
+
+def test_states_and_errors_by_time():
+    buffer = TraceBuffer()
+    states = [DeviceState(t_ns=t, device_uuid=u, temperature_c=float(t)) for t in (10, 20, 30) for u in UUIDS]
+    buffer.append(batch([(0, 20), (1, 21)], seq=2, errors={1: "late"}, states=tuple(states[4:])))
+    buffer.append(batch([(0, 10), (1, 11)], seq=1, errors={1: "timeout"}, states=tuple(states[:4])))
+    assert [s.t_ns for s in buffer.states("a", 10, 20)] == [10, 20]
+    assert buffer.errors("b", 0, 100) == ((11, "timeout"), (21, "late"))
+    assert buffer.errors("a", 0, 100) == ()
+    buffer.trim(20)
+    assert [s.t_ns for s in buffer.states("b", 0, 100)] == [20, 30]
+    assert buffer.errors("b", 0, 100) == ((21, "late"),)
+
+
+def test_a_trace_stays_as_it_was():
+    buffer = TraceBuffer()
+    for seq in range(1, 31):
+        buffer.append(steady(seq))
+    trace = buffer.trace("a", 0, 2_000 * 50)
+    before = trace.t_ns.copy(), trace.energy_mj.copy()
+    for seq in range(31, 200):
+        buffer.append(steady(seq))
+        buffer.trim((seq - 5) * 100 * 50)
+    buffer.append(batch([(0, 10**9), (0, 10**9 - 7)], seq=200))
+    assert np.array_equal(trace.t_ns, before[0])
+    assert np.array_equal(trace.energy_mj, before[1])
+
+
+def test_traces_are_views():
+    buffer = TraceBuffer()
+    buffer.append(steady(1))
+    assert np.shares_memory(buffer.trace("a", 0, 10**9).t_ns, buffer.trace("a", 100, 200).t_ns)
+
+
+def test_memory_of_a_long_run_is_bounded_by_trim():
+    buffer = TraceBuffer()
+    for seq in range(1, 50):
+        buffer.append(steady(seq))
+        buffer.trim((seq - 2) * 5_000)
+    tracemalloc.start()
+    for seq in range(50, 2_000):
+        buffer.append(steady(seq))
+        buffer.trim((seq - 2) * 5_000)
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(buffer.trace("a", 0, 10**12)) == 200
+    assert grown < 40 * 8 * FIRST_CAPACITY
+
+
+def test_appending_copies_each_row_only_a_few_times():
+    buffer = TraceBuffer()
+    arrays, copied = set(), 0
+    for seq in range(1, 1_000):
+        buffer.append(steady(seq, n=20))
+        columns = buffer._columns["a"].ints
+        if id(columns) not in arrays:
+            arrays.add(id(columns))
+            copied += seq * 20
+    assert copied < 3 * 1_000 * 20
+
+
+def test_a_batch_that_never_comes_is_given_up():
+    buffer = TraceBuffer()
+    for seq in range(2, MAX_BEYOND + 10):
+        assert buffer.append(batch([(0, seq)], seq=seq))
+    assert len(buffer._seen[1]._beyond) < 10
+    assert not buffer.append(batch([(0, 5)], seq=5))
