@@ -226,7 +226,7 @@ def phase_row(energy: PhaseEnergy, *, gang: str | None, node: str) -> Row:
     }
 
 
-_HOST_COLUMNS = ("nvidia_driver", "cpu_model", "cpu_count", "cpu_governor", "memory_bytes", "kernel")
+_HOST_COLUMNS = ("nvidia_driver", "cpu_model", "cpu_count_logical", "cpu_governor", "memory_bytes", "kernel", "container")
 
 
 def node_row(info: SamplerInfo, versions: Mapping[str, str]) -> Row:
@@ -244,6 +244,7 @@ def node_row(info: SamplerInfo, versions: Mapping[str, str]) -> Row:
         **{name: info.host.get(name) for name in _HOST_COLUMNS},
         "host": to_json(dict(info.host)),
         "versions": dict(versions),
+        "notes": list(info.notes),
     }
 
 

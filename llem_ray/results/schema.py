@@ -124,11 +124,15 @@ _NODES = (
     Column("nvidia_driver", pa.string(), "", "Version of the NVIDIA driver."),
     Column("gpu_names", pa.list_(pa.string()), "", "Names of the GPUs, in the order of `devices`."),
     Column("cpu_model", pa.string(), "", "CPU model."),
-    Column("cpu_count", pa.int32(), "", "Logical CPUs."),
+    Column("cpu_count_logical", pa.int32(), "", "Logical CPUs."),
     Column("cpu_governor", pa.string(), "", "Frequency governor of the CPU."),
     Column("memory_bytes", pa.int64(), "bytes", "Memory of the host."),
     Column("kernel", pa.string(), "", "Kernel release."),
+    Column("container", pa.string(), "", "Kind of container the sampler ran in, or null."),
     Column("host", pa.string(), "JSON", "All host facts the sampler gathered."),
+    Column(
+        "notes", pa.list_(pa.string()), "", "What the sampler did about trouble: slowed down, lost its spool, ended its lease."
+    ),
     Column("versions", pa.map_(pa.string(), pa.string()), "", "Package -> version in the run driver's environment."),
 )
 

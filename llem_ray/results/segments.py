@@ -26,6 +26,9 @@ _LZ4: Final = pa.ipc.IpcWriteOptions(compression="lz4")
 _COMPRESSED_FROM_BYTES: Final = 16 * 1024
 """Below this, compressing a stream's many small buffers costs more than it saves."""
 
+_MERGE_PIECES: Final = 32
+"""One-row tables merged at a time in a compaction: each costs memory for each of its columns until then."""
+
 _STREAM_SCHEMAS: Final[Mapping[TableName, pa.Schema]] = {
     table: pa.schema([pa.field(field.name, field.type) for field in schema], metadata=schema.metadata)
     for table, schema in SCHEMAS.items()
@@ -201,6 +204,7 @@ def compact(root: Path, segments: Path) -> int:
 
 def _collect(numbered: Mapping[int, Path], covered: Mapping[TableName, int]) -> dict[TableName, list[pa.Table]]:
     pieces: dict[TableName, list[pa.Table]] = {}
+    fresh: dict[TableName, list[pa.Table]] = {}
     for number, path in numbered.items():
         wanted = [table for table in TABLE_NAMES if number > covered[table]]
         try:
@@ -208,8 +212,16 @@ def _collect(numbered: Mapping[int, Path], covered: Mapping[TableName, int]) -> 
         except FileNotFoundError as error:
             raise ResultsError(f"{path} has vanished while the run was locked") from error
         for name, table in found.items():
-            pieces.setdefault(name, []).append(table)
+            fresh.setdefault(name, []).append(table)
+            if len(fresh[name]) >= _MERGE_PIECES:
+                pieces.setdefault(name, []).append(_merge(fresh.pop(name)))
+    for name, rest in fresh.items():
+        pieces.setdefault(name, []).append(_merge(rest))
     return pieces
+
+
+def _merge(pieces: list[pa.Table]) -> pa.Table:
+    return pa.concat_tables(pieces, promote_options="default").combine_chunks()
 
 
 def delete(folder: Path, paths: Iterable[Path]) -> None:
