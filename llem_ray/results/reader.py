@@ -73,14 +73,15 @@ def _read_part(path: Path, name: TableName, columns: Sequence[str] | None) -> pa
 
 
 def recorded_attempts(run_dir: Path) -> dict[tuple[str, int], str]:
-    """(trial, attempt) -> status of every row of ``trials``.
+    """(trial, attempt) -> status of every row of ``trials``; that of a failure of kind ``interrupted`` is ``interrupted``.
 
     Raises:
         ResultsError: The table cannot be read.
     """
-    table = read_table(run_dir, "trials", ["trial_id", "attempt", "status"])
-    trials, attempts, status = (column.to_pylist() for column in table.columns)
-    return dict(zip(zip(trials, attempts, strict=True), status, strict=True))
+    table = read_table(run_dir, "trials", ["trial_id", "attempt", "status", "failure_kind"])
+    trials, attempts, status, kinds = (column.to_pylist() for column in table.columns)
+    cut_short = ("interrupted" if kind == "interrupted" else state for state, kind in zip(status, kinds, strict=True))
+    return dict(zip(zip(trials, attempts, strict=True), cut_short, strict=True))
 
 
 def settled_state(run: RunDirectory) -> JournalState:
@@ -100,8 +101,9 @@ def settled_state(run: RunDirectory) -> JournalState:
         state.finished = False
     for (trial_id, attempt), status in recorded.items():
         state.attempts[trial_id] = max(attempt, state.attempts.get(trial_id, 0))
-        if status != "failed" and trial_id not in state.done:
-            state.apply({"event": "done", "trial_id": trial_id, "attempt": attempt})
-        elif status == "failed" and state.open_attempts.get(trial_id) == attempt:
-            state.apply({"event": "failed", "trial_id": trial_id, "attempt": attempt})
+        if status in {"completed", "partial"}:
+            if trial_id not in state.done:
+                state.apply({"event": "done", "trial_id": trial_id, "attempt": attempt})
+        elif state.open_attempts.get(trial_id) == attempt:
+            state.apply({"event": status, "trial_id": trial_id, "attempt": attempt})
     return state

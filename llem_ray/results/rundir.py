@@ -9,14 +9,16 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from llem_ray.core.errors import ResultsError, RunInUse
 from llem_ray.results import files
 from llem_ray.results.journal import JournalState, replay
 from llem_ray.results.schema import TABLE_NAMES, TableName
+
+T = TypeVar("T")
 
 MIN_FREE_BYTES: Final = 256 * 1024 * 1024
 """Room a run must find on its disk before it starts."""
@@ -101,11 +103,8 @@ class RunDirectory:
             os.close(descriptor)
 
     def _in_use(self, descriptor: int) -> RunInUse:
-        try:
-            holder = json.loads(os.pread(descriptor, 4096, 0))
-            who = f"process {holder['pid']} on {holder['host']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            who = "another process"
+        holder = _read_holder(descriptor)
+        who = f"process {holder[0]} on {holder[1]}" if holder else "another process"
         return RunInUse(f"{who} works on {self.path}", "wait until it ends, or stop it")
 
     def holder(self) -> tuple[int, str] | None:
@@ -120,17 +119,25 @@ class RunDirectory:
 
     def is_locked(self) -> bool:
         """Some process works on the run now."""
+        return self._look(lambda _: True) is True
+
+    def holder(self) -> tuple[int, str] | None:
+        """Process id and host name of who works on the run now, or None: nobody does, or it is only just starting."""
+        return self._look(_read_holder)
+
+    def _look(self, answer: Callable[[int], T]) -> T | None:
+        """``answer`` of the lock file while somebody holds the lock, else None."""
         try:
             descriptor = os.open(self._lock_path, os.O_RDONLY)
         except OSError:
-            return False
+            return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return True
+            return answer(descriptor)
         finally:
             os.close(descriptor)
-        return False
+        return None
 
     def check_writable(self, min_free_bytes: int = MIN_FREE_BYTES) -> None:
         """Refuse a results disk that is read-only or full, before anything is measured.
@@ -177,6 +184,14 @@ class RunDirectory:
     def has_json(self, name: str) -> bool:
         """``<name>.json`` exists."""
         return (self.path / f"{name}.json").is_file()
+
+
+def _read_holder(descriptor: int) -> tuple[int, str] | None:
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        return int(holder["pid"]), str(holder["host"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _try_lock(descriptor: int) -> bool:

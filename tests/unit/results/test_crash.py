@@ -103,16 +103,17 @@ def test_killed_between_row_and_journal_the_trial_counts_as_done(tmp_path: Path,
     run = RunDirectory.create(tmp_path, "demo")
     with Journal.open(run.journal_path) as journal:
         journal.append(JournalEvent(event="run_started", pid=1, host="h"))
-        for number in range(3):
+        for number in range(4):
             journal.append(JournalEvent(event="leased", trial_id=f"cell{number:04d}-r0", attempt=1))
     writer = DatasetWriter(run)
     writer.write_trial(*make_trial(0))
     writer.write_trial(*make_trial(1, status="failed", failure_kind="hang"))
+    writer.write_trial(*make_trial(2, status="failed", failure_kind="interrupted"))
     state = settled_state(run)
     assert state.done == {"cell0000-r0": 1}
     assert state.failures == {"cell0001-r0": 1}
-    assert state.open_attempts == {"cell0002-r0": 1}
-    assert [state.next_attempt(f"cell{number:04d}-r0") for number in range(4)] == [2, 2, 2, 1]
+    assert state.open_attempts == {"cell0003-r0": 1}
+    assert [state.next_attempt(f"cell{number:04d}-r0") for number in range(5)] == [2, 2, 2, 2, 1]
 
 
 def test_a_done_trial_whose_row_is_gone_is_run_again(tmp_path: Path, make_trial: Make) -> None:

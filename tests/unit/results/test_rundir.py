@@ -41,6 +41,7 @@ def holder(run: RunDirectory) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_second_process_is_refused_and_told_who_holds_it(run: RunDirectory, holder: subprocess.Popen[str]) -> None:
     assert run.is_locked()
+    assert run.holder() == (holder.pid, socket.gethostname())
     with pytest.raises(RunInUse, match=f"process {holder.pid} on {socket.gethostname()} works on {run.path}"), run.lock():
         pass
 
@@ -49,6 +50,7 @@ def test_kill_9_releases_the_lock(run: RunDirectory, holder: subprocess.Popen[st
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert not run.is_locked()
+    assert run.holder() is None
     with run.lock():
         assert run.is_locked()
         assert str(os.getpid()) in (run.path / "lock").read_text()

@@ -6,13 +6,38 @@ import pytest
 
 from llem_ray.results.schema import COLUMNS, DESCRIPTIONS, SCHEMA_VERSION, SCHEMAS, TABLE_NAMES, schema_reference
 
-METRIC_KEYS = set(
-    """total_gpu_energy_j avg_total_gpu_power_w avg_power_w joules_per_successful_query joules_per_input_token
-    joules_per_output_token joules_per_total_token output_tokens_per_joule energy_delay_product_js idle_energy_j net_energy_j
-    host_cpu_energy_j dram_energy_j load_energy_j waste_energy_j energy_source energy_uncertainty_j sensor_rel power_valid
-    invalid_reasons schema_version output_throughput_tok_s total_token_throughput_tok_s throughput_per_gpu_tok_s ttft_s_p99
-    tpot_s_mean e2e_latency_s_p50 e2e_from_schedule_s_p90 inter_chunk_s_p95 normalized_tpot_s_std""".split()
-)
+METRIC_KEYS = {
+    "total_gpu_energy_j",
+    "avg_total_gpu_power_w",
+    "avg_power_w",
+    "joules_per_successful_query",
+    "joules_per_input_token",
+    "joules_per_output_token",
+    "joules_per_total_token",
+    "output_tokens_per_joule",
+    "energy_delay_product_js",
+    "idle_energy_j",
+    "net_energy_j",
+    "host_cpu_energy_j",
+    "dram_energy_j",
+    "load_energy_j",
+    "waste_energy_j",
+    "energy_source",
+    "energy_uncertainty_j",
+    "sensor_rel",
+    "power_valid",
+    "invalid_reasons",
+    "schema_version",
+    "output_throughput_tok_s",
+    "total_token_throughput_tok_s",
+    "throughput_per_gpu_tok_s",
+    "ttft_s_p99",
+    "tpot_s_mean",
+    "e2e_latency_s_p50",
+    "e2e_from_schedule_s_p90",
+    "inter_chunk_s_p95",
+    "normalized_tpot_s_std",
+}
 
 UNIT_OF_SUFFIX = {
     "_ns": {"ns"},
