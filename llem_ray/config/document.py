@@ -126,7 +126,7 @@ def parse_document(text: str, file: str, environ: Mapping[str, str]) -> Document
     try:
         root = _Composer(document, text).compose()
     except yaml.MarkedYAMLError as error:
-        mark: Any = error.problem_mark or error.context_mark
+        mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
         raise ConfigError(f"not valid YAML: {problem}", file=file, line=mark.line + 1 if mark else None) from error
     except yaml.YAMLError as error:
@@ -188,7 +188,7 @@ class _Composer:
         return root
 
     def _node(self, event: Any) -> _Node:
-        line = event.start_mark.line + 1
+        line = _line_of(event)
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in self._anchors:
                 raise self._error(event, f"alias *{event.anchor} has no anchor before it")
@@ -222,7 +222,7 @@ class _Composer:
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
                 raise self._error(event, "a key must be text", found="a list, mapping or alias")
-            key, line = event.value, event.start_mark.line + 1
+            key, line = event.value, _line_of(event)
             self._where.append(key)
             if key in seen:
                 raise self._error(event, f"duplicate key: first on line {seen[key]}, again on line {line}")
@@ -232,9 +232,14 @@ class _Composer:
         return entries
 
     def _error(self, event: Any, message: str, *, found: str | None = None, allowed: str | None = None) -> ConfigError:
-        line = event.start_mark.line + 1
+        line = _line_of(event)
         field_name = dotted(tuple(self._where)) if len(self._where) <= MAX_DEPTH else None
         return ConfigError(message, file=self._document.file, line=line, field=field_name or None, found=found, allowed=allowed)
+
+
+def _line_of(event: Any) -> int:
+    line: int = event.start_mark.line
+    return line + 1
 
 
 class _Expander:
