@@ -107,16 +107,6 @@ class RunDirectory:
         who = f"process {holder[0]} on {holder[1]}" if holder else "another process"
         return RunInUse(f"{who} works on {self.path}", "wait until it ends, or stop it")
 
-    def holder(self) -> tuple[int, str] | None:
-        """Process id and host name of whoever works on the run now, or None."""
-        if not self.is_locked():
-            return None
-        try:
-            holder = json.loads(self._lock_path.read_bytes())
-            return int(holder["pid"]), str(holder["host"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
     def is_locked(self) -> bool:
         """Some process works on the run now."""
         return self._look(lambda _: True) is True
