@@ -33,7 +33,11 @@ def test_a_named_source_must_work(bare_host):
 
 def test_what_was_opened_is_closed_when_a_later_one_fails(bare_host, recording, monkeypatch):
     closed = []
-    monkeypatch.setattr("llem_ray.power.replay.ReplaySource.close", lambda source: closed.append(source))
+
+    def close(source):
+        closed.append(source)
+
+    monkeypatch.setattr("llem_ray.power.replay.ReplaySource.close", close)
     with pytest.raises(PowerError):
         open_sources(["replay", "rapl"])
     assert len(closed) == 1
