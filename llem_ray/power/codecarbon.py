@@ -48,7 +48,7 @@ class CodecarbonSource:
         self._clock = clock or SystemClock()
         try:
             chip = TDP()
-            sockets = count_physical_cpus()
+            sockets = max(1, count_physical_cpus())
             if chip.tdp is None:
                 raise SourceUnavailable("codecarbon: it cannot make out the model of this CPU")
             self._tdp_w = float(chip.tdp) * sockets
