@@ -18,7 +18,8 @@
     |  '- ReadFailed                      one read failed
     |- ResultsError                   5   the run directory cannot be read or written
     |  '- RunInUse                        another process works on it
-    '- EnergyGateError                4   an energy gate failed under --require-energy
+    |- EnergyGateError                4   an energy gate failed under --require-energy
+    '- TilingError                    1   phases of a ledger overlap or leave a hole
 
 A class exists only where a caller would catch it. All of them pickle: every field goes to ``Exception.__init__``.
 """
@@ -168,3 +169,7 @@ class EnergyGateError(LlemRayError):
     """An energy gate failed under ``--require-energy``."""
 
     exit_code = 4
+
+
+class TilingError(LlemRayError):
+    """Phases of a ledger overlap or leave a hole: joules would be counted twice or lost."""
