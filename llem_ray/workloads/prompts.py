@@ -34,7 +34,8 @@ def load_prompts(spec: PromptSpec, base_dir: str | os.PathLike[str] = ".") -> Se
     if spec.source == "file":
         if spec.path is None:
             raise ConfigError("`source: file` needs a path", field=f"{FIELD}.path", found="nothing", allowed="a JSON Lines file")
-        return _parse_lines(_read_text(Path(base_dir) / Path(spec.path).expanduser()), spec.path, spec.column)
+        path = Path(base_dir) / Path(spec.path).expanduser()
+        return _parse_lines(_read_text(path), str(path), spec.column)
     if spec.path is not None:
         raise ConfigError(
             f"a path has no meaning with `source: {spec.source}`",

@@ -24,7 +24,7 @@ from llem_ray.backends.transformers.loading import (
     read_model_config,
 )
 from llem_ray.backends.transformers.memory import BatchMemory, estimate_batch_memory, require_host_memory
-from llem_ray.backends.transformers.sampling import TokenSelector
+from llem_ray.backends.transformers.sampling import NOT_FINITE, TokenSelector
 from llem_ray.backends.transformers.source import ModelSource, git_commit
 from llem_ray.backends.transformers.tokenizer import read_tokenizer, special_token_ids, train_tokenizer
 from llem_ray.core.backend import BackendConfig, LoadReport, Request, RequestRecord, StepEvent
@@ -81,7 +81,8 @@ class Engine:
         selector = TokenSelector(SamplingSpec(), self._model.device)
         batch = PaddedBatch(self._model, [prompt], steps, selector, self._context_tokens - 1)
         for _ in range(steps):
-            batch.step()
+            if NOT_FINITE in batch.step():
+                return  # no token to go on with; a trial will report it
 
     def release_memory(self) -> None:
         """Give memory that nothing uses any more back to the device."""
@@ -148,7 +149,10 @@ def load_engine(config: BackendConfig, source: ModelSource, args: TransformersAr
         free_after(error)
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"the model does not fit: {first_line(error)}") from error
-        raise load_error(f"model {source.location!r}", error) from error
+        what = (
+            f"hub model {source.location!r} (no folder has that name)" if source.kind == "hub" else f"model {source.location!r}"
+        )
+        raise load_error(what, error) from error
     finished_s = time.monotonic()
     return engine, LoadReport(
         import_s=import_s,

@@ -27,13 +27,14 @@ from llem_ray.core.spec import ModelSpec
 UNLIMITED_CONTEXT_TOKENS = 1 << 20
 """Context assumed for models that name no limit."""
 
+# A subclass stands before its base.
 HUB_HINTS = (
     (GatedRepoError, "accept its licence on huggingface.co, then set HF_TOKEN to a token of that account"),
     (RevisionNotFoundError, "check `model.revision`"),
     (RepositoryNotFoundError, "check the id; a private model needs HF_TOKEN"),
-    (EntryNotFoundError, "the repository is not a transformers model"),
     (OfflineModeIsEnabled, "it is not in the local cache and HF_HUB_OFFLINE is set: download it first with `hf download`"),
     (LocalEntryNotFoundError, "the hub cannot be reached and it is not in the local cache: download it first with `hf download`"),
+    (EntryNotFoundError, "the repository is not a transformers model"),
 )
 
 
