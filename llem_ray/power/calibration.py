@@ -87,6 +87,7 @@ def calibrate_sources(
                 if sample.device_uuid not in watches:
                     watches[sample.device_uuid] = (_Watch(), float(getattr(source, "lag_s", lag_s)))
                 watches[sample.device_uuid][0].see(sample)
+    clock.sleep_until_ns(end_ns)
     return {
         uuid: Calibration(
             device_uuid=uuid,

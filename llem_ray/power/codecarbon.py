@@ -16,10 +16,13 @@ from codecarbon.external.ram import RAM
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.errors import SourceUnavailable
 from llem_ray.core.power import Device, DeviceState, PowerSample
-from llem_ray.core.units import MW_PER_W
+from llem_ray.core.units import MW_PER_W, ns_from_s
 
 CPU_REL: Final = 2.5
 """TDP-and-load models of one CPU differ 3.5x at half load, and codecarbon's (10 % of TDP + 90 % x load^3) is the lowest."""
+
+MIN_INTERVAL_S: Final = 0.5
+"""The kernel counts CPU time in steps of 10 ms: load over less than this is noise."""
 
 RAM_REL: Final = 1.0
 """About 5 W a module, the number of modules guessed from the size; load is not seen at all."""
@@ -58,6 +61,8 @@ class CodecarbonSource:
         except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
             raise SourceUnavailable(f"codecarbon: its hardware detection failed: {error}") from error
         self._model = str(chip.model)
+        self._estimated_ns: int | None = None
+        self._cpu_w = self._ram_w = 0.0
 
     def devices(self) -> tuple[Device, ...]:
         """The CPU (all sockets) and the RAM of the host."""
@@ -81,8 +86,13 @@ class CodecarbonSource:
         return cpu, ram
 
     def read(self) -> Sequence[PowerSample]:
-        """Estimated power: the CPU's is the mean since the previous read."""
-        return [self._estimate("cpu", self._cpu), self._estimate("ram", self._ram)]
+        """Estimated power: the CPU's is the mean since the previous estimate, which is held for ``MIN_INTERVAL_S``."""
+        before_ns = self._clock.monotonic_ns()
+        if self._estimated_ns is None or before_ns - self._estimated_ns >= ns_from_s(MIN_INTERVAL_S):
+            self._estimated_ns = before_ns
+            self._cpu_w, self._ram_w = float(self._cpu.total_power().W), float(self._ram.total_power().W)
+        after_ns = self._clock.monotonic_ns()
+        return [self._sample("cpu", self._cpu_w, before_ns, after_ns), self._sample("ram", self._ram_w, before_ns, after_ns)]
 
     def read_states(self) -> Sequence[DeviceState]:
         """None: a model has no temperature."""
@@ -91,10 +101,7 @@ class CodecarbonSource:
     def close(self) -> None:
         """Nothing to release."""
 
-    def _estimate(self, part: str, hardware: CPU | RAM) -> PowerSample:
-        before_ns = self._clock.monotonic_ns()
-        power_w = float(hardware.total_power().W)
-        after_ns = self._clock.monotonic_ns()
+    def _sample(self, part: str, power_w: float, before_ns: int, after_ns: int) -> PowerSample:
         known = power_w > 0  # codecarbon answers 0 W where it fails
         return PowerSample(
             t_ns=(before_ns + after_ns) // 2,
