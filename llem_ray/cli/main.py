@@ -63,7 +63,7 @@ def main() -> None:
         # The reader went away; Python would complain again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except Exception as error:  # noqa: BLE001 - the outermost border: a bug of ours, exit code 1
+    except Exception as error:
         logging.getLogger(__name__).debug("internal error", exc_info=True)
         click.echo(f"internal error: {type(error).__name__}: {error}\n  hint: run again with --verbose and report it", err=True)
         code = 1

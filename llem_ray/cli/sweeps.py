@@ -13,9 +13,11 @@ from llem_ray.config.schema import json_schema
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.plan import Plan
+from llem_ray.core.spec import Sweep
 from llem_ray.execution.history import find_past_run
 from llem_ray.planning.plan import make_plan
 from llem_ray.planning.serialise import plan_to_dict
+from llem_ray.power.sources import count_gpus
 from llem_ray.reporting.plan import plan_table
 
 SWEEP = click.Path(path_type=Path)
@@ -31,10 +33,14 @@ RESULTS_DIR = click.option(
 SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the sweep file.")
 
 
-def build_plan(sweep_path: Path, overrides: tuple[str, ...], results_dir: Path, gpus: int | None) -> Plan:
+def load(path: Path, overrides: tuple[str, ...]) -> Sweep:
+    """The sweep file, resolved."""
+    return load_sweep(path, overrides=overrides)
+
+
+def build_plan(sweep: Sweep, results_dir: Path, gpus: int | None) -> Plan:
     """The one plan that `plan` prints and `submit` runs."""
-    sweep = load_sweep(sweep_path, overrides=overrides)
-    return make_plan(sweep, past_run=find_past_run(results_dir, sweep), gpus_available=gpus)
+    return make_plan(sweep, past_run=find_past_run(results_dir, sweep.name), gpus_available=gpus)
 
 
 @click.command()
@@ -75,7 +81,7 @@ def schema() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def plan(sweep: Path, overrides: tuple[str, ...], results_dir: Path, as_json: bool) -> None:
     """Show what `submit` would run: trials, order, loads, GPUs, time and energy."""
-    made = build_plan(sweep, overrides, results_dir, None)
+    made = build_plan(load(sweep, overrides), results_dir, count_gpus())
     if as_json:
         click.echo(json.dumps(plan_to_dict(made), indent=2))
     else:

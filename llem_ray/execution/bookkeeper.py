@@ -167,7 +167,7 @@ class Bookkeeper:
                 self._step()
                 self._wake.wait(self._nap_s())
                 self._wake.clear()
-        except BaseException as error:  # noqa: BLE001 - carried to the run driver's thread, which raises it
+        except BaseException as error:
             LOG.exception("bookkeeping ended")
             self._error = error
 

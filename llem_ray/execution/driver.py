@@ -141,9 +141,7 @@ class RunDriver:
             infos = self._meter.open()
             backends = dict.fromkeys(group.experiment.engine.backend for group in self._plan.groups)
             environment = describe_environment(backends, infos, {**self._executor.facts(), **self._options.facts})
-            record_session(
-                self._rundir, environment, datetime.now(UTC).isoformat(), allow_mixed=self._options.allow_mixed
-            )
+            record_session(self._rundir, environment, datetime.now(UTC).isoformat(), allow_mixed=self._options.allow_mixed)
             journal.append(JournalEvent(event="run_started", host=socket.gethostname(), pid=os.getpid()))
             self._writer.write_nodes([node_row(info, {**environment.engines, **environment.packages}) for info in infos])
             self._book.start()
@@ -168,9 +166,7 @@ class RunDriver:
             waits=waits,
             progress=self._progress,
             clock=self._clock,
-            policy=FailurePolicy(
-                max_attempts=measure.max_attempts, max_consecutive_failures=measure.max_consecutive_failures
-            ),
+            policy=FailurePolicy(max_attempts=measure.max_attempts, max_consecutive_failures=measure.max_consecutive_failures),
             cache_dir=self._options.cache_dir,
         )
         for group in self._plan.groups:

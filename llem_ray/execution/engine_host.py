@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Literal, cast
+from typing import Literal
 
 from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadReport, Request, RequestRecord, StepEvent
 from llem_ray.core.clock import Clock, SystemClock
@@ -41,7 +40,7 @@ class EngineHost:
         self._clock = clock or SystemClock()
         self._base_dir = base_dir
         on_gpu = engine.device == "cuda" or (engine.device == "auto" and gpus > 0)
-        device = cast(Literal["cpu", "cuda"], "cuda" if on_gpu else "cpu")
+        device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
         self._config = BackendConfig(
             model=model, engine=engine, device=device, host=host_id(), base_dir=base_dir, cache_dir=cache_dir
         )
@@ -163,5 +162,3 @@ class EngineHost:
         """Free what a failed batch left on the device, so that the next trial starts clean."""
         if self._backend is not None:
             self._backend.reset()
-
-

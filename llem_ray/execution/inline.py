@@ -5,6 +5,7 @@ The engine shares the interpreter with everything else, so its timings are pertu
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,10 +70,8 @@ class InlineGang:
 
     def close(self, timeout_s: float) -> None:
         """Unload; a thread that does not come back within ``timeout_s`` is left behind."""
-        try:
+        with contextlib.suppress(Exception):
             self._worker.ask(self._host.close).result(timeout_s)
-        except Exception:  # noqa: BLE001, S110 - closing never raises; the process is about to end
-            pass
         self._worker.end()
 
     def last_words(self) -> str | None:
@@ -97,10 +96,8 @@ class InlineSampler:
 
     def close(self) -> None:
         """Stop polling."""
-        try:
+        with contextlib.suppress(Exception):
             self._worker.ask(lambda: self._opening.result(0).close()).result(10.0)
-        except Exception:  # noqa: BLE001, S110 - a sampler that never opened has nothing to close
-            pass
         self._worker.end()
 
 

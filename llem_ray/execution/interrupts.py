@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 
-class Aborted(BaseException):  # noqa: N818 - like KeyboardInterrupt, it must pass every ``except Exception``
+class Aborted(BaseException):
     """The user wants out now; what is done stays."""
 
 

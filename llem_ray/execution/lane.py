@@ -223,7 +223,9 @@ class GangLane:
     def _failed(self, error: LlemRayError) -> Failed:
         failure = failed_from(error)
         words = self._gang.last_words() if isinstance(error, EngineDied) and self._gang is not None else None
-        return replace(failure, traceback=f"{failure.traceback or ''}\n--- end of the engine's log ---\n{words}") if words else failure
+        if not words:
+            return failure
+        return replace(failure, traceback=f"{failure.traceback or ''}\n--- end of the engine's log ---\n{words}")
 
     def _give_up(self, trials: Iterable[Trial], failure: Failed) -> None:
         """Settle the trials of a group whose model cannot be loaded."""

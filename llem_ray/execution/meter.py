@@ -10,7 +10,7 @@ from llem_ray.core.clock import Clock
 from llem_ray.core.errors import EngineDied, HangError, LlemRayError
 from llem_ray.core.power import Calibration, Device, DeviceState, SampleBatch, SamplerInfo, Trace
 from llem_ray.core.units import NS_PER_S, ns_from_s
-from llem_ray.energy.ledger import edge_margin_s
+from llem_ray.energy.estimator import edge_margin_s
 from llem_ray.execution.calls import Executor, Sampler
 from llem_ray.power.traces import TraceBuffer
 

@@ -44,7 +44,7 @@ class GangRecord:
 class SpansAdded:
     """The ledger grew."""
 
-    gang: str | None
+    gang: GangRecord | None
     spans: tuple[PhaseSpan, ...]
 
     @property

@@ -24,9 +24,7 @@ _PER_REQUEST = {
 def attempt_row(ended: AttemptEnded) -> Row:
     """Who it was, what was loaded for it, how it ended, and what it did."""
     gang, outcome = ended.gang, ended.outcome
-    row = columns.trial_row(
-        ended.trial, attempt=ended.attempt, load_key=ended.group.load_key, gpus=ended.group.gpus
-    )
+    row = columns.trial_row(ended.trial, attempt=ended.attempt, load_key=ended.group.load_key, gpus=ended.group.gpus)
     row |= {"status": "completed", "started_utc": ended.started_utc.replace(tzinfo=None), "gap_s": ended.gap_s}
     if gang is not None:
         row |= {"host": gang.leased.hostname, "node": gang.node, "load_energy_j": gang.load_energy_j}

@@ -180,7 +180,7 @@ class EmbeddedRayExecutor:
             PlacementError: It did not start.
         """
         ray = _import_ray()
-        self._temp_dir = Path(tempfile.mkdtemp(prefix="llem-ray-", dir="/tmp"))  # noqa: S108 - Ray's sockets need a short path
+        self._temp_dir = Path(tempfile.mkdtemp(prefix="llem-ray-", dir="/tmp"))
         try:
             context = ray.init(
                 address="local",
