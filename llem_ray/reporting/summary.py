@@ -1,0 +1,213 @@
+"""Rows of ``trials`` to one typed summary per cell: what ``show`` prints and ``show --json`` gives."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any, Literal
+
+from llem_ray.reporting.interval import mean_interval
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Uncertain:
+    """A mean with the half-width of its interval."""
+
+    mean: float
+    half_width: float | None
+    n: int
+    """Values in the mean."""
+    kind: Literal["t95", "U"]
+    """``t95``: 95 % interval of the mean over repeats; ``U``: twice the sampling uncertainty of a single repeat."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellSummary:
+    """All attempts at all repeats of one cell. Means are over its completed trials; of energy, over the valid ones."""
+
+    cell_id: str
+    label: str
+    settings: Mapping[str, Any]
+    model: str | None
+    backend: str | None
+    trials: int
+    """Repeats that were tried."""
+    completed: int
+    valid: int
+    """Completed with valid measured energy."""
+    failed: int
+    """Repeats without any completed attempt."""
+    failures: Mapping[str, int]
+    """Failure kind -> attempts that failed so."""
+    joules_per_output_token: Uncertain | None
+    joules_per_total_token: float | None
+    total_energy_j: float | None
+    power_w: float | None
+    """Mean power of everything that the energy covers."""
+    est_joules_per_output_token: float | None
+    """Estimated by a model, not measured; only where nothing was measured."""
+    est_power_w: float | None
+    window_s: float | None
+    output_throughput_tok_s: float | None
+    invalid_reasons: tuple[str, ...]
+    flags: tuple[str, ...]
+    notes: tuple[str, ...]
+    energy_reason: str | None
+    """Why a completed trial has no measured total."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSummary:
+    """A run at a glance."""
+
+    name: str
+    cells: tuple[CellSummary, ...]
+    trials: int
+    completed: int
+    valid: int
+    failed: int
+    measured_energy_j: float | None
+    """Sum over all valid windows."""
+    waste_energy_j: float | None
+    """Sum over failed attempts."""
+    covers: Mapping[str, int]
+    """``<source>/<scope>`` -> devices of that kind in a total, at most."""
+    not_measured: tuple[str, ...]
+    sensor_rel: float | None
+    """Largest systematic gain error of a sensor; never part of an interval."""
+    details: Mapping[str, str]
+    """Reason code -> an example of what was seen."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def summarise_run(name: str, rows: Iterable[Row]) -> RunSummary:
+    """Summary of a run.
+
+    Args:
+        name: Its name.
+        rows: Rows of ``trials``: all attempts, in the order they were written.
+    """
+    rows = list(rows)
+    by_cell: dict[str, list[Row]] = {}
+    for row in rows:
+        by_cell.setdefault(row["cell_id"], []).append(row)
+    settings = {cell_id: json.loads(cell_rows[0].get("settings") or "{}") for cell_id, cell_rows in by_cell.items()}
+    label = _labeller(settings.values())
+    cells = tuple(_summarise_cell(cell_id, settings[cell_id], label, by_cell[cell_id]) for cell_id in by_cell)
+    return RunSummary(
+        name=name,
+        cells=cells,
+        trials=sum(cell.trials for cell in cells),
+        completed=sum(cell.completed for cell in cells),
+        valid=sum(cell.valid for cell in cells),
+        failed=sum(cell.failed for cell in cells),
+        measured_energy_j=_sum(row.get("total_energy_j") for row in rows if row.get("power_valid")),
+        waste_energy_j=_sum(row.get("waste_energy_j") for row in rows),
+        covers=_covers(rows),
+        not_measured=_distinct(row.get("energy_not_measured") for row in rows),
+        sensor_rel=max((row["sensor_rel"] for row in rows if row.get("sensor_rel") is not None), default=None),
+        details={code: seen for row in rows for code, seen in dict(row.get("reason_details") or {}).items()},
+    )
+
+
+def _summarise_cell(
+    cell_id: str, settings: Mapping[str, Any], label: Callable[[Mapping[str, Any]], str], rows: Sequence[Row]
+) -> CellSummary:
+    completed = list({row["trial_id"]: row for row in rows if row.get("status") != "failed"}.values())
+    tried = {row["trial_id"] for row in rows}
+    valid = [row for row in completed if row.get("power_valid")]
+    unmeasured = [row for row in completed if row.get("total_energy_j") is None]
+    first = rows[0]
+    return CellSummary(
+        cell_id=cell_id,
+        label=label(settings) or str(first.get("model") or cell_id),
+        settings=settings,
+        model=first.get("model"),
+        backend=first.get("backend"),
+        trials=len(tried),
+        completed=len(completed),
+        valid=len(valid),
+        failed=len(tried) - len(completed),
+        failures=dict(Counter(row.get("failure_kind") or "unknown" for row in rows if row.get("status") == "failed")),
+        joules_per_output_token=_joules_per_token(valid),
+        joules_per_total_token=_mean(valid, "joules_per_total_token"),
+        total_energy_j=_mean(valid, "total_energy_j"),
+        power_w=_mean_power(valid, "total_energy_j"),
+        est_joules_per_output_token=_mean(unmeasured, "est_joules_per_output_token") if not valid else None,
+        est_power_w=_mean_power(unmeasured, "est_energy_j") if not valid else None,
+        window_s=_mean(completed, "window_s"),
+        output_throughput_tok_s=_mean(completed, "output_throughput_tok_s"),
+        invalid_reasons=_distinct(row.get("invalid_reasons") for row in completed),
+        flags=_distinct(row.get("flags") for row in completed),
+        notes=_distinct(row.get("notes") for row in completed),
+        energy_reason=next((row["energy_reason"] for row in unmeasured if row.get("energy_reason")), None),
+    )
+
+
+def _joules_per_token(valid: Sequence[Row]) -> Uncertain | None:
+    known = [row for row in valid if row.get("joules_per_output_token") is not None]
+    if not known:
+        return None
+    mean, half_width = mean_interval([row["joules_per_output_token"] for row in known])
+    if half_width is not None:
+        return Uncertain(mean=mean, half_width=half_width, n=len(known), kind="t95")
+    row = known[0]
+    u_j, energy_j = row.get("energy_uncertainty_j"), row.get("total_energy_j")
+    relative = u_j / energy_j if u_j is not None and energy_j else None
+    return Uncertain(mean=mean, half_width=None if relative is None else mean * relative, n=1, kind="U")
+
+
+def _labeller(settings: Iterable[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
+    """Labels such as ``batch_size=4 dtype=float32``: what differs between cells, all of it when there is one cell.
+
+    The dotted key stands in full where its last word is not unique.
+    """
+    settings = list(settings)
+    keys = dict.fromkeys(key for one in settings for key in one)
+    varying = {key for key in keys if len({_text(one.get(key)) for one in settings}) > 1} or set(keys)
+    last_words = Counter(key.rpartition(".")[2] for key in keys)
+    short = {key: last if last_words[last := key.rpartition(".")[2]] == 1 else key for key in keys}
+
+    def label(one: Mapping[str, Any]) -> str:
+        return " ".join(f"{short[key]}={_text(value)}" for key, value in one.items() if key in varying)
+
+    return label
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _covers(rows: Iterable[Row]) -> dict[str, int]:
+    covers: dict[str, int] = {}
+    for row in rows:
+        kinds = Counter("/".join(device.split("/")[:2]) for device in row.get("energy_covers") or ())
+        covers |= {kind: max(count, covers.get(kind, 0)) for kind, count in kinds.items()}
+    return covers
+
+
+def _mean(rows: Iterable[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return fmean(values) if values else None
+
+
+def _mean_power(rows: Iterable[Row], energy: str) -> float | None:
+    values = [row[energy] / row["window_s"] for row in rows if row.get(energy) is not None and row.get("window_s")]
+    return fmean(values) if values else None
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _distinct(lists: Iterable[Sequence[str] | None]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(code for codes in lists for code in codes or ()))

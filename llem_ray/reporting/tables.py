@@ -1,0 +1,160 @@
+"""The table of a run, as ``show`` and the end of ``submit`` print it. It reads well from 80 columns on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from string import ascii_lowercase
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from llem_ray.energy.validity import REASONS
+from llem_ray.reporting.numbers import MISSING, count_noun, format_energy, format_uncertain, format_value
+from llem_ray.reporting.summary import CellSummary, RunSummary
+
+EVERYWHERE = "all"
+"""Mark of what holds for every cell."""
+
+_SCOPES = {
+    "gpu": "GPU",
+    "module": "GPU module",
+    "memory": "GPU memory",
+    "cpu_package": "CPU package",
+    "dram": "DRAM",
+    "network": "network",
+    "fans": "fans",
+    "host": "host",
+}
+
+
+def run_table(summary: RunSummary, path: Path) -> RenderableType:
+    """Table of cells with a legend, what the joules cover, and where the data lies.
+
+    A cell without valid energy shows the reason instead of J/token; an estimate is marked ``est.``.
+
+    Args:
+        summary: The run.
+        path: Its directory.
+    """
+    if not summary.cells:
+        return Group(Text(f"{summary.name}: no trial has been recorded yet", style="bold"), _where(path))
+    marks = _marks(summary.cells)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=_title(summary), title_justify="left")
+    table.title_style = "bold"
+    table.add_column("cell", overflow="fold", min_width=12)
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("J/output token", justify="right", overflow="fold", min_width=16)
+    table.add_column("J/token", justify="right", no_wrap=True)
+    table.add_column("W", justify="right", no_wrap=True)
+    table.add_column("tok/s", justify="right", no_wrap=True)
+    table.add_column("window s", justify="right", no_wrap=True)
+    rows = [_cells(cell, marks) for cell in summary.cells]
+    table.add_column("", no_wrap=True, min_width=max(len(row[-1]) for row in rows))
+    for row in rows:
+        table.add_row(*row)
+    return Group(table, *_legend(summary, marks), *_reading(summary), _where(path))
+
+
+def _title(summary: RunSummary) -> str:
+    parts = [f"{summary.completed} of {count_noun(summary.trials, 'trial')} completed"]
+    if summary.failed:
+        parts.append(f"{summary.failed} failed")
+    without = summary.completed - summary.valid
+    if without:
+        parts.append(f"{without} without valid energy")
+    served = {(cell.model, cell.backend) for cell in summary.cells}
+    what = f" ({', '.join(name for name in served.pop() if name)})" if len(served) == 1 else ""
+    return escape(f"{summary.name}{what}: " + ", ".join(parts))
+
+
+def _cells(cell: CellSummary, marks: dict[str, str]) -> list[Text]:
+    n = str(cell.trials) if cell.valid == cell.trials else f"{cell.valid}/{cell.trials}"
+    estimated = cell.est_power_w if cell.power_w is None else None
+    power = format_value(cell.power_w) if estimated is None else f"est. {format_value(estimated, 3)}"
+    numbers = (
+        format_value(cell.joules_per_total_token),
+        power,
+        format_value(cell.output_throughput_tok_s),
+        format_value(cell.window_s, 3),
+        "".join(sorted({marks[code] for code in _codes(cell)} - {EVERYWHERE})),
+    )
+    return [Text(cell.label), Text(n), _joules(cell), *map(Text, numbers)]
+
+
+def _joules(cell: CellSummary) -> Text:
+    """J/token, or what stands in its place."""
+    if cell.joules_per_output_token is not None:
+        return Text(format_uncertain(cell.joules_per_output_token.mean, cell.joules_per_output_token.half_width))
+    if not cell.completed:
+        return Text("failed: " + ", ".join(cell.failures), style="red")
+    if cell.invalid_reasons:
+        return Text("invalid: " + ", ".join(cell.invalid_reasons), style="red")
+    if cell.est_joules_per_output_token is not None:
+        return Text("est. " + format_value(cell.est_joules_per_output_token, 3), style="yellow")
+    return Text("not measured" if cell.energy_reason else MISSING, style="yellow")
+
+
+def _codes(cell: CellSummary) -> list[str]:
+    """What the row's marks stand for; failures count when some repeat failed or was retried."""
+    return [*cell.invalid_reasons, *cell.flags, *cell.notes, *(f"failed {kind}" for kind in cell.failures)]
+
+
+def _marks(cells: Sequence[CellSummary]) -> dict[str, str]:
+    """Code -> the letter that stands for it in a row; what holds for every completed cell needs none."""
+    listed = [_codes(cell) for cell in cells if cell.completed]
+    codes = dict.fromkeys(code for cell in cells for code in _codes(cell))
+    everywhere = [code for code in codes if len(listed) > 1 and all(code in one for one in listed)]
+    letters = [*ascii_lowercase, *(f"({number})" for number in range(1, len(codes) + 1))]
+    rest = [code for code in codes if code not in everywhere]
+    return dict.fromkeys(everywhere, EVERYWHERE) | dict(zip(rest, letters, strict=False))
+
+
+def _legend(summary: RunSummary, marks: dict[str, str]) -> list[Text]:
+    lines = []
+    for code, mark in marks.items():
+        known = REASONS.get(code)
+        if code.startswith("failed "):
+            kind = code.removeprefix("failed ")
+            attempts = sum(cell.failures.get(kind, 0) for cell in summary.cells)
+            told = f"{count_noun(attempts, 'attempt')} failed: {kind}; the rows' failure_message says more"
+        else:
+            told = f"{code}: " + (known.meaning if known else summary.details.get(code, ""))
+        lines.append(Text(f"{mark}  {told}", style="dim"))
+    return lines
+
+
+def _reading(summary: RunSummary) -> list[Text]:
+    lines = [Text("")]
+    if summary.covers:
+        covers = ", ".join(_device_kind(kind, count) for kind, count in summary.covers.items())
+        missing = ", ".join(_SCOPES.get(scope, scope) for scope in summary.not_measured) or "nothing known"
+        lines.append(Text(f"The joules cover {covers}. Not measured: {missing}."))
+    kinds = {cell.joules_per_output_token.kind for cell in summary.cells if cell.joules_per_output_token is not None}
+    told = {"t95": "95 % interval of the mean over n repeats", "U": "2 sigma of sampling where n is 1"}
+    if kinds:
+        gain = "" if summary.sensor_rel is None else f" The sensors' gain error, up to {summary.sensor_rel:.0%}, comes on top."
+        lines.append(Text("± is the " + ", or ".join(told[kind] for kind in ("t95", "U") if kind in kinds) + "." + gain))
+    if any(cell.valid != cell.trials for cell in summary.cells):
+        lines.append(Text("n is the repeats with valid energy, of those that were tried."))
+    reasons = dict.fromkeys(cell.energy_reason for cell in summary.cells if cell.energy_reason)
+    lines += [Text(f"No measured energy: {reason}") for reason in reasons]
+    if any(cell.est_joules_per_output_token is not None for cell in summary.cells):
+        lines.append(Text("est. is a model's estimate, not a measurement; it is never part of a measured total."))
+    spent = (("valid windows", summary.measured_energy_j), ("failed attempts", summary.waste_energy_j))
+    told_spent = [f"{format_energy(energy_j)} in {what}" for what, energy_j in spent if energy_j is not None]
+    if told_spent:
+        lines.append(Text("Measured: " + ", ".join(told_spent) + "."))
+    return lines
+
+
+def _device_kind(kind: str, count: int) -> str:
+    source, _, scope = kind.partition("/")
+    return f"{count_noun(count, _SCOPES.get(scope, scope))} ({source})"
+
+
+def _where(path: Path) -> Text:
+    return Text(f"Dataset: {path}", overflow="fold", no_wrap=False)

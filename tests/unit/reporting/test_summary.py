@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from llem_ray.reporting.interval import mean_interval, student_t_975
+from llem_ray.reporting.summary import Uncertain, summarise_run
+
+
+def row(cell: str, repeat: int, **more: Any) -> dict[str, Any]:
+    return {
+        "cell_id": cell,
+        "trial_id": f"{cell}-r{repeat}",
+        "attempt": 1,
+        "status": "completed",
+        "settings": json.dumps({"workload.batch_size": 1 if cell == "a" else 4, "engine.backend": "transformers"}),
+        "model": "llama-tiny",
+        "backend": "transformers",
+        "total_energy_j": 100.0,
+        "energy_uncertainty_j": 2.0,
+        "power_valid": True,
+        "joules_per_output_token": 0.5,
+        "joules_per_total_token": 0.1,
+        "window_s": 10.0,
+        "output_throughput_tok_s": 20.0,
+        "energy_covers": ["nvml/gpu/GPU-1", "nvml/gpu/GPU-2"],
+        "energy_not_measured": ["dram"],
+        "invalid_reasons": [],
+        "flags": [],
+        "notes": [],
+        "reason_details": [("edge_gap", "0.3 s")],
+        **more,
+    }
+
+
+INVALID = {"power_valid": False, "joules_per_output_token": None, "invalid_reasons": ["gpu_lost"]}
+FAILED = {"status": "failed", "failure_kind": "hang", "total_energy_j": None, "power_valid": None, "waste_energy_j": 7.0}
+
+
+def test_repeats_give_a_t_interval_over_the_valid_ones() -> None:
+    values = (0.50, 0.52, 0.54)
+    rows = [row("a", n, joules_per_output_token=value) for n, value in enumerate(values)]
+    rows.append(row("a", 3, **INVALID))
+    (cell,) = summarise_run("run", rows).cells
+    # s = 0.02, t(0.975, 2) = 4.302653: 4.302653 x 0.02 / sqrt(3)
+    assert cell.joules_per_output_token == Uncertain(
+        mean=pytest.approx(0.52), half_width=pytest.approx(0.0496827, rel=1e-5), n=3, kind="t95"
+    )
+    assert (cell.trials, cell.completed, cell.valid, cell.failed) == (4, 4, 3, 0)
+    assert cell.invalid_reasons == ("gpu_lost",)
+    assert cell.power_w == pytest.approx(10.0)
+
+
+def test_a_single_repeat_shows_the_uncertainty_of_its_energy() -> None:
+    (cell,) = summarise_run("run", [row("a", 0)]).cells
+    assert cell.joules_per_output_token == Uncertain(mean=0.5, half_width=pytest.approx(0.01), n=1, kind="U")
+    (cell,) = summarise_run("run", [row("a", 0, energy_uncertainty_j=None)]).cells
+    assert cell.joules_per_output_token == Uncertain(mean=0.5, half_width=None, n=1, kind="U")
+
+
+def test_invalid_energy_never_becomes_a_number() -> None:
+    (cell,) = summarise_run("run", [row("a", 0, **INVALID)]).cells
+    assert cell.joules_per_output_token is None
+    assert cell.joules_per_total_token is None
+    assert cell.power_w is None
+
+
+def test_a_retried_trial_counts_once_and_its_failure_is_told() -> None:
+    summary = summarise_run("run", [row("a", 0, **FAILED), row("a", 0, attempt=2), row("b", 0, **FAILED)])
+    first, second = summary.cells
+    assert (first.trials, first.completed, first.failed, dict(first.failures)) == (1, 1, 0, {"hang": 1})
+    assert (second.trials, second.completed, second.failed) == (1, 0, 1)
+    assert (summary.trials, summary.completed, summary.failed, summary.waste_energy_j) == (2, 1, 1, 14.0)
+
+
+def test_estimates_stay_apart_from_measurements() -> None:
+    estimate = {"est_energy_j": 50.0, "est_joules_per_output_token": 0.25}
+    unmeasured = {**INVALID, "invalid_reasons": [], "total_energy_j": None, "energy_reason": "no meter", "energy_covers": []}
+    measured, estimated = summarise_run("run", [row("a", 0, **estimate), row("b", 0, **unmeasured, **estimate)]).cells
+    assert measured.est_joules_per_output_token is None
+    assert (estimated.joules_per_output_token, estimated.power_w) == (None, None)
+    assert (estimated.est_joules_per_output_token, estimated.est_power_w) == (0.25, 5.0)
+    assert estimated.energy_reason == "no meter"
+
+
+def test_labels_name_what_differs_and_keep_dotted_keys_apart() -> None:
+    summary = summarise_run("run", [row("a", 0), row("b", 0)])
+    assert [cell.label for cell in summary.cells] == ["batch_size=1", "batch_size=4"]
+    (alone,) = summarise_run("run", [row("b", 0)]).cells
+    assert alone.label == "batch_size=4 backend=transformers"
+    (plain,) = summarise_run("run", [row("a", 0, settings="{}")]).cells
+    assert plain.label == "llama-tiny"
+    seeds = [row(c, 0, settings=json.dumps({"model.seed": i, "workload.seed": i})) for i, c in enumerate("ab")]
+    assert summarise_run("run", seeds).cells[1].label == "model.seed=1 workload.seed=1"
+
+
+def test_the_run_says_what_its_joules_cover() -> None:
+    rows = [row("a", 0), row("b", 0, energy_covers=["rapl/cpu_package/rapl:0"], energy_not_measured=["dram", "fans"])]
+    summary = summarise_run("run", rows)
+    assert summary.covers == {"nvml/gpu": 2, "rapl/cpu_package": 1}
+    assert summary.not_measured == ("dram", "fans")
+    assert summary.measured_energy_j == 200.0
+    assert summary.details == {"edge_gap": "0.3 s"}
+
+
+def test_the_summary_is_json() -> None:
+    value = json.loads(json.dumps(summarise_run("run", [row("a", 0), row("b", 0, **FAILED)]).as_dict(), allow_nan=False))
+    assert value["cells"][0]["joules_per_output_token"]["kind"] == "U"
+    assert value["cells"][1]["failures"] == {"hang": 1}
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    [(1, 12.706204736), (4, 2.776445105), (30, 2.042272456), (31, 2.039513446), (60, 2.000297822), (1000, 1.962339081)],
+)
+def test_student_t_quantiles(degrees: int, expected: float) -> None:
+    assert student_t_975(degrees) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_mean_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one value"):
+        mean_interval([])
+    with pytest.raises(ValueError, match="degree of freedom"):
+        student_t_975(0)
