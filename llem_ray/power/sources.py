@@ -58,6 +58,18 @@ def measures_cpu(sources: Sequence[PowerSource]) -> bool:
     )
 
 
+def count_gpus() -> int:
+    """Whole GPUs that NVML shows on this host; 0 without NVML."""
+    try:
+        source = _open("nvml")
+    except (PowerError, PluginError):
+        return 0
+    try:
+        return sum(device.scope in {"gpu", "module"} for device in source.devices())
+    finally:
+        source.close()
+
+
 def _open_auto() -> tuple[list[PowerSource], dict[str, str]]:
     sources: list[PowerSource] = []
     unavailable: dict[str, str] = {}

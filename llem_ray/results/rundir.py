@@ -145,6 +145,14 @@ class RunDirectory:
         """
         return replay(self.journal_path)
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write the file ``name``, whole and durable.
+
+        Raises:
+            ResultsError: It cannot be written.
+        """
+        files.write_atomic(self.path / name, text.encode())
+
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``<name>.json``, whole and durable.
 
