@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from llem_ray.reporting.interval import mean_interval
+from llem_ray.energy.metrics import t_interval
 
 Row = Mapping[str, Any]
 
@@ -154,15 +154,15 @@ def _summarise_cell(
 
 def _joules_per_token(valid: Sequence[Row]) -> Uncertain | None:
     known = [row for row in valid if row.get("joules_per_output_token") is not None]
-    if not known:
+    interval = t_interval([row["joules_per_output_token"] for row in known])
+    if interval is None:
         return None
-    mean, half_width = mean_interval([row["joules_per_output_token"] for row in known])
-    if half_width is not None:
-        return Uncertain(mean=mean, half_width=half_width, n=len(known), kind="t95")
+    if interval.half_width is not None:
+        return Uncertain(mean=interval.mean, half_width=interval.half_width, n=interval.n, kind="t95")
     row = known[0]
     u_j, energy_j = row.get("energy_uncertainty_j"), row.get("total_energy_j")
     relative = u_j / energy_j if u_j is not None and energy_j else None
-    return Uncertain(mean=mean, half_width=None if relative is None else mean * relative, n=1, kind="U")
+    return Uncertain(mean=interval.mean, half_width=None if relative is None else interval.mean * relative, n=1, kind="U")
 
 
 def _labeller(settings: Iterable[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:

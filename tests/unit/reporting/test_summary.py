@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from llem_ray.reporting.interval import mean_interval, student_t_975
 from llem_ray.reporting.summary import Uncertain, summarise_run
 
 
@@ -109,18 +108,3 @@ def test_the_summary_is_json() -> None:
     value = json.loads(json.dumps(summarise_run("run", [row("a", 0), row("b", 0, **FAILED)]).as_dict(), allow_nan=False))
     assert value["cells"][0]["joules_per_output_token"]["kind"] == "U"
     assert value["cells"][1]["failures"] == {"hang": 1}
-
-
-@pytest.mark.parametrize(
-    ("degrees", "expected"),
-    [(1, 12.706204736), (4, 2.776445105), (30, 2.042272456), (31, 2.039513446), (60, 2.000297822), (1000, 1.962339081)],
-)
-def test_student_t_quantiles(degrees: int, expected: float) -> None:
-    assert student_t_975(degrees) == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_mean_of_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="at least one value"):
-        mean_interval([])
-    with pytest.raises(ValueError, match="degree of freedom"):
-        student_t_975(0)
