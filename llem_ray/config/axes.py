@@ -47,7 +47,13 @@ def _axis(document: Document, where: Where, key: str, value: Any, limit: int) ->
     path = tuple(key.split("."))
     if EXPERIMENT.find(path) is None:
         if "." in key or not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
-            raise unknown_key(document, where, key, EXPERIMENT, ("or a name of your own for a list of partial experiments",))
+            raise unknown_key(
+                document,
+                where,
+                key,
+                EXPERIMENT,
+                () if "." in key else ("or a name of your own for a list of partial experiments",),
+            )
         path = ()
     points = tuple(read_patch(document, origin, item, path) for item, origin in _values(document, where, value, limit))
     for i, point in enumerate(points):

@@ -147,8 +147,12 @@ def closest(word: str, known: Iterable[str]) -> str | None:
 
 
 def unknown_key(document: Document, where: Where, key: str, section: Section, extra: Iterable[str] = ()) -> ConfigError:
-    """The error for a key that ``section`` does not have."""
-    known = [*section.children, *extra]
-    below = [".".join(leaf.path[len(section.path) :]) for leaf in section.leaves()]
-    hint = closest(key, known) or closest(key, below)
-    return document.error(where, f"unknown key {key!r}", allowed=", ".join(known), hint=hint)
+    """The error for a key, plain or dotted, that ``section`` does not have. Lists what the part of it that exists has."""
+    parts = key.split(".")
+    while len(parts) > 1 and isinstance(child := section.children.get(parts[0]), Section):
+        section, parts = child, parts[1:]
+    prefix = key[: len(key) - len(".".join(parts))]
+    known = [f"{prefix}{name}" for name in section.children]
+    below = [prefix + ".".join(leaf.path[len(section.path) :]) for leaf in section.leaves()]
+    hint = closest(key, below) or closest(key, known) if len(parts) > 1 or prefix else closest(key, known) or closest(key, below)
+    return document.error(where, f"unknown key {key!r}", allowed=", ".join([*known, *extra]), hint=hint)

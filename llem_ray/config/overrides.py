@@ -25,8 +25,18 @@ def apply_overrides(document: Document, overrides: Sequence[str], environ: Mappi
         if not separator or not key:
             raise ConfigError("--set takes key=value", found=flag, allowed="for example workload.batch_size=8")
         where = _where(key, flag)
-        value = parse_document(text, f"--set {key}", environ).value if text.strip() else None
-        _put(document, where, value, flag)
+        _put(document, where, _value(key, text, environ), flag)
+
+
+def _value(key: str, text: str, environ: Mapping[str, str]) -> object:
+    if not text.strip():
+        return None
+    try:
+        return parse_document(text, "--set", environ).value
+    except ConfigError as error:
+        parts = [key, *([error.field] if error.field else [])]
+        message = f"{error.message} (from --set)"
+        raise ConfigError(message, error.hint, field=".".join(parts), found=error.found, allowed=error.allowed) from error
 
 
 def _where(key: str, flag: str) -> Where:
