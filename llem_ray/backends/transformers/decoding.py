@@ -6,9 +6,10 @@ only. Rows that have ended keep computing until the whole batch has, as in `gene
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class PaddedBatch:
         self._mask = (column >= padding).long().to(device) if bool(padding.any()) else None
         self._begin, self._end = 0, padded
         self._cache: Any = DynamicCache(config=model.config)
-        accepted = inspect.signature(model.forward).parameters
+        accepted = _argument_names(type(model).forward)
         self._options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
         self._takes_positions = "position_ids" in accepted
 
@@ -73,6 +74,11 @@ class PaddedBatch:
         self._ids = chosen[:, None]
         self._begin, self._end = self._end, self._end + 1
         return chosen.tolist()
+
+
+@functools.cache
+def _argument_names(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def generate_batch(
