@@ -196,6 +196,7 @@ static const fault_t *fault_at(const gpu_t *g, fault_kind kind, double t, unsign
 }
 
 static uint64_t counter_mj(const gpu_t *g, double t) {
+    if (fault_at(g, FAULT_ZERO_READING, t, TARGET_COUNTER)) return 0;
     double tau = tick_s(&g->counter, g->seed, last_tick(&g->counter, g->seed, t));
     for (unsigned i = 0; i < g->n_faults; i++) {
         const fault_t *f = &g->faults[i];

@@ -41,7 +41,8 @@ class Fault:
 
     ``value`` is: us for ``slow_call``, the counter's new value in mJ for ``counter_reset`` (which happens once, at
     ``begin_s``), degrees C for ``temperature``, the NVML mask for ``clock_events``, bytes for ``memory_used``, mW for
-    ``power_limit``. ``targets`` narrows not_supported, no_permission, timeout and zero_reading to some readings.
+    ``power_limit``. ``targets`` narrows not_supported, no_permission, timeout and zero_reading to some
+    readings; a gpu_lost GPU answers nothing at all.
     """
 
     kind: FaultKind

@@ -154,7 +154,7 @@ def test_each_field_has_its_own_return_code(open_source: Open) -> None:
 
 
 def test_zero_watts_is_no_reading(open_source: Open) -> None:
-    source, fake = open_source(gpu(faults=(Fault(kind="zero_reading", begin_s=1.0),)))
+    source, fake = open_source(gpu(faults=(Fault(kind="zero_reading", begin_s=1.0, targets=("instant", "average", "legacy")),)))
     at(fake, 1.55)
     sample = source.read()[0]
     assert (sample.power_mw, sample.power_avg_mw) == (None, None)
@@ -163,7 +163,7 @@ def test_zero_watts_is_no_reading(open_source: Open) -> None:
 
 
 def test_zero_watts_of_the_legacy_call_is_no_reading(open_source: Open) -> None:
-    faults = (Fault(kind="zero_reading", begin_s=1.0),)
+    faults = (Fault(kind="zero_reading", begin_s=1.0, targets=("instant", "average", "legacy")),)
     source, fake = open_source(gpu(has_instant=False, has_average=False, faults=faults))
     at(fake, 1.55)
     sample = source.read()[0]
