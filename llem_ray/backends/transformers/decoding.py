@@ -100,8 +100,7 @@ def generate_batch(
     prompts = [request.prompt_token_ids for request in requests]
     limits = [request.max_new_tokens for request in requests]
     honours_eos = {row for row, request in enumerate(requests) if not request.ignore_eos and eos_token_ids}
-    lengths = list(limits)
-    """Tokens of each row so far as known: the limit, or less once its end token has come."""
+    lengths = list(limits)  # a row's limit, or less once its end token has come
     batch = PaddedBatch(model, prompts, max(limits), TokenSelector(sampling, model.device), last_position)
     padded, prompt_tokens = max(map(len, prompts)), sum(map(len, prompts))
     tokens: list[list[int]] = []
