@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -52,10 +53,12 @@ class RunDirectory:
         with files.storage_errors(root, "create"):
             root.mkdir(parents=True, exist_ok=True)
         path = root / (next_run_name(root, run_name) if again else run_name)
+        fresh = root / f".{path.name}-{os.getpid()}{files.TEMPORARY_SUFFIX}"
         with files.storage_errors(path, "create"):
-            path.mkdir()
-            (path / "segments").mkdir()
-            files.sync_directory(path)
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            (fresh / "segments").mkdir(parents=True)
+            fresh.rename(path)
             files.sync_directory(root)
         return cls(path)
 
@@ -229,7 +232,8 @@ def list_runs(root: Path) -> tuple[Path, ...]:
     """All run directories under ``root``, oldest first."""
     if not root.is_dir():
         return ()
-    runs = (path for path in root.iterdir() if (path / "segments").is_dir() or (path / "trials").is_dir())
+    found = (path for path in root.iterdir() if not path.name.startswith("."))
+    runs = (path for path in found if (path / "segments").is_dir() or (path / "trials").is_dir())
     return tuple(sorted(runs, key=lambda path: (path.stat().st_mtime_ns, path.name)))
 
 

@@ -83,6 +83,7 @@ def test_a_run_is_found_by_path_name_or_unique_beginning(run: RunDirectory) -> N
     assert find_run(root, "dem").path == run.path
     RunDirectory.create(root, "demo-ffff0000")
     (root / "not-a-run").mkdir()
+    (root / ".demo-half-made.tmp" / "segments").mkdir(parents=True)
     assert {path.name for path in list_runs(root)} == {run.name, "demo-ffff0000"}
     with pytest.raises(ResultsError, match="any of 2 runs"):
         find_run(root, "demo-")
@@ -100,6 +101,9 @@ def test_json_files_are_whole_and_checked(run: RunDirectory) -> None:
     run.write_json("plan", {"name": "dämo", "trials": [1, 2]})
     assert run.has_json("plan")
     assert run.read_json("plan") == {"name": "dämo", "trials": [1, 2]}
+    run.write_text("sweep.json", '{"ä": 1}')
+    assert run.read_json("sweep") == {"ä": 1}
+    (run.path / "sweep.json").unlink()
     assert not list(run.path.glob("*.tmp"))
     with pytest.raises(ResultsError, match=r"cannot read .*sweep\.json: No such file"):
         run.read_json("sweep")
