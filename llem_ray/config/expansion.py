@@ -7,7 +7,6 @@ is built, checked, written as canonical JSON and matched against the exclude rul
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class Expansion:
         self._document = document
         self._base = base
         self._rules = rules
-        self._distinct: dict[str, _Built] = {}
+        self._distinct: dict[tuple[str, str], _Built] = {}
         self._cells: dict[str, Cell] = {}
         self._dropped: list[DroppedCell] = []
         self._hits = [0] * len(rules)
@@ -134,14 +133,13 @@ class Expansion:
         name = section.path[0]
         flat = {path[1:]: item.value for patch in (self._base, *points) for path, item in patch.items() if path[0] == name}
         values = implied(name, nested(flat))
-        written = json.dumps([name, values], sort_keys=True)
-        built = self._distinct.get(written)
+        spec = build(section, values)
+        resolved = plain(spec)
+        canonical = canonical_json(resolved)
+        built = self._distinct.get((name, canonical))
         if built is None:
-            spec = build(section, values)
-            resolved = plain(spec)
             matching = sum(rule.matches(name, resolved) << i for i, rule in enumerate(self._rules))
-            built = _Built(spec, canonical_json(resolved), broken_rule(spec), matching)
-            self._distinct[written] = built
+            built = self._distinct[name, canonical] = _Built(spec, canonical, broken_rule(spec), matching)
         return built
 
     def _broken(self, broken: Broken, axes: Sequence[Axis], indices: Sequence[int], settings: Mapping[str, Any]) -> Exception:

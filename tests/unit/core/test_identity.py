@@ -1,0 +1,45 @@
+"""Content hashes of experiments and loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from llem_ray.core.identity import canonical_json, cell_id, digest, load_key
+from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec, SamplingSpec, WorkloadSpec
+
+ONE = Experiment(model=ModelSpec(id="a"), engine=EngineSpec(engine_args={"x": 1, "y": [None, {"b": 1.5}]}))
+
+
+def test_canonical_json_sorts_keys_and_keeps_text() -> None:
+    assert canonical_json({"b": (1, 2.5), "a": None, "é": True}) == '{"a":null,"b":[1,2.5],"é":true}'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"a": float("nan")})
+
+
+def test_a_digest_is_the_head_of_sha_256() -> None:
+    assert digest("abc", 16) == "ba7816bf8f01cfea"  # FIPS 180-2, appendix B.1
+    assert (len(cell_id(ONE)), len(load_key(ONE.model, ONE.engine))) == (16, 16)
+
+
+def test_the_order_of_keys_does_not_matter() -> None:
+    args = {"y": [None, {"b": 1.5}], "x": 1}
+    other = dataclasses.replace(ONE, engine=dataclasses.replace(ONE.engine, engine_args=args))
+    assert cell_id(other) == cell_id(ONE)
+
+
+@pytest.mark.parametrize(
+    ("change", "same_load"),
+    [
+        ({"model": ModelSpec(id="a", dtype="float16")}, False),
+        ({"engine": EngineSpec(tensor_parallel=2)}, False),
+        ({"workload": WorkloadSpec(batch_size=2)}, True),
+        ({"sampling": SamplingSpec(seed=1)}, True),
+    ],
+)
+def test_every_field_counts_and_only_model_and_engine_need_a_load(change: dict[str, Any], same_load: bool) -> None:
+    other = dataclasses.replace(ONE, **change)
+    assert cell_id(other) != cell_id(ONE)
+    assert (load_key(other.model, other.engine) == load_key(ONE.model, ONE.engine)) is same_load
