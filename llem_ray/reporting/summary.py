@@ -7,11 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from llem_ray.energy.metrics import t_interval
 
 Row = Mapping[str, Any]
+
+SUMMARY_COLUMNS: Final = (
+    "cell_id", "trial_id", "status", "failure_kind", "settings", "model", "backend", "window_s", "output_throughput_tok_s",
+    "total_energy_j", "energy_uncertainty_j", "sensor_rel", "energy_covers", "energy_not_measured", "energy_reason",
+    "waste_energy_j", "joules_per_output_token", "joules_per_total_token", "est_energy_j", "est_joules_per_output_token",
+    "power_valid", "invalid_reasons", "flags", "notes", "reason_details",
+)  # fmt: skip
+"""Columns of ``trials`` that a summary is made from: reading only these takes less than half the time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

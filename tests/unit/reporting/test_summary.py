@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from llem_ray.reporting.summary import Uncertain, summarise_run
+from llem_ray.reporting.summary import SUMMARY_COLUMNS, Uncertain, summarise_run
+from llem_ray.results.schema import SCHEMAS
 
 
 def row(cell: str, repeat: int, **more: Any) -> dict[str, Any]:
@@ -102,6 +103,28 @@ def test_the_run_says_what_its_joules_cover() -> None:
     assert summary.not_measured == ("dram", "fans")
     assert summary.measured_energy_j == 200.0
     assert summary.details == {"edge_gap": "0.3 s"}
+
+
+def test_the_summary_needs_no_other_columns() -> None:
+    assert set(SUMMARY_COLUMNS) <= set(SCHEMAS["trials"].names)
+    rows = [row("a", 0, ranks=[], est_energy_j=3.0), row("b", 0, **FAILED)]
+    narrow = [{name: value for name, value in one.items() if name in SUMMARY_COLUMNS} for one in rows]
+    assert summarise_run("run", narrow) == summarise_run("run", rows)
+    used = set()
+
+    class Watched(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            used.add(name)
+            return super().__getitem__(name)
+
+        def get(self, name: str, default: Any = None) -> Any:
+            used.add(name)
+            return super().get(name, default)
+
+    summarise_run(
+        "run", [Watched(row("a", 0)), Watched(row("b", 0, **INVALID, total_energy_j=None)), Watched(row("c", 0, **FAILED))]
+    )
+    assert used == set(SUMMARY_COLUMNS)
 
 
 def test_the_summary_is_json() -> None:
