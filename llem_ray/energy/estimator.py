@@ -35,8 +35,13 @@ DEFAULT_QUANTUM_MJ: Final = 1.0
 _UNUSABLE: Final = ("counter_reset", "counter_frozen")
 
 
-def edge_margin_s(calibration: Calibration, sample_period_s: float) -> float:
-    """How much trace the estimator uses before and after an edge, s: with that much, later samples change nothing."""
+def edge_margin_s(calibration: Calibration, sample_period_s: float, method: Method = "measured_counter") -> float:
+    """How much trace the estimator uses before and after an edge, s: with that much, later samples change nothing.
+
+    A counter needs the ticks around the edge, a model's estimate only the reading on either side of it.
+    """
+    if method == "estimated_model":
+        return 2 * sample_period_s
     ticks_s = (NEIGHBOURS + 1) * (calibration.tick_period_s or 0.0)
     return max(ticks_s, AVERAGE_WINDOW_S, (NEIGHBOURS + 1) * sample_period_s) + 2 * sample_period_s
 

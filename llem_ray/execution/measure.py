@@ -93,8 +93,14 @@ def measure_command(
 
 def _margin_s(info: SamplerInfo) -> float:
     """What the slowest device needs on both sides of an edge."""
-    periods = ((uuid, period_s) for uuid, period_s in info.periods_s.items() if uuid in info.calibrations)
-    return max((edge_margin_s(info.calibrations[uuid], period_s) for uuid, period_s in periods), default=0.0)
+    return max(
+        (
+            edge_margin_s(info.calibrations[device.uuid], info.periods_s[device.uuid], device.method)
+            for device in info.devices
+            if device.uuid in info.calibrations and device.uuid in info.periods_s
+        ),
+        default=0.0,
+    )
 
 
 def _run(command: Sequence[str], output_to_stderr: bool) -> int:

@@ -97,7 +97,7 @@ class Meter:
 
     def margin_s(self, node: str, device: Device) -> float:
         """How much of the trace around an edge makes the estimate there final."""
-        return edge_margin_s(self.calibration(node, device), self.period_s(node, device))
+        return edge_margin_s(self.calibration(node, device), self.period_s(node, device), device.method)
 
     def trace(self, node: str, uuid: str, begin_ns: int, end_ns: int) -> Trace:
         """Samples of one device."""
