@@ -144,12 +144,20 @@ class RunDriver:
             record_session(self._rundir, environment, datetime.now(UTC).isoformat(), allow_mixed=self._options.allow_mixed)
             journal.append(JournalEvent(event="run_started", host=socket.gethostname(), pid=os.getpid()))
             self._writer.write_nodes([node_row(info, {**environment.engines, **environment.packages}) for info in infos])
+            for info in infos:
+                LOG.info("sampler on %s: %s", info.hostname, ", ".join(device.uuid for device in info.devices) or "no device")
+                for name, reason in info.unavailable.items():
+                    LOG.info("power source %s gives nothing on %s: %s", name, info.hostname, reason)
             self._book.start()
             self._cover("startup")
             self._record_cut_short()
             stopped = self._run_groups()
         except Aborted:
             interrupted = True
+            LOG.warning("aborted by a signal")
+        except Exception:
+            LOG.exception("the run ended with an error")
+            raise
         finally:
             self._end()
         return interrupted or self._interrupts.stop_requested, stopped

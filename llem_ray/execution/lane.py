@@ -117,8 +117,10 @@ class GangLane:
         decision = run.policy.decide(outcome, attempt, run.consecutive_failures)
         gap_begin_ns = run.timeline.end_ns
         if isinstance(outcome, Completed):
+            LOG.info("%s attempt %d: %d passes in %.3f s", trial.trial_id, attempt, outcome.passes, outcome.window.duration_s)
             self._add_spans(outcome.spans)
         else:
+            LOG.error("%s attempt %d: %s: %s\n%s", trial.trial_id, attempt, outcome.kind, outcome.message, outcome.traceback)
             run.progress.message(f"{trial.trial_id} attempt {attempt}: {outcome.kind}: {_first_line(outcome.message)}")
             self._cover("waste", trial.trial_id, attempt)
         gap_s = (outcome.spans[0].begin_ns - gap_begin_ns) / 1e9 if outcome.spans else None
@@ -177,6 +179,7 @@ class GangLane:
             loaded: Loaded = run.waits.answer(gang.load(), measure.load_timeout_s, "model load", may_stop=True)
             self._check_identity(record, loaded)
             record.loaded = loaded
+            LOG.info("%s on %s loaded %s", record.name, leased.hostname, loaded.report)
             span = PhaseSpan(phase="load", begin_ns=begin_ns, end_ns=run.clock.monotonic_ns())
             self._add_spans([span])
             run.book.add(LoadEnded(gang=record, span=span))

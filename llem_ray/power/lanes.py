@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
@@ -10,6 +11,9 @@ from typing import Final
 from llem_ray.core.clock import Clock
 from llem_ray.core.power import Calibration, DeviceState, PowerSample, PowerSource
 from llem_ray.core.units import NS_PER_S, ns_from_s
+
+DETUNE: Final = 0.1458980337503154
+"""Golden ratio to the power of -4."""
 
 FAST_COUNTER_S: Final = 0.015
 """A counter that ticks faster than this is fresh at every poll: no need to follow each tick."""
@@ -24,14 +28,27 @@ Note = Callable[[str], None]
 
 
 def polling_period_s(source: PowerSource, sample_hz: float, calibrations: Mapping[str, Calibration]) -> float:
-    """The period h = min(1/sample_hz, T/2), T over the source's counters slower than ``FAST_COUNTER_S``; at least 1/max_hz."""
+    """About min(1/sample_hz, T/2), T over the source's counters slower than ``FAST_COUNTER_S``, never in step with one.
+
+    At least 1/max_hz.
+    """
     period_s = 1.0 / sample_hz
     for device in source.devices():
         calibration = calibrations.get(device.uuid)
         tick_s = calibration.tick_period_s if calibration else None
         if tick_s is not None and tick_s >= FAST_COUNTER_S:
-            period_s = min(period_s, tick_s / 2)
+            period_s = min(period_s, detuned_period_s(tick_s, min(period_s, tick_s / 2)))
     return max(period_s, 1.0 / source.max_hz)
+
+
+def detuned_period_s(tick_s: float, longest_s: float) -> float:
+    """The longest poll period up to ``longest_s`` that never falls into step with ticks ``tick_s`` apart.
+
+    Polls in step with the counter bracket every tick alike, and a line through the brackets then says no more than one of
+    them. With T/h = n + 0.1459 (a noble number) the brackets' ends spread evenly over the tick.
+    """
+    polls = math.ceil(tick_s / longest_s - DETUNE - 1e-9) + DETUNE
+    return tick_s / polls
 
 
 class _Lane:

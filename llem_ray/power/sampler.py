@@ -35,7 +35,8 @@ class SamplerLoop:
     A plain class: host it in an actor, in a thread, or call ``run_until`` yourself. All methods may be called from any
     thread, except that ``calibrate`` and ``run_until`` refuse while the sampler's own thread runs.
 
-    Each source is polled every h = min(1/sample_hz, T/2), where T is the tick period of its slowest-to-follow counter
+    Each source is polled about every min(1/sample_hz, T/2), where T is the tick period of its slowest-to-follow counter, but
+    never in step with it, see ``lanes.detuned_period_s``
     (counters that tick faster than 15 ms are fresh at every poll and keep 1/sample_hz), never faster than the source's
     ``max_hz``. Deadlines are absolute, so they never drift; a deadline that was missed is skipped, and samples carry the
     time they were really taken. When a source's reads take over 20 % of its period, the period doubles (and halves again

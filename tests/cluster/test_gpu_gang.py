@@ -1,0 +1,118 @@
+"""A gang that leases fake GPUs, through embedded Ray and the real command, against closed-form truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llem_ray.results.reader import read_table
+from llem_ray.testing.nvml import Gpu, Scenario, Waveform, build, environment
+from llem_ray.testing.nvml.library import default_cache
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+GPUS = (
+    Gpu(uuid="GPU-aaaaaaaa-0000-0000-0000-000000000001", waveform=Waveform(((0.0, 300.0, "step"), (0.3, 500.0, "step")), 0.7)),
+    Gpu(uuid="GPU-bbbbbbbb-0000-0000-0000-000000000002", waveform=Waveform(((0.0, 120.0, "step"),))),
+)
+
+SWEEP = """
+schema_version: 1
+name: gpus
+base:
+  model: {config: llama-tiny}
+  engine: {backend: fake, device: cpu, gpus: 1, engine_args: {decode_ms: 5, prefill_ms: 5}}
+  workload: {batch_size: 2, output_tokens: 10}
+sweep:
+  workload.output_tokens: [10, 20]
+repeats: 2
+measure: {min_window_s: 5.5, idle_baseline_s: 2, sources: [nvml]}
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Scenario, int]:
+    folder = tmp_path_factory.mktemp("gpus")
+    # Real time on CLOCK_REALTIME; the dataset is on the monotonic clock. The two agree to well under a tick while this runs.
+    offset_ns = time.time_ns() - time.monotonic_ns()
+    scenario = Scenario(gpus=GPUS, clock="realtime", origin_ns=time.time_ns())
+    env = environment(build(default_cache()), scenario.write(folder / "gpus.scenario"), os.environ)
+    (folder / "sweep.yaml").write_text(SWEEP)
+    command = [sys.executable, "-m", "llem_ray", "submit", str(folder / "sweep.yaml"), "--results", str(folder / "runs")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next((folder / "runs").iterdir()), scenario, offset_ns
+
+
+def rows(run: Path, table: Any) -> list[dict[str, Any]]:
+    return read_table(run, table).to_pylist()
+
+
+def truth_j(scenario: Scenario, offset_ns: int, uuid: str, begin_ns: int, end_ns: int) -> float:
+    return scenario.energy_j(uuid, scenario.seconds(begin_ns + offset_ns), scenario.seconds(end_ns + offset_ns))
+
+
+def test_energy_is_that_of_the_leased_gpu_alone(run: tuple[Path, Scenario, int]) -> None:
+    path, scenario, offset_ns = run
+    trials = rows(path, "trials")
+    assert len(trials) == 4
+    for trial in trials:
+        assert trial["power_valid"], trial
+        assert trial["energy_method"] == "measured_counter"
+        (leased,) = [part.rpartition("/")[2] for part in trial["energy_covers"]]
+        true_j = truth_j(scenario, offset_ns, leased, trial["begin_ns"], trial["end_ns"])
+        assert trial["total_gpu_energy_j"] == pytest.approx(true_j, rel=0.012)
+        assert trial["energy_bound_lo_j"] <= true_j <= trial["energy_bound_hi_j"]
+        assert trial["joules_per_output_token"] == pytest.approx(trial["total_gpu_energy_j"] / trial["output_tokens"])
+        assert {device["uuid"] for device in trial["devices"]} == {gpu.uuid for gpu in GPUS}
+
+
+def test_idle_and_net_energy_are_signed_and_there(run: tuple[Path, Scenario, int]) -> None:
+    path, _, _ = run
+    for trial in rows(path, "trials"):
+        assert trial["idle_power_w"] > 0
+        assert trial["net_energy_j"] == pytest.approx(trial["total_energy_j"] - trial["idle_energy_j"])
+
+
+def test_every_guard_is_three_ticks(run: tuple[Path, Scenario, int]) -> None:
+    path, _, _ = run
+    guards_s = [row["duration_s"] for row in rows(path, "phases") if row["phase"] == "guard"]
+    assert guards_s
+    assert min(guards_s) >= 0.29
+
+
+def test_phases_tile_the_run_and_add_up_per_device(run: tuple[Path, Scenario, int]) -> None:
+    path, scenario, offset_ns = run
+    phases = rows(path, "phases")
+    for gpu in GPUS:
+        mine = sorted((row for row in phases if row["device_uuid"] == gpu.uuid), key=lambda row: row["begin_ns"])
+        for before, after in zip(mine, mine[1:], strict=False):
+            assert before["end_ns"] == after["begin_ns"], (before, after)
+        known = [row for row in mine if row["energy_j"] is not None]
+        assert known
+        true_j = sum(truth_j(scenario, offset_ns, gpu.uuid, row["begin_ns"], row["end_ns"]) for row in known)
+        assert sum(row["energy_j"] for row in known) == pytest.approx(true_j, rel=0.01)
+
+
+def test_the_other_gpu_is_unleased(run: tuple[Path, Scenario, int]) -> None:
+    path, _, _ = run
+    leased = {part.rpartition("/")[2] for trial in rows(path, "trials") for part in trial["energy_covers"]}
+    other = {gpu.uuid for gpu in GPUS} - leased
+    assert len(other) == 1
+    names = {row["phase"] for row in rows(path, "phases") if row["device_uuid"] in other}
+    assert "unleased" in names
+    assert "measured" not in names
+
+
+def test_environment_names_driver_and_gpus(run: tuple[Path, Scenario, int]) -> None:
+    path, scenario, _ = run
+    session = json.loads((path / "environment.json").read_text())["sessions"][0]
+    assert session["nvidia_drivers"] == [scenario.driver_version]
+    assert session["gpus"] == {"NVIDIA H200": 2}
