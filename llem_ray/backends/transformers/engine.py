@@ -237,7 +237,7 @@ def _tokenizer(config: BackendConfig, source: ModelSource, model_config: Any) ->
 def _notes(model: Any, source: ModelSource, tokenizer_origin: str) -> dict[str, str]:
     return {
         "engine": f"transformers {transformers.__version__}",
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a TorchVersion would make whoever unpickles the report import torch
         "attention": model.config._attn_implementation,
         "model": source.location,
         "tokenizer": tokenizer_origin,
