@@ -167,6 +167,7 @@ class Bookkeeper:
                 self._step()
                 self._wake.wait(self._nap_s())
                 self._wake.clear()
+            self._step()  # the last samples, for the phase that ends now
         except BaseException as error:
             LOG.exception("bookkeeping ended")
             self._error = error

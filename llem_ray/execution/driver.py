@@ -34,7 +34,6 @@ from llem_ray.results.writer import DatasetWriter
 LOG = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 60.0
-LAST_SPAN_TIMEOUT_S = 3.0
 PROGRESS_S = 1.0
 
 
@@ -205,7 +204,6 @@ class RunDriver:
                 self._book.phase = "finalise"
                 self._book.drain(DRAIN_TIMEOUT_S)
                 self._cover("finalise")
-                self._book.drain(LAST_SPAN_TIMEOUT_S)
         finally:
             self._book.end()
             self._meter.close()

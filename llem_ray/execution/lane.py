@@ -173,6 +173,7 @@ class GangLane:
         try:
             leased = run.waits.answer(gang.lease(), LEASE_TIMEOUT_S, "placement", may_stop=True)
             record = self._record = self._make_record(leased)
+            self._cover("startup")
             self._idle(record, "bare_idle", measure.idle_baseline_s)
             begin_ns = run.clock.monotonic_ns()
             run.book.phase = "load"
