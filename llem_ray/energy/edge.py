@@ -109,7 +109,8 @@ def _combine(line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: floa
     rate_w = np.diff(c) / np.maximum(np.diff(tau_s), 1e-6)
     x_s = x0_s - float(tau_s[k]) if k >= 0 else np.inf
     y_s = float(tau_s[k + 1]) - x0_s if k + 1 < len(c) else np.inf
-    left, right = _left_side(rate_w, c, k, x_s), _right_side(rate_w, c, k, y_s)
+    rate_rel = line.jitter_sd_s * float(np.sqrt(2.0)) / interval_s
+    left, right = _left_side(rate_w, c, k, x_s, rate_rel), _right_side(rate_w, c, k, y_s, rate_rel)
     if left is None or right is None:
         side = left or right
         assert side is not None  # there are two ticks or more
@@ -127,29 +128,29 @@ def _combine(line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: floa
     return value_j, u_j, step_w, bool(gap)
 
 
-def _left_side(rate_w: Float64, c_j: Float64, k: int, x_s: float) -> _Side | None:
+def _left_side(rate_w: Float64, c_j: Float64, k: int, x_s: float, rate_rel: float) -> _Side | None:
     """C_k + P_L x. ``rate_w[i]`` is the power between ticks i and i + 1."""
     if k < 0:
         return None
     across_w = float(rate_w[k]) if k < len(rate_w) else float(rate_w[-1])
     power_w = float(rate_w[k - 1]) if k >= 1 else across_w
     outer_w = float(rate_w[k - 2]) if k >= 2 else 0.5 * across_w
-    return _Side(float(c_j[k]) + power_w * x_s, _variance_j2(power_w, outer_w, x_s, LEFT_TRUST), power_w)
+    return _Side(float(c_j[k]) + power_w * x_s, _variance_j2(power_w, outer_w, x_s, LEFT_TRUST, rate_rel), power_w)
 
 
-def _right_side(rate_w: Float64, c_j: Float64, k: int, y_s: float) -> _Side | None:
+def _right_side(rate_w: Float64, c_j: Float64, k: int, y_s: float, rate_rel: float) -> _Side | None:
     """C_{k+1} - P_R y."""
     if k + 1 >= len(c_j):
         return None
     across_w = float(rate_w[max(k, 0)])
     power_w = float(rate_w[k + 1]) if k + 1 < len(rate_w) else across_w
     outer_w = float(rate_w[k + 2]) if k + 2 < len(rate_w) else 0.5 * across_w
-    return _Side(float(c_j[k + 1]) - power_w * y_s, _variance_j2(power_w, outer_w, y_s, RIGHT_TRUST), power_w)
+    return _Side(float(c_j[k + 1]) - power_w * y_s, _variance_j2(power_w, outer_w, y_s, RIGHT_TRUST, rate_rel), power_w)
 
 
-def _variance_j2(power_w: float, outer_w: float, reach_s: float, trust: float) -> float:
+def _variance_j2(power_w: float, outer_w: float, reach_s: float, trust: float, rate_rel: float) -> float:
     slope_w = max(trust * abs(power_w - outer_w), MIN_SLOPE_REL * power_w, MIN_SLOPE_W)
-    return (slope_w * reach_s) ** 2 + FLOOR_J2
+    return (slope_w**2 + (rate_rel * power_w) ** 2) * reach_s**2 + FLOOR_J2
 
 
 def _weigh(left: _Side, right: _Side, sd_s: float) -> tuple[float, float]:

@@ -58,8 +58,9 @@ class PowerCurve:
 
     def _step_w(self, at_s: float) -> float:
         reach_s = 1.5 * self.period_s + self.window_s
-        before, after = np.searchsorted(self.edge_s, [at_s - reach_s, at_s + reach_s]) - 1
-        return float(self.power_w[min(max(after, 0), len(self.power_w) - 1)] - self.power_w[max(before, 0)])
+        around = np.searchsorted(self.edge_s, [at_s - reach_s, at_s + reach_s]) - 1
+        before_w, after_w = self.power_w[np.clip(around, 0, len(self.power_w) - 1)]
+        return float(after_w - before_w)
 
 
 def staircase(

@@ -22,6 +22,18 @@ NEIGHBOURS: Final = 12
 MIN_SD_S: Final = 0.2e-3 / np.sqrt(3.0)
 """No tick is known better than a half-width of 0.2 ms."""
 
+CALIBRATED_REL: Final = 0.003
+GUESSED_REL: Final = 0.05
+"""One sigma of the period: a calibration of 2 s at 500 Hz, or the median time between changes of a trace."""
+
+SHARP_PERIODS: Final = 0.9
+"""Wider brackets say too little of which tick it was."""
+
+JITTER_FACTOR: Final = 2.0
+"""Irregularity over the widening that a line through 60 ticks needs; by simulation."""
+
+_JITTER_TICKS: Final = 60
+_JITTER_CHUNKS: Final = 3
 _SLOPES: Final = 25
 _UNIT: Final = np.linspace(-1.0, 1.0, _SLOPES)
 
@@ -40,6 +52,10 @@ class Ticks:
     """Usual time between polls."""
     regular: bool
     """The ticks are slower than the polls, so that a line through their brackets says more than each bracket."""
+    period_rel: float = 0.0
+    """One sigma of ``period_s``, relative."""
+    jitter_s: float = 0.0
+    """Half-width of each tick's own irregularity, as far as the brackets show it."""
 
     def __len__(self) -> int:
         return len(self.c_j)
@@ -58,6 +74,8 @@ class TickLine:
     """Index of the first in ``Ticks``."""
     tau_s: Float64
     sd_s: float
+    jitter_sd_s: float
+    """What each tick is off by on its own: it makes the power between two ticks uncertain."""
 
 
 def find_ticks(trace: Trace, calibration: Calibration, *, sample_period_s: float, origin_ns: int) -> Ticks:
@@ -82,6 +100,7 @@ def find_ticks(trace: Trace, calibration: Calibration, *, sample_period_s: float
         lo_s = np.maximum(before_s, t_s[changed] - hw_s[changed] - PERIOD_SLACK * period_s)
     elif len(changed) > 2:
         period_s = float(np.median(np.diff(hi_s)))
+    regular = period_s is not None and period_s >= SLOW_RATIO * sample_period_s
     return Ticks(
         origin_ns=origin_ns,
         lo_s=lo_s,
@@ -89,17 +108,35 @@ def find_ticks(trace: Trace, calibration: Calibration, *, sample_period_s: float
         c_j=c_j[changed],
         period_s=period_s,
         poll_s=sample_period_s,
-        regular=period_s is not None and period_s >= SLOW_RATIO * sample_period_s,
+        regular=regular,
+        period_rel=CALIBRATED_REL if calibration.tick_period_s is not None else GUESSED_REL,
+        jitter_s=_jitter(lo_s[1:], hi_s[1:], period_s) if regular and period_s is not None else 0.0,
     )
+
+
+def _jitter(lo_s: Float64, hi_s: Float64, period_s: float) -> float:
+    """By how much brackets must be widened until a line passes through 60 of them in a row: the median over the trace.
+
+    A stretch as short as that of ``tick_line`` would often hide the irregularity in the width of its brackets.
+    """
+    starts = np.linspace(0, max(0, len(lo_s) - _JITTER_TICKS), _JITTER_CHUNKS).astype(int)
+    slacks_s = []
+    for start in np.unique(starts):
+        lo, hi = lo_s[start : start + _JITTER_TICKS], hi_s[start : start + _JITTER_TICKS]
+        sharp = hi - lo <= SHARP_PERIODS * period_s
+        if np.count_nonzero(sharp) >= 4:
+            number, b_s = _number((lo + hi) / 2, sharp, period_s, float(lo[len(lo) // 2]))
+            slacks_s.append(_polygon(lo[sharp], hi[sharp], number[sharp], b_s, (period_s, GUESSED_REL)).slack_s)
+    return JITTER_FACTOR * float(np.median(slacks_s)) if slacks_s else 0.0
 
 
 def tick_line(ticks: Ticks, x0_s: float) -> TickLine:
     """Times of the ticks around ``x0_s``, each within its bracket.
 
-    Regular ticks lie on a line tau = a + b n that passes through every bracket. All lines that do are equally likely, so the
-    estimate is the centre of that polygon in (a, b), and its standard deviation comes with it: unlike the residuals of a least
-    squares line it stays honest when polls are locked to ticks. Where no line passes (ticks are irregular) the brackets are
-    widened by what is missing.
+    Regular ticks lie on a line tau = a + b n that passes through every bracket. All lines that do are equally likely, given what
+    is known of the period, so the estimate is the centre of that polygon in (a, b), and its standard deviation comes with it:
+    unlike the residuals of a least squares line it stays honest when polls are locked to ticks. Brackets are widened by the
+    ticks' own irregularity, and by more where no line passes all the same.
     """
     centre = int(np.searchsorted(ticks.hi_s, x0_s))
     first, last = max(0, centre - NEIGHBOURS), min(len(ticks), centre + NEIGHBOURS)
@@ -108,13 +145,18 @@ def tick_line(ticks: Ticks, x0_s: float) -> TickLine:
     if not ticks.regular or ticks.period_s is None:
         near = slice(max(0, centre - first - 2), centre - first + 2)
         sd_s = float(width_s[near].max(initial=0.0)) / np.sqrt(12.0)
-        return TickLine(first, middle_s, max(sd_s, MIN_SD_S))
-    sharp = width_s <= 0.9 * ticks.period_s
+        return TickLine(first, middle_s, max(sd_s, MIN_SD_S), 0.0)
+    sharp = width_s <= SHARP_PERIODS * ticks.period_s
     if np.count_nonzero(sharp) < 4:
-        return TickLine(first, middle_s, max(float(width_s.mean()) / np.sqrt(12.0), MIN_SD_S))
+        return TickLine(first, middle_s, max(float(width_s.mean()) / np.sqrt(12.0), MIN_SD_S), 0.0)
     number, b_s = _number(middle_s, sharp, ticks.period_s, x0_s)
-    tau_s, sd_s = _polygon(lo_s, hi_s, number, sharp, b_s)
-    return TickLine(first, np.clip(tau_s, lo_s, hi_s), max(sd_s, MIN_SD_S))
+    jitter_s = ticks.jitter_s
+    line = _polygon(lo_s[sharp] - jitter_s, hi_s[sharp] + jitter_s, number[sharp], b_s, (ticks.period_s, ticks.period_rel))
+    own_s = jitter_s + line.slack_s
+    tau_s = line.a_s + line.b_s * number
+    tau_s = (np.clip(tau_s - own_s, lo_s, hi_s) + np.clip(tau_s + own_s, lo_s, hi_s)) / 2
+    jitter_sd_s = own_s / float(np.sqrt(3.0))
+    return TickLine(first, tau_s, max(float(np.hypot(line.sd_s, jitter_sd_s)), MIN_SD_S), jitter_sd_s)
 
 
 def _number(middle_s: Float64, sharp: np.ndarray, period_s: float, x0_s: float) -> tuple[Float64, float]:
@@ -134,30 +176,38 @@ def _number(middle_s: Float64, sharp: np.ndarray, period_s: float, x0_s: float) 
     return np.round((relative_s - a_s) / b_s), b_s
 
 
-def _polygon(lo_s: Float64, hi_s: Float64, number: Float64, sharp: np.ndarray, b_s: float) -> tuple[Float64, float]:
-    """Centre of the polygon of lines through all sharp brackets, as tick times, and the sd of the line at number 0."""
-    n, lo, hi = number[sharp], lo_s[sharp], hi_s[sharp]
-    reach = max(float(n.max() - n.min()), 1.0)
-    half_b_s = 2.0 * float((hi - lo).max()) / reach
-    slack_s = 0.0
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """tau = a + b n, the sd of a, and by how much the brackets had to be widened."""
+
+    a_s: float
+    b_s: float
+    sd_s: float
+    slack_s: float
+
+
+def _polygon(lo: Float64, hi: Float64, n: Float64, b_s: float, period: tuple[float, float]) -> _Line:
+    """Centre and spread of the polygon of lines through all brackets, slope by slope; twice zoomed in.
+
+    ``period`` is the period and its relative sigma: slopes count as much as they agree with it.
+    """
+    half_b_s = 2.0 * float((hi - lo).max()) / max(float(np.ptp(n)), 1.0)
     for _ in range(3):
         slopes_s = b_s + half_b_s * _UNIT
         shifts_s = slopes_s[:, None] * n
         upper_s, lower_s = (hi - shifts_s).min(axis=1), (lo - shifts_s).max(axis=1)
-        room_s = upper_s - lower_s
-        best = int(room_s.argmax())
-        slack_s = max(0.0, -float(room_s[best])) * 0.6
-        weight = np.maximum(room_s + 2 * slack_s, 0.0)
-        weight[best] = max(weight[best], 1e-9)
-        inside = np.flatnonzero(weight)
-        step_s = half_b_s / (_SLOPES // 2)
-        b_s = float(slopes_s[inside[0]] + slopes_s[inside[-1]]) / 2
-        if len(inside) > _SLOPES // 2:
+        slack_s = max(0.0, -0.6 * float((upper_s - lower_s).max()))
+        room_s = np.maximum(upper_s - lower_s + 2 * slack_s, 0.0)
+        inside = np.flatnonzero(room_s)
+        if len(inside) == 0 or len(inside) > _SLOPES // 2:
             break
-        half_b_s = max((float(slopes_s[inside[-1]] - slopes_s[inside[0]]) / 2 + step_s), 1e-9)
+        b_s = float(slopes_s[inside[0]] + slopes_s[inside[-1]]) / 2
+        half_b_s = float(slopes_s[inside[-1]] - slopes_s[inside[0]]) / 2 + half_b_s / (_SLOPES // 2)
+    distance = ((slopes_s - period[0]) / (period[1] * period[0])) ** 2 / 2
+    weight = np.maximum(room_s, 1e-12)
+    weight = weight * np.exp(distance[room_s.argmax()] - distance).clip(1e-12, 1e12)
     weight = weight / weight.sum()
     centre_s = (upper_s + lower_s) / 2
-    a_mean_s, b_mean_s = float(weight @ centre_s), float(weight @ slopes_s)
-    room_s = np.maximum(room_s + 2 * slack_s, 0.0)
-    variance = float(weight @ (room_s**2 / 12 + (centre_s - a_mean_s) ** 2)) + slack_s**2 / 3
-    return a_mean_s + b_mean_s * number, float(np.sqrt(variance))
+    a_s = float(weight @ centre_s)
+    variance_s2 = float(weight @ (room_s**2 / 12 + (centre_s - a_s) ** 2))
+    return _Line(a_s, float(weight @ slopes_s), float(np.sqrt(variance_s2)), slack_s)

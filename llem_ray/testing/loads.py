@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from llem_ray.core.power import Float64
 
@@ -56,15 +57,15 @@ class SegmentLoad:
 
     def __init__(self, segments: Iterable[Segment]) -> None:
         listed = list(segments)
-        self._t_s = np.array([segment.t_s for segment in listed])
-        self._power_w = np.array([segment.power_w for segment in listed])
+        self._t_s: Float64 = np.array([segment.t_s for segment in listed])
+        self._power_w: Float64 = np.array([segment.power_w for segment in listed])
         if not listed or np.any(np.diff(self._t_s) <= 0):
             raise ValueError("a load needs segments that begin at ascending times")
         linear = np.array([segment.kind == "linear" for segment in listed[:-1]], dtype=bool)
         span_s = np.diff(self._t_s)
         rise_w = np.where(linear, np.diff(self._power_w), 0.0)
-        self._slope = np.append(rise_w / span_s, 0.0)
-        self._cumulative_j = np.concatenate(([0.0], np.cumsum((self._power_w[:-1] + rise_w / 2) * span_s)))
+        self._slope: Float64 = np.append(rise_w / span_s, 0.0)
+        self._cumulative_j: Float64 = np.concatenate(([0.0], np.cumsum((self._power_w[:-1] + rise_w / 2) * span_s)))
 
     def power_w(self, t_s: Float64) -> Float64:
         """Power at each time, W; at a jump the power after it."""
@@ -97,7 +98,7 @@ class SegmentLoad:
             last_w = result[-1].power_w + self._slope[at[-1]] * (t1_s - result[-1].t_s)
         return [*result, Segment(float(t1_s), float(last_w))]
 
-    def _locate(self, t_s: Float64) -> tuple[np.ndarray, Float64]:
+    def _locate(self, t_s: Float64) -> tuple[npt.NDArray[np.intp], Float64]:
         t_s = np.asarray(t_s, dtype=np.float64)
         at = np.maximum(np.searchsorted(self._t_s, t_s, "right") - 1, 0)
         return at, t_s - self._t_s[at]

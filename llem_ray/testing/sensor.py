@@ -29,7 +29,7 @@ class SensorModel:
     """Instant power is the mean over this long before its tick."""
     average_window_s: float = 1.0
     poll_s: float = 0.05
-    poll_jitter_s: float = 0.002
+    poll_jitter_s: float = 0.01
     """Each poll is late by up to this much."""
     call_s: float = 100e-6
     """Time of one read; its stamp is the middle."""
