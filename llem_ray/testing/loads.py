@@ -75,7 +75,8 @@ class SegmentLoad:
     def cumulative_j(self, t_s: Float64) -> Float64:
         """Energy from the first segment's begin to each time, J; negative before it."""
         at, into_s = self._locate(t_s)
-        return self._cumulative_j[at] + self._power_w[at] * into_s + self._slope[at] * np.maximum(into_s, 0.0) ** 2 / 2
+        ramped_j: Float64 = self._slope[at] * np.maximum(into_s, 0.0) ** 2 / 2
+        return self._cumulative_j[at] + self._power_w[at] * into_s + ramped_j
 
     def energy_j(self, t0_s: float, t1_s: float) -> float:
         """Exact energy between two times, J."""
