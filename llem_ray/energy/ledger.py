@@ -10,7 +10,7 @@ import numpy as np
 
 from llem_ray.core.energy import Phase, PhaseEnergy, PhaseSpan, Window
 from llem_ray.core.errors import TilingError
-from llem_ray.core.power import Calibration, Device, Method, Trace
+from llem_ray.core.power import Calibration, Device, Float64, Method, Trace
 from llem_ray.core.units import NS_PER_S
 from llem_ray.energy.edge import Edge, counter_at
 from llem_ray.energy.estimator import counter_quantum_j, edge_margin_s, power_curve, power_max_w, span_energy
@@ -247,13 +247,25 @@ class DeviceLedger:
             seen = coverage(trace, trace.energy_mj, window, self.sample_period_s)
             notes = {"coverage": f"{seen:.3f}"} if seen < LOW_COVERAGE else {}
             return self._part(span, end.c_j - begin.c_j, energy.u_j, "measured_counter", notes=notes)
-        reached = trace.between(span.begin_ns - 2 * NS_PER_S, span.end_ns + 2 * NS_PER_S)
-        if curve is None or not np.isfinite(np.concatenate((reached.power_mw, reached.power_avg_mw))).any():
-            return self._part(span, None, None, "unavailable", reason or "no samples")
+        column = trace.power_mw if np.isfinite(trace.power_mw).any() else trace.power_avg_mw
+        seen = coverage(trace, column, window, self.sample_period_s)
+        if curve is None or (seen < LOW_COVERAGE and not self._nearly_sampled(trace, column, span)):
+            told = f"{seen:.0%} of the span was sampled" if seen else "not sampled"
+            return self._part(span, None, None, "unavailable", reason if reason and "reset" in reason else told)
         energy_j = max(0.0, curve.energy_j(span.begin_ns, span.end_ns))
         method: Method = "estimated_model" if self.device.method == "estimated_model" else "measured_power_integral"
         notes = {"counter": reason} if reason and method != "estimated_model" else {}
         return self._part(span, energy_j, curve.u_j(span.begin_ns, span.end_ns), method, notes=notes)
+
+    def _nearly_sampled(self, trace: Trace, column: Float64, span: PhaseSpan) -> bool:
+        """A span of a poll or two may hold no reading, yet readings within two polls on both sides tell its power."""
+        reach_ns = round(2 * self.sample_period_s * NS_PER_S)
+        if span.end_ns - span.begin_ns > reach_ns:
+            return False
+        t_ns = trace.t_ns[np.isfinite(column)]
+        first, last = np.searchsorted(t_ns, [span.begin_ns, span.end_ns])
+        before = first > 0 and span.begin_ns - t_ns[first - 1] <= reach_ns
+        return bool(before and last < len(t_ns) and t_ns[last] - span.end_ns <= reach_ns)
 
     def _counter_fault(self, trace: Trace, window: Window, begin: Edge | None, end: Edge | None) -> str | None:
         """Why the counter cannot be used between two edges."""

@@ -237,3 +237,21 @@ def check_foreign_load(
     if idle_power_w is not None and baseline_power_w is not None and idle_power_w > (1 + FOREIGN_POWER_REL) * baseline_power_w:
         flags.append(flag("foreign_process", f"idle at {idle_power_w:.1f} W, the baseline is {baseline_power_w:.1f} W"))
     return tuple(flags)
+
+
+def check_errors(errors: Sequence[tuple[int, str]], begin_ns: int, end_ns: int) -> tuple[Flag, ...]:
+    """gpu_lost and zero_reading, from the reasons that samples inside the window give for missing readings.
+
+    Args:
+        errors: (t_ns, reason) of one device's samples; reasons are joined by semicolons, each
+            begins with its code and a colon.
+        begin_ns: Begin of the window.
+        end_ns: End of the window.
+    """
+    flags: list[Flag] = []
+    reasons = [part.strip() for t_ns, text in errors if begin_ns <= t_ns <= end_ns for part in text.split(";")]
+    for code in ("gpu_lost", "zero_reading"):
+        seen = [reason for reason in reasons if reason.partition(":")[0] == code]
+        if seen:
+            flags.append(flag(code, f"{len(seen)} samples: {seen[0].partition(':')[2].strip() or code}"))
+    return tuple(flags)

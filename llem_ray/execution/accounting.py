@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from llem_ray.core.energy import Baseline, EnergyReading, EnergyTotal, Flag, PhaseEnergy, PhaseSpan, Window
@@ -15,7 +16,7 @@ from llem_ray.energy.estimator import read_window
 from llem_ray.energy.idle import idle_baseline, net_energy, sum_net
 from llem_ray.energy.ledger import DeviceLedger
 from llem_ray.energy.total import sum_readings
-from llem_ray.energy.validity import check_foreign_load, flag
+from llem_ray.energy.validity import check_errors, check_foreign_load, flag
 from llem_ray.execution.meter import Meter
 from llem_ray.execution.placement import GPU_SCOPES
 from llem_ray.execution.records import AttemptEnded, GangRecord, IdleTaken, LoadEnded, SpansAdded
@@ -103,7 +104,8 @@ class Accounts:
 
     def _read(self, gang: GangRecord, device: Device, window: Window) -> EnergyReading:
         idle = gang.resident.get(device.uuid) or gang.bare.get(device.uuid)
-        return read_window(
+        errors = self._meter.errors(gang.node, device.uuid, window.begin_ns, window.end_ns)
+        reading = read_window(
             device=device,
             calibration=self._meter.calibration(gang.node, device),
             trace=self._trace(gang.node, device, window.begin_ns, window.end_ns),
@@ -113,6 +115,7 @@ class Accounts:
             idle_power_w=idle.power_w if idle else None,
             states=self._meter.states(gang.node, device.uuid, window.begin_ns - ns_from_s(2.0), window.end_ns),
         )
+        return replace(reading, flags=(*reading.flags, *check_errors(errors, window.begin_ns, window.end_ns)))
 
     def _trace(self, node: str, device: Device, begin_ns: int, end_ns: int) -> Trace:
         margin_ns = ns_from_s(self._meter.margin_s(node, device))

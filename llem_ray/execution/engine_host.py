@@ -145,6 +145,7 @@ class EngineHost:
                 vocab_size=self._report.vocab_size,
                 context_tokens=self._report.context_tokens,
                 prompts=load_prompts(workload.prompts, self._base_dir),
+                special_token_ids=self._report.special_token_ids,
             )
             self._requests[key] = tuple(batches(requests, workload.batch_size))
         return self._requests[key]

@@ -107,6 +107,10 @@ class Meter:
         """Slow-lane readings of one device."""
         return self._nodes[node].buffer.states(uuid, begin_ns, end_ns)
 
+    def errors(self, node: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[tuple[int, str], ...]:
+        """(t_ns, why) of the device's samples that lack a reading."""
+        return self._nodes[node].buffer.errors(uuid, begin_ns, end_ns)
+
     def is_sampled_until(self, t_ns: int) -> bool:
         """Every device has been sampled far enough past ``t_ns`` for an edge there to be final."""
         for name, node in self._nodes.items():

@@ -155,6 +155,12 @@ class RaySampler:
 class _EngineActor(EngineHost):
     """EngineHost that learns its GPUs from Ray."""
 
+    def __init__(self, *args: Any, threads_are_ours: bool, **kwargs: Any) -> None:
+        if not threads_are_ours:
+            # Ray sets it to the actor's CPUs, of which we ask none: one thread, where the engine would choose its own number.
+            os.environ.pop("OMP_NUM_THREADS", None)
+        super().__init__(*args, **kwargs)
+
     def lease(self, gpu_ids: tuple[str, ...] = ()) -> Leased:
         ray = _import_ray()
         ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
@@ -162,14 +168,9 @@ class _EngineActor(EngineHost):
 
 
 class EmbeddedRayExecutor:
-    """A Ray of our own on this host: bound to 127.0.0.1, with a random token, gone when this process is.
+    """A Ray of our own on this host: bound to 127.0.0.1, with a random token, gone when this process is."""
 
-    Args:
-        start_timeout_s: Deadline for Ray to start.
-    """
-
-    def __init__(self, start_timeout_s: float = 60.0) -> None:
-        self._start_timeout_s = start_timeout_s
+    def __init__(self) -> None:
         self._temp_dir: Path | None = None
         self._logs = Path()
 
@@ -225,7 +226,15 @@ class EmbeddedRayExecutor:
             concurrency_groups={"watch": 1},
             runtime_env=hidden,
         )(_EngineActor)
-        return RayGang(actor.remote(experiment.model, experiment.engine, group.gpus, base_dir, cache_dir), self._logs)
+        made = actor.remote(
+            experiment.model,
+            experiment.engine,
+            group.gpus,
+            base_dir,
+            cache_dir,
+            threads_are_ours="OMP_NUM_THREADS" in os.environ,
+        )
+        return RayGang(made, self._logs)
 
     def facts(self) -> Mapping[str, str]:
         """For the environment record."""
