@@ -2,36 +2,61 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 
 import click
 
-from llem_ray.execution.doctor import HostReport, examine_host
+from llem_ray.cli.output import echo_json
+from llem_ray.cli.sweeps import AS_JSON
+from llem_ray.execution.doctor import EngineCheck, HostReport, SourceCheck, examine_host
+from llem_ray.reporting.numbers import count_noun
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@AS_JSON
 def doctor(as_json: bool) -> None:
-    """Say what works on this host: engines, power sources, versions."""
+    """Say what works on this host, and why the rest does not.
+
+    Imports every inference engine and opens every power source; loads no model, measures nothing.
+    """
     report = examine_host()
-    click.echo(json.dumps(report.as_dict(), indent=2, default=str) if as_json else "\n".join(_lines(report)))
+    if as_json:
+        echo_json(report.as_dict())
+    else:
+        click.echo("\n".join(_lines(report)))
 
 
-def _lines(report: HostReport) -> list[str]:
-    lines = ["versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items())]
-    lines.append(f"host: {report.host.get('cpu_model') or 'unknown CPU'}, kernel {report.host.get('kernel')}")
-    lines.append("engines:")
+def _lines(report: HostReport) -> Iterator[str]:
+    host = report.host
+    yield "versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    cpu = f"{host['cpu_model'] or 'unknown CPU'}, {count_noun(host['cpu_count_logical'] or 1, 'logical CPU')}"
+    memory = f"{host['memory_bytes'] / 2**30:.1f} GiB"
+    facts = (cpu, memory, f"kernel {host['kernel']}", f"CPU governor {host['cpu_governor'] or 'unknown'}")
+    yield f"host: {', '.join(facts)}, NVIDIA driver {host.get('nvidia_driver') or 'none'}"
+    yield "inference engines:"
     for engine in report.engines:
-        versions = ", ".join(f"{name} {version}" for name, version in engine.versions.items())
-        lines.append(_line(engine.name, engine.importable, versions, engine.problem))
-    lines.append("power sources:")
+        yield from _engine(engine)
+    yield "power sources:"
     for source in report.sources:
-        lines.append(_line(source.name, source.problem is None, ", ".join(source.devices), source.problem))
+        yield from _source(source)
     if not report.can_measure:
-        lines.append("nothing on this host measures power: energies will be null, and estimates marked est.")
-    return lines
+        yield "Nothing on this host measures power: energies will be null with the reason, and estimates marked est."
 
 
-def _line(name: str, works: bool, facts: str, problem: str | None) -> str:
-    told = facts if works else (problem or "").replace("\n", " ")
-    return f"  {'ok ' if works else 'no '} {name:<14} {told}".rstrip()
+def _engine(engine: EngineCheck) -> Iterator[str]:
+    told = ", ".join(f"{name} {version}" for name, version in engine.versions.items())
+    yield from _entry(engine.name, told or "built in, for trying things out", engine.problem)
+
+
+def _source(source: SourceCheck) -> Iterator[str]:
+    yield from _entry(source.name, count_noun(len(source.devices), "device"), source.problem)
+    for device in source.devices:
+        reason = f": {device.reason}" if device.reason else ""
+        yield f"{'':20}{device.name} [{device.uuid}] {device.scope}, {device.method}{reason}"
+
+
+def _entry(name: str, facts: str, problem: str | None) -> Iterator[str]:
+    first, *rest = (problem or facts).splitlines()
+    yield f"  {'no' if problem else 'ok'}  {name:<14}{first}"
+    for line in rest:
+        yield f"{'':20}{line.strip()}"

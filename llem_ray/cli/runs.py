@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
+from typing import Final
 
 import click
 from rich.console import Console
 
-from llem_ray.cli.sweeps import RESULTS_DIR
+from llem_ray.cli.output import echo_json
+from llem_ray.cli.sweeps import AS_JSON, RESULTS_DIR
 from llem_ray.core.errors import ResultsError
-from llem_ray.execution.status import RunStatus, read_status
+from llem_ray.execution.status import RunStatus, planned_trials, read_status
+from llem_ray.reporting.numbers import count_noun
 from llem_ray.reporting.summary import summarise_run
 from llem_ray.reporting.tables import run_table
-from llem_ray.results.export import export_run
+from llem_ray.results.export import EXPORT_FORMATS, ExportFormat, export_run
 from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import find_run
+from llem_ray.results.schema import TABLE_NAMES, TableName
 
 RUN = click.argument("run")
-POLL_S = 1.0
+"""A run's name, the beginning of exactly one name, or a path."""
+POLL_S: Final = 1.0
 
 
 @click.command()
 @RUN
 @RESULTS_DIR
-@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
+@AS_JSON
 def status(run: str, results_dir: Path, as_json: bool) -> None:
-    """Say how far RUN is: a name, the beginning of one, or a path."""
+    """Say how far RUN is.
+
+    RUN is a name, the beginning of exactly one name, or a path; so it is for all commands below.
+    """
     found = read_status(find_run(results_dir, run))
-    click.echo(json.dumps(found.as_dict()) if as_json else _status_line(found))
+    if as_json:
+        echo_json(found.as_dict())
+    else:
+        click.echo(_status_line(found))
 
 
 @click.command()
 @RUN
 @RESULTS_DIR
 def watch(run: str, results_dir: Path) -> None:
-    """Follow RUN until it ends. Ctrl-C stops watching, not the run."""
+    """Follow RUN until it ends.
+
+    Prints a line whenever a trial begins or ends. Ctrl-C stops watching, not the run.
+    """
     directory = find_run(results_dir, run)
+    planned = planned_trials(directory)
     seen = ""
     while True:
-        found = read_status(directory)
+        found = read_status(directory, planned)
         line = _status_line(found)
         if line != seen:
             click.echo(line)
@@ -60,13 +75,17 @@ def logs(run: str, results_dir: Path, follow: bool) -> None:
     """Print RUN's log."""
     directory = find_run(results_dir, run)
     if not directory.log_path.exists():
-        raise ResultsError(f"{directory.name} has no log yet")
-    with directory.log_path.open(encoding="utf-8", errors="replace") as file:
-        while True:
-            click.echo(file.read(), nl=False)
-            if not follow or not read_status(directory).running:
-                return
-            time.sleep(POLL_S)
+        raise ResultsError(f"{directory.name} has no log: {directory.log_path} is not there")
+    try:
+        with directory.log_path.open(encoding="utf-8", errors="replace") as file:
+            while True:
+                running = follow and directory.is_locked()
+                click.echo(file.read(), nl=False)
+                if not running:
+                    return
+                time.sleep(POLL_S)
+    except PermissionError as error:
+        raise ResultsError(f"cannot read {directory.log_path}: {error.strerror}") from error
 
 
 @click.command()
@@ -74,28 +93,34 @@ def logs(run: str, results_dir: Path, follow: bool) -> None:
 @RESULTS_DIR
 @click.option("--now", is_flag=True, help="Abort the running trial instead of finishing it.")
 def stop(run: str, results_dir: Path, now: bool) -> None:
-    """Stop RUN after its running trial; what is done stays and `submit` resumes it."""
+    """Stop RUN, to be resumed later.
+
+    The running trial is finished first. What is done is kept, and `submit` of the same sweep goes on from there.
+    """
     directory = find_run(results_dir, run)
     holder = directory.holder()
     if holder is None:
         raise ResultsError(f"{directory.name} is not running")
     pid, host = holder
-    if host != os.uname().nodename:
-        raise ResultsError(f"{directory.name} runs on {host}", f"stop it there: kill -INT {pid}")
-    os.kill(pid, signal.SIGTERM if now else signal.SIGINT)
-    click.echo(f"asked process {pid} to stop" + (" now" if now else " after the running trial"))
+    if host != socket.gethostname():
+        raise ResultsError(f"{directory.name} runs on {host}", f"stop it there: kill -{'TERM' if now else 'INT'} {pid}")
+    try:
+        os.kill(pid, signal.SIGTERM if now else signal.SIGINT)
+    except OSError as error:
+        raise ResultsError(f"process {pid}, which runs {directory.name}, cannot be signalled: {error.strerror}") from error
+    click.echo(f"asked process {pid} to stop {directory.name} " + ("now" if now else "after its running trial"))
 
 
 @click.command()
 @RUN
 @RESULTS_DIR
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@AS_JSON
 def show(run: str, results_dir: Path, as_json: bool) -> None:
-    """Print RUN's results."""
+    """Print RUN's results, also while it runs."""
     directory = find_run(results_dir, run)
     summary = summarise_run(directory.name, read_table(directory.path, "trials").to_pylist())
     if as_json:
-        click.echo(json.dumps(summary.as_dict(), indent=2))
+        echo_json(summary.as_dict())
     else:
         Console().print(run_table(summary, directory.path))
 
@@ -103,30 +128,30 @@ def show(run: str, results_dir: Path, as_json: bool) -> None:
 @click.command()
 @RUN
 @RESULTS_DIR
-@click.option("--to", "fmt", type=click.Choice(["csv", "json", "parquet"]), required=True, help="Format.")
-@click.option(
-    "--table",
-    type=click.Choice(["trials", "requests", "power", "states", "phases", "nodes"]),
-    default="trials",
-    show_default=True,
-    help="Table.",
-)
+@click.option("--to", "fmt", type=click.Choice(EXPORT_FORMATS), required=True, help="Format of the file.")
+@click.option("--table", type=click.Choice(TABLE_NAMES), default="trials", show_default=True, help="Table to write.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.argument("dest", type=click.Path(path_type=Path))
-def export(run: str, results_dir: Path, fmt: str, table: str, force: bool, dest: Path) -> None:
-    """Write a table of RUN to the file DEST."""
+def export(run: str, results_dir: Path, fmt: ExportFormat, table: TableName, force: bool, dest: Path) -> None:
+    """Write a table of RUN to the file DEST.
+
+    When DEST is a folder the file is named after run and table.
+    """
     directory = find_run(results_dir, run)
-    rows = export_run(directory.path, fmt, dest, table=table, force=force)  # type: ignore[arg-type]
-    click.echo(f"wrote {rows} rows of {table} to {dest}")
+    path = dest / f"{directory.name}-{table}.{fmt}" if dest.is_dir() else dest
+    rows = export_run(directory.path, fmt, path, table=table, force=force)
+    click.echo(f"wrote {count_noun(rows, 'row')} of {table} to {path}")
 
 
 def _status_line(found: RunStatus) -> str:
-    state = "running" if found.running else "finished" if not found.left else "unfinished"
-    parts = [f"{found.name}: {state}", f"{found.done}/{found.total} trials done"]
+    state = "running" if found.running else "unfinished" if found.left else "finished"
+    parts = [f"{found.name}: {state}", f"{found.done} of {count_noun(found.total, 'trial')} done"]
     if found.failed:
         parts.append(f"{found.failed} failed")
+    if found.measuring is not None:
+        parts.append(f"now {found.measuring}")
     if found.running and found.pid is not None:
-        parts.append(f"process {found.pid}")
+        parts.append(f"process {found.pid} on {found.host}")
     if state == "unfinished":
         parts.append("submit the same sweep again to resume it")
     return ", ".join(parts)

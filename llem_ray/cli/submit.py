@@ -12,11 +12,12 @@ import click
 from rich.console import Console
 
 from llem_ray import __version__
-from llem_ray.cli.sweeps import RESULTS_DIR, SET, SWEEP, build_plan, load
+from llem_ray.cli.output import INTERRUPTED, SOME_FAILED
+from llem_ray.cli.sweeps import RESULTS_DIR, SET, SWEEP, build_plan
 from llem_ray.config.resolved import dump_sweep
+from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import EnergyGateError
 from llem_ray.core.plan import Plan
-from llem_ray.core.progress import Progress
 from llem_ray.core.spec import Sweep
 from llem_ray.execution.calls import Executor
 from llem_ray.execution.driver import RunDriver, RunOptions, RunResult
@@ -25,14 +26,14 @@ from llem_ray.execution.preflight import check_plan, process_start_ns
 from llem_ray.execution.ray.executor import EmbeddedRayExecutor
 from llem_ray.planning.serialise import plan_to_dict
 from llem_ray.power.sources import count_gpus
+from llem_ray.reporting.numbers import count_noun
 from llem_ray.reporting.progress import open_progress
 from llem_ray.reporting.summary import summarise_run
 from llem_ray.reporting.tables import run_table
 from llem_ray.results.reader import read_table, settled_state
 from llem_ray.results.rundir import RunDirectory, latest_run
 
-SOME_FAILED = 3
-INTERRUPTED = 130
+LOG = logging.getLogger(__name__)
 
 
 @click.command()
@@ -43,7 +44,7 @@ INTERRUPTED = 130
 @click.option("--retry-failed", is_flag=True, help="Try trials again that failed for good.")
 @click.option("--allow-mixed", is_flag=True, help="Resume although engine, driver, GPUs or llem-ray changed since.")
 @click.option("--require-energy", is_flag=True, help="Exit with 4 unless every trial has a valid measured energy.")
-@click.option("--inline", is_flag=True, help="Run engine and sampler in this process, without Ray: for debugging.")
+@click.option("--inline", is_flag=True, help="Run engine and sampler in this process, without Ray or GPUs: for debugging.")
 def submit(
     sweep: Path,
     overrides: tuple[str, ...],
@@ -53,87 +54,113 @@ def submit(
     allow_mixed: bool,
     require_energy: bool,
     inline: bool,
-) -> None:
-    """Run SWEEP on this machine, or resume it where it was interrupted."""
+) -> int:
+    """Run SWEEP on this machine, or resume it.
+
+    The results table goes to stdout, progress to stderr. Ctrl-C finishes the running trial and leaves a run that the same command
+    resumes; a second Ctrl-C aborts the trial. Of a run that is finished it prints the results.
+    """
     begin_ns = process_start_ns()
     gpus = 0 if inline else count_gpus()
-    loaded = load(sweep, overrides)
+    loaded = load_sweep(sweep, overrides=overrides)
     plan = build_plan(loaded, results_dir, gpus)
-    cache_dir = Path(os.environ.get("LLEM_RAY_CACHE") or Path.home() / ".cache" / "llem-ray")
-    check_plan(plan, gpus, str(cache_dir))
-    rundir = _open_rundir(results_dir, plan, loaded, again)
-    with rundir.lock(), _log_to(rundir.log_path):
-        if _is_settled(rundir, plan, retry_failed):
-            click.echo(f"{rundir.name} is finished; --again starts a new run of the same sweep", err=True)
-            result = None
-        else:
-            options = RunOptions(
-                begin_ns=begin_ns,
-                cache_dir=str(cache_dir),
-                retry_failed=retry_failed,
-                allow_mixed=allow_mixed,
-                facts={"llem_ray": __version__},
-            )
-            executor: Executor = InlineExecutor() if inline else EmbeddedRayExecutor()
-            with open_progress(Console(stderr=True)) as progress:
-                result = _run(plan, rundir, executor, options, progress)
-    _report(rundir, plan, result, require_energy)
-
-
-def _run(plan: Plan, rundir: RunDirectory, executor: Executor, options: RunOptions, progress: Progress) -> RunResult:
-    progress.message(f"run {rundir.name}: {len(plan.trials)} trials, {len(plan.groups)} model loads, results in {rundir.path}")
-    return RunDriver(plan, rundir, executor, options, progress).run()
-
-
-def _open_rundir(results_dir: Path, plan: Plan, sweep: Sweep, again: bool) -> RunDirectory:
-    """The run to resume, or a new one with its sweep and plan written down."""
     existing = None if again else latest_run(results_dir, plan.run_name)
+    if existing is not None and _is_settled(RunDirectory.open(existing), plan, retry_failed):
+        click.echo(f"{existing.name} is finished; --again starts a new run of the same sweep", err=True)
+        return _report(RunDirectory.open(existing), plan, None, require_energy)
+    cache_dir = _cache_dir()
+    check_plan(plan, gpus, str(cache_dir))
     rundir = RunDirectory.create(results_dir, plan.run_name, again=again) if existing is None else RunDirectory.open(existing)
+    options = RunOptions(
+        begin_ns=begin_ns,
+        cache_dir=str(cache_dir),
+        retry_failed=retry_failed,
+        allow_mixed=allow_mixed,
+        facts={"llem_ray": __version__},
+    )
+    with rundir.lock(), _log_to(rundir.log_path):
+        result = _run(plan, loaded, rundir, InlineExecutor() if inline else EmbeddedRayExecutor(), options)
+    return _report(rundir, plan, result, require_energy)
+
+
+def _run(plan: Plan, sweep: Sweep, rundir: RunDirectory, executor: Executor, options: RunOptions) -> RunResult:
+    """One session of the run, with its sweep and plan written down before anything starts."""
     if not rundir.has_json("plan"):
         rundir.check_writable()
         rundir.write_text("sweep.json", dump_sweep(sweep))
         rundir.write_json("plan", plan_to_dict(plan))
-    return rundir
+    counted = f"{count_noun(len(plan.trials), 'trial')}, {count_noun(len(plan.groups), 'model load')}"
+    LOG.info("llem-ray %s, process %d: %s, %s", __version__, os.getpid(), rundir.name, counted)
+    with open_progress(Console(stderr=True)) as progress:
+        progress.message(f"run {rundir.name}: {counted}, results in {rundir.path}")
+        result = RunDriver(plan, rundir, executor, options, progress).run()
+    LOG.info("session ended: %s", result)
+    return result
+
+
+def _cache_dir() -> Path:
+    """Where tokenizers and checkpoints that are built here stay."""
+    if named := os.environ.get("LLEM_RAY_CACHE"):
+        return Path(named).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llem-ray"
 
 
 def _is_settled(rundir: RunDirectory, plan: Plan, retry_failed: bool) -> bool:
+    """Nothing is left to do, and nobody is doing it: a run's last rows are written before its lock is released."""
+    if rundir.is_locked():
+        return False
     state = settled_state(rundir)
     if retry_failed:
         return all(trial.trial_id in state.done for trial in plan.trials)
     return all(state.is_settled(trial.trial_id) for trial in plan.trials)
 
 
+class _RunLog(logging.FileHandler):
+    """The run's log file. When it cannot be written the run goes on: whoever needs the disk says what is wrong with it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say nothing."""
+
+
 @contextlib.contextmanager
 def _log_to(path: Path) -> Iterator[None]:
-    """Keep our log in the run directory."""
-    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    """Keep our log, from INFO on, in the run directory."""
+    handler = _RunLog(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("llem_ray")
+    before = logger.level
+    logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))
     logger.addHandler(handler)
-    if logger.getEffectiveLevel() > logging.INFO:
-        logger.setLevel(logging.INFO)
-        handler.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
         handler.close()
 
 
-def _report(rundir: RunDirectory, plan: Plan, result: RunResult | None, require_energy: bool) -> None:
-    """Print the results and leave with the documented exit code."""
+def _report(rundir: RunDirectory, plan: Plan, result: RunResult | None, require_energy: bool) -> int:
+    """Print the results; returns the exit code.
+
+    Raises:
+        EnergyGateError: A trial lacks a valid energy although ``require_energy`` asks for it.
+    """
     rows = read_table(rundir.path, "trials").to_pylist()
     Console().print(run_table(summarise_run(rundir.name, rows), rundir.path))
     if result is not None and result.interrupted:
-        click.echo(f"interrupted with {result.left} trials left; submit the same sweep again to resume", err=True)
-        raise SystemExit(INTERRUPTED)
+        click.echo(f"interrupted with {count_noun(result.left, 'trial')} left; submit the same sweep again to resume", err=True)
+        return INTERRUPTED
     if result is not None and result.stopped:
-        click.echo(f"stopped: {result.stopped}; {result.left} trials left", err=True)
-        raise SystemExit(SOME_FAILED)
-    latest = {row["trial_id"]: row for row in sorted(rows, key=lambda row: row["attempt"])}
-    if any(latest[trial.trial_id]["status"] == "failed" for trial in plan.trials if trial.trial_id in latest):
-        raise SystemExit(SOME_FAILED)
-    invalid = [trial_id for trial_id, row in latest.items() if not row["power_valid"]]
+        click.echo(f"stopped: {result.stopped}; {count_noun(result.left, 'trial')} left", err=True)
+        return SOME_FAILED
+    planned = {trial.trial_id for trial in plan.trials}
+    latest = {row["trial_id"]: row for row in sorted(rows, key=lambda row: row["attempt"]) if row["trial_id"] in planned}
+    failed = sum(row["status"] == "failed" for row in latest.values())
+    if failed:
+        click.echo(f"{count_noun(failed, 'trial')} failed; --retry-failed tries them again, llem-ray logs says more", err=True)
+        return SOME_FAILED
+    invalid = sum(not row["power_valid"] for row in latest.values())
     if require_energy and invalid:
-        message = f"{len(invalid)} of {len(latest)} trials have no valid measured energy"
-        raise EnergyGateError(message, f"see: llem-ray show {rundir.name}")
+        message = f"{invalid} of {count_noun(len(latest), 'trial')} without a valid measured energy"
+        raise EnergyGateError(message, f"llem-ray show {rundir.name} gives the reasons")
+    return 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Final
 
 import click
 from rich.console import Console
 
+from llem_ray.cli.output import echo_json
 from llem_ray.config.schema import json_schema
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError
@@ -18,6 +20,7 @@ from llem_ray.execution.history import find_past_run
 from llem_ray.planning.plan import make_plan
 from llem_ray.planning.serialise import plan_to_dict
 from llem_ray.power.sources import count_gpus
+from llem_ray.reporting.numbers import count_noun
 from llem_ray.reporting.plan import plan_table
 
 SWEEP = click.Path(path_type=Path)
@@ -30,12 +33,11 @@ RESULTS_DIR = click.option(
     envvar="LLEM_RAY_RESULTS",
     help="Folder of run directories.",
 )
-SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the sweep file.")
-
-
-def load(path: Path, overrides: tuple[str, ...]) -> Sweep:
-    """The sweep file, resolved."""
-    return load_sweep(path, overrides=overrides)
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the sweep file. May be repeated."
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+SCHEMA_FILE: Final = "sweep.schema.json"
 
 
 def build_plan(sweep: Sweep, results_dir: Path, gpus: int | None) -> Plan:
@@ -45,17 +47,28 @@ def build_plan(sweep: Sweep, results_dir: Path, gpus: int | None) -> Plan:
 
 @click.command()
 @click.argument("path", type=SWEEP, default=Path("sweep.yaml"))
-@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
 def init(path: Path, force: bool) -> None:
-    """Write a commented sample sweep to PATH."""
-    if path.exists() and not force:
+    """Write a commented sample sweep to PATH.
+
+    The JSON Schema that its first line names, by which editors complete and check it, is written beside it.
+    """
+    if path.is_dir():
+        path /= "sweep.yaml"
+    schema_path = path.with_name(SCHEMA_FILE)
+    if not force and path.exists():
         raise ConfigError("the file exists", "choose another path, or --force to replace it", file=str(path))
-    text = (files("llem_ray.cli") / "sample.yaml").read_text(encoding="utf-8")
+    _write(path, (files("llem_ray.cli") / "sample.yaml").read_text(encoding="utf-8"))
+    if force or not schema_path.exists():
+        _write(schema_path, json.dumps(json_schema(), indent=2) + "\n")
+    click.echo(f"wrote {path}, and {schema_path} for your editor; next: llem-ray plan {path}")
+
+
+def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot be written: {error.strerror}", file=str(path)) from error
-    click.echo(f"wrote {path}; next: llem-ray plan {path}")
 
 
 @click.command()
@@ -64,25 +77,30 @@ def init(path: Path, force: bool) -> None:
 def validate(sweep: Path, overrides: tuple[str, ...]) -> None:
     """Check SWEEP and say what it expands to."""
     loaded = load_sweep(sweep, overrides=overrides)
-    trials = len(loaded.cells) * loaded.repeats
-    click.echo(f"{sweep}: valid: {len(loaded.cells)} cells x {loaded.repeats} repeats = {trials} trials")
+    counted = f"{count_noun(len(loaded.cells), 'cell')} x {count_noun(loaded.repeats, 'repeat')}"
+    dropped = f", {count_noun(len(loaded.dropped), 'cell')} dropped" if loaded.dropped else ""
+    click.echo(f"{sweep}: valid: {counted} = {count_noun(len(loaded.cells) * loaded.repeats, 'trial')}{dropped}")
 
 
 @click.command()
 def schema() -> None:
-    """Print the sweep file's JSON Schema, for editors."""
-    click.echo(json.dumps(json_schema(), indent=2))
+    """Print the JSON Schema of sweep files."""
+    echo_json(json_schema())
 
 
 @click.command()
 @click.argument("sweep", type=SWEEP)
 @SET
 @RESULTS_DIR
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@AS_JSON
 def plan(sweep: Path, overrides: tuple[str, ...], results_dir: Path, as_json: bool) -> None:
-    """Show what `submit` would run: trials, order, loads, GPUs, time and energy."""
-    made = build_plan(load(sweep, overrides), results_dir, count_gpus())
+    """Show what `submit` would run.
+
+    Trials in run order, model loads, GPUs, cells dropped and why, and what it will take: known from an earlier run of a sweep of
+    this name, or from `rates` in the file.
+    """
+    made = build_plan(load_sweep(sweep, overrides=overrides), results_dir, count_gpus())
     if as_json:
-        click.echo(json.dumps(plan_to_dict(made), indent=2))
+        echo_json(plan_to_dict(made))
     else:
         Console().print(plan_table(made))

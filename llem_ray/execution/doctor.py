@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llem_ray.core.errors import PluginError, PowerError
+from llem_ray.core.errors import LlemRayError
 from llem_ray.core.plugins import load_plugin, plugin_names
-from llem_ray.core.power import PowerSource
+from llem_ray.core.power import Device, PowerSource
+from llem_ray.execution.placement import is_measured
 from llem_ray.power.host import read_host_facts
 from llem_ray.results.environment import ENGINE_PACKAGES, installed_versions
+
+_OWN_PACKAGES = ("llem-ray", "ray", "pyarrow", "nvidia-ml-py")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +26,7 @@ class EngineCheck:
     versions: Mapping[str, str]
     """Package -> version."""
     problem: str | None
+    """Why it does not work here, and what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,9 +34,9 @@ class SourceCheck:
     """One power source."""
 
     name: str
-    devices: tuple[str, ...]
-    """``<name> [<uuid>] <method>`` of each device."""
+    devices: tuple[Device, ...]
     problem: str | None
+    """Why it gives nothing here, and what to do about it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,13 +45,11 @@ class HostReport:
 
     versions: Mapping[str, str]
     host: Mapping[str, Any]
+    """Host facts as the ``nodes`` table has them."""
     engines: tuple[EngineCheck, ...]
     sources: tuple[SourceCheck, ...]
-
-    @property
-    def can_measure(self) -> bool:
-        """Some source measures, rather than estimates."""
-        return any("measured" in device for source in self.sources for device in source.devices)
+    can_measure: bool
+    """Some device is measured, rather than estimated."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -56,32 +58,40 @@ class HostReport:
 
 def examine_host() -> HostReport:
     """Try every engine and every power source that is installed here. Loads no model."""
+    sources = tuple(_check_source(name) for name in plugin_names("llem_ray.power_sources"))
     return HostReport(
-        versions={"python": platform.python_version(), **installed_versions(["llem-ray", "ray", "pyarrow", "nvidia-ml-py"])},
+        versions={"python": platform.python_version(), **installed_versions(_OWN_PACKAGES)},
         host=read_host_facts(),
         engines=tuple(_check_engine(name) for name in plugin_names("llem_ray.backends")),
-        sources=tuple(_check_source(name) for name in plugin_names("llem_ray.power_sources")),
+        sources=sources,
+        can_measure=any(is_measured(device) for source in sources for device in source.devices),
     )
 
 
 def _check_engine(name: str) -> EngineCheck:
-    versions = installed_versions(ENGINE_PACKAGES.get(name, ()))
-    missing = [package for package in ENGINE_PACKAGES.get(name, ()) if package not in versions]
+    packages = ENGINE_PACKAGES.get(name, ())
+    versions = installed_versions(packages)
+    missing = [package for package in packages if package not in versions]
+    problem = f"not installed: {', '.join(missing)}\n  hint: pip install 'llem-ray[{name}]'" if missing else None
     try:
         load_plugin("llem_ray.backends", name)
-    except PluginError as error:
-        return EngineCheck(name=name, importable=False, versions=versions, problem=str(error))
-    problem = f"not installed: {', '.join(missing)}; pip install 'llem-ray[{name}]'" if missing else None
-    return EngineCheck(name=name, importable=not missing, versions=versions, problem=problem)
+    except Exception as error:  # noqa: BLE001 - whatever an engine's import raises, the doctor goes on to the next
+        problem = problem or _told(error)
+    return EngineCheck(name=name, importable=problem is None, versions=versions, problem=problem)
 
 
 def _check_source(name: str) -> SourceCheck:
     try:
         source: PowerSource = load_plugin("llem_ray.power_sources", name)()
-    except (PluginError, PowerError) as error:
-        return SourceCheck(name=name, devices=(), problem=str(error))
+    except Exception as error:  # noqa: BLE001 - whatever a meter raises, the doctor goes on to the next
+        return SourceCheck(name=name, devices=(), problem=_told(error))
     try:
-        devices = tuple(f"{device.name} [{device.uuid}] {device.method}" for device in source.devices())
+        return SourceCheck(name=name, devices=tuple(source.devices()), problem=None)
+    except Exception as error:  # noqa: BLE001 - as above
+        return SourceCheck(name=name, devices=(), problem=_told(error))
     finally:
         source.close()
-    return SourceCheck(name=name, devices=devices, problem=None)
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, LlemRayError) else f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,12 +19,17 @@ def find_past_run(results_dir: Path, sweep_name: str) -> PastRun | None:
 
     A run that cannot be read is passed over: an estimate is not worth an error.
     """
-    for path in reversed(list_runs(results_dir)):
-        if not path.name.startswith(f"{sweep_name}-"):
+    try:
+        runs = list_runs(results_dir)
+    except OSError:
+        return None
+    name = re.compile(re.escape(sweep_name) + r"-[0-9a-f]{8}(-[0-9]+)?")
+    for path in reversed(runs):
+        if not name.fullmatch(path.name):
             continue
         try:
             past = _read_past(path)
-        except ResultsError:
+        except (ResultsError, OSError):
             continue
         if past is not None:
             return past

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import EnergyReading, EnergyTotal, Window
-from llem_ray.core.power import SamplerInfo
+from llem_ray.core.power import Calibration, SamplerInfo
 from llem_ray.core.spec import GateSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.energy.estimator import edge_margin_s, read_window
 from llem_ray.energy.total import sum_readings
+from llem_ray.execution.command import CommandLife, NotStarted, find_program, relayed_signals, run_command
 from llem_ray.execution.placement import is_measured
 from llem_ray.execution.sampler_host import CALIBRATION_S
 from llem_ray.power.host import host_id
 from llem_ray.power.sampler import SamplerLoop
-from llem_ray.power.sources import open_sources
+from llem_ray.power.sources import close_sources, open_sources
 from llem_ray.power.traces import TraceBuffer
-
-NOT_EXECUTABLE: Final = 126
-NOT_FOUND: Final = 127
-KILLED_BY: Final = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +29,16 @@ class CommandMeasurement:
     window: Window
     """From just before the child was started to just after it was reaped."""
     readings: tuple[EnergyReading, ...]
-    """Measuring devices."""
+    """Devices that measure, and those that were to."""
     estimates: tuple[EnergyReading, ...]
     """Devices whose power is a model's; never in the total."""
     total: EnergyTotal
     unavailable: Mapping[str, str]
     """Power source -> why it gives nothing here."""
+    notes: tuple[str, ...]
+    """What the sampler did about trouble."""
     exit_code: int
-    """The command's; 128 + signal when one ended it, 126 when it cannot be executed, 127 when it is not found."""
+    """The command's; 128 + the number of the signal when one ended it."""
 
 
 def measure_command(
@@ -54,10 +48,12 @@ def measure_command(
     sample_hz: float = 20.0,
     output_to_stderr: bool = False,
     clock: Clock | None = None,
-) -> CommandMeasurement:
+) -> CommandMeasurement | NotStarted:
     """Run ``command`` and measure every device of this host meanwhile.
 
-    This process only samples and waits, so it is to the command what a sampler process is to an engine.
+    This process only samples and waits, so it is to the command what a sampler process is to an engine. It takes longer than
+    the command: 2 s of calibration, and before and after the window as much as the estimator needs of the slowest device,
+    1.4 s each with a counter that ticks every 100 ms. The command starts after the first and has ended before the last.
 
     Args:
         command: Program and arguments.
@@ -68,27 +64,39 @@ def measure_command(
 
     Raises:
         PowerError: A source asked for by name cannot work here.
+        PluginError: A source asked for by name is unknown or not installed.
+        ConfigError: A source's own settings are wrong.
     """
+    refused = find_program(command[0])
+    if refused is not None:
+        return refused
     clock = clock or SystemClock()
-    opened, unavailable = open_sources("auto" if isinstance(sources, str) else tuple(sources))
-    loop = SamplerLoop(opened, node=host_id(), clock=clock, sample_hz=sample_hz, unavailable=unavailable)
+    loop = _open_loop(sources, sample_hz, clock)
     try:
         loop.calibrate(CALIBRATION_S)
         loop.start()
         margin_ns = ns_from_s(_margin_s(loop.info()))
         clock.sleep_until_ns(clock.monotonic_ns() + margin_ns)
-        begin_ns = clock.monotonic_ns()
-        exit_code = _run(command, output_to_stderr)
-        end_ns = clock.monotonic_ns()
-        clock.sleep_until_ns(end_ns + margin_ns)
-        buffer = TraceBuffer()
-        for batch in loop.fetch(0, flush=True):
-            buffer.append(batch)
-        info = loop.info()
+        with relayed_signals() as relay:
+            life = run_command(command, relay, clock, output_to_stderr=output_to_stderr)
+            if isinstance(life, NotStarted):
+                return life
+            clock.sleep_until_ns(life.end_ns + margin_ns)
+            buffer = TraceBuffer()
+            for batch in loop.fetch(0, flush=True):
+                buffer.append(batch)
+            return _evaluate(loop.info(), buffer, life, margin_ns)
     finally:
         loop.close()
-    window = Window(node=info.node, begin_ns=begin_ns, end_ns=end_ns)
-    return _evaluate(info, buffer, window, margin_ns, exit_code)
+
+
+def _open_loop(sources: Sequence[str] | str, sample_hz: float, clock: Clock) -> SamplerLoop:
+    opened, unavailable = open_sources("auto" if isinstance(sources, str) else tuple(sources))
+    try:
+        return SamplerLoop(opened, node=host_id(), clock=clock, sample_hz=sample_hz, unavailable=unavailable)
+    except BaseException:
+        close_sources(opened)
+        raise
 
 
 def _margin_s(info: SamplerInfo) -> float:
@@ -103,77 +111,63 @@ def _margin_s(info: SamplerInfo) -> float:
     )
 
 
-def _run(command: Sequence[str], output_to_stderr: bool) -> int:
-    """The child's life; signals meant for us reach it, and we live on to report."""
-    try:
-        child = subprocess.Popen(list(command), stdout=sys.stderr if output_to_stderr else None)
-    except FileNotFoundError as error:
-        print(f"llem-ray measure: {command[0]}: not found ({error.strerror})", file=sys.stderr)
-        return NOT_FOUND
-    except OSError as error:
-        print(f"llem-ray measure: {command[0]}: cannot be executed ({error.strerror})", file=sys.stderr)
-        return NOT_EXECUTABLE
-    with _forwarding(child):
-        code = child.wait()
-    return code if code >= 0 else KILLED_BY - code
-
-
-@contextmanager
-def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """A terminal's Ctrl-C reaches the child by itself (one process group); SIGTERM and SIGHUP are passed on."""
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        if number != signal.SIGINT:
-            child.send_signal(number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _evaluate(info: SamplerInfo, buffer: TraceBuffer, window: Window, margin_ns: int, exit_code: int) -> CommandMeasurement:
+def _evaluate(info: SamplerInfo, buffer: TraceBuffer, life: CommandLife, margin_ns: int) -> CommandMeasurement:
+    window = Window(node=info.node, begin_ns=life.begin_ns, end_ns=life.end_ns)
+    begin_ns, end_ns = window.begin_ns - margin_ns, window.end_ns + margin_ns
     readings = [
         read_window(
             device=device,
-            calibration=info.calibrations[device.uuid],
-            trace=buffer.trace(device.uuid, window.begin_ns - margin_ns, window.end_ns + margin_ns),
+            calibration=info.calibrations.get(device.uuid) or _not_calibrated(device.uuid),
+            trace=buffer.trace(device.uuid, begin_ns, end_ns),
             window=window,
             sample_period_s=info.periods_s.get(device.uuid, 1.0 / info.sample_hz),
             gates=GateSpec(),
-            states=buffer.states(device.uuid, window.begin_ns - margin_ns, window.end_ns),
+            states=buffer.states(device.uuid, begin_ns, window.end_ns),
         )
         for device in info.devices
     ]
-    measuring = {device.uuid for device in info.devices if is_measured(device) and not device.shared}
-    measured = tuple(reading for reading in readings if reading.method != "estimated_model")
+    estimated = {device.uuid for device in info.devices if device.method == "estimated_model"}
+    measured = tuple(reading for reading in readings if reading.device_uuid not in estimated)
+    expected = {(info.node, device.uuid) for device in info.devices if is_measured(device) and not device.shared}
+    total = sum_readings([reading for reading in measured if (info.node, reading.device_uuid) in expected], expected)
     return CommandMeasurement(
         window=window,
         readings=measured,
-        estimates=tuple(reading for reading in readings if reading.method == "estimated_model"),
-        total=sum_readings([r for r in measured if r.device_uuid in measuring], {(info.node, uuid) for uuid in measuring}),
+        estimates=tuple(reading for reading in readings if reading.device_uuid in estimated),
+        total=total if expected else replace(total, reason=_why_nothing(measured, info.unavailable)),
         unavailable=info.unavailable,
-        exit_code=exit_code,
+        notes=info.notes,
+        exit_code=life.exit_code,
     )
+
+
+def _not_calibrated(uuid: str) -> Calibration:
+    """A device that never answered."""
+    return Calibration(device_uuid=uuid, tick_period_s=None, has_instant=False, has_average=False, lag_s=0.0, call_s=0.0)
+
+
+def _why_nothing(readings: Sequence[EnergyReading], unavailable: Mapping[str, str]) -> str:
+    reasons = [f"{reading.name}: {reading.reason}" for reading in readings]
+    reasons += [text.splitlines()[0] for text in unavailable.values()]
+    return "nothing here measures: " + ("; ".join(reasons) or "the power sources have no devices")
 
 
 def to_json(result: CommandMeasurement) -> dict[str, Any]:
     """The documented JSON object of ``llem-ray measure --json``."""
-    window = result.window
+    window, total = result.window, result.total
     return {
         "window": {"begin_ns": window.begin_ns, "end_ns": window.end_ns, "duration_s": window.duration_s},
         "devices": [_device_json(reading) for reading in result.readings],
         "total": {
-            "energy_j": result.total.energy_j,
-            "u_j": result.total.u_j,
-            "covers": list(result.total.covers),
-            "reason": result.total.reason,
+            "energy_j": total.energy_j,
+            "u_j": total.u_j,
+            "covers": list(total.covers),
+            "not_measured": list(total.not_measured),
+            "reason": total.reason,
         },
         "estimates": [_device_json(reading) for reading in result.estimates],
         "unavailable": dict(result.unavailable),
+        "notes": list(result.notes),
         "exit_code": result.exit_code,
     }
 
@@ -190,6 +184,7 @@ def _device_json(reading: EnergyReading) -> dict[str, Any]:
         "bound_j": list(reading.bound_j) if reading.bound_j else None,
         "cross_check_j": reading.cross_check_j,
         "cross_check_ratio": reading.cross_check_ratio,
+        "mean_power_w": reading.mean_power_w,
         "sensor_rel": reading.sensor_rel,
         "coverage": reading.coverage,
         "flags": [{"code": item.code, "severity": item.severity, "detail": item.detail} for item in reading.flags],
