@@ -134,10 +134,10 @@ class Expansion:
         flat = {path[1:]: item.value for patch in (self._base, *points) for path, item in patch.items() if path[0] == name}
         values = implied(name, nested(flat))
         spec = build(section, values)
-        resolved = plain(spec)
-        canonical = canonical_json(resolved)
+        canonical = canonical_json(spec)
         built = self._distinct.get((name, canonical))
         if built is None:
+            resolved = plain(spec) if self._rules else {}
             matching = sum(rule.matches(name, resolved) << i for i, rule in enumerate(self._rules))
             built = self._distinct[name, canonical] = _Built(spec, canonical, broken_rule(spec), matching)
         return built

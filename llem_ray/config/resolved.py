@@ -58,7 +58,7 @@ def load_resolved(text: str) -> Sweep:
         found = shorten(data.get("schema_version")) if isinstance(data, dict) else shorten(data)
         raise ConfigError("not a resolved sweep of this schema version", found=found, allowed=str(SCHEMA_VERSION))
     try:
-        specs = {name: [_checked(cls, item) for item in data["specs"][name]] for name, cls in _SECTIONS.items()}
+        specs = {name: _checked(list[cls], data["specs"][name]) for name, cls in _SECTIONS.items()}  # type: ignore[valid-type]
         return Sweep(
             **{name: data[name] for name in _SCALARS},
             measure=_checked(MeasureSpec, data["measure"]),
@@ -81,8 +81,8 @@ def _cell(row: Mapping[str, Any], specs: Mapping[str, list[Any]]) -> Cell:
     return Cell(cell_id=row["cell_id"], experiment=experiment, settings=row["settings"])
 
 
-def _checked(cls: type, data: Any) -> Any:
-    return TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
+def _checked(hint: Any, data: Any) -> Any:
+    return TypeAdapter(hint).validate_json(json.dumps(data), strict=True)
 
 
 def _line(value: Any) -> str:

@@ -6,13 +6,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Final
 
 from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec
+
+_SCALARS: Final = frozenset({str, int, float, bool, type(None)})
+_ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def plain(value: Any) -> Any:
     """Dataclasses and mappings as dicts, tuples as lists: what JSON can hold."""
+    if type(value) in _SCALARS:
+        return value
     if is_dataclass(value) and not isinstance(value, type):
         return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
@@ -29,7 +34,7 @@ def canonical_json(value: Any) -> str:
         ValueError: A number is not finite.
         TypeError: Something is not a dataclass, mapping, list, text, number, bool or None.
     """
-    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _ENCODER.encode(plain(value))
 
 
 def digest(text: str, hex_digits: int) -> str:
