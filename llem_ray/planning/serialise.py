@@ -6,6 +6,7 @@ Cells refer to their sections by number, since 100,000 cells have few distinct m
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, get_type_hints
 
@@ -109,8 +110,13 @@ def _group_from_dict(item: Mapping[str, Any], cells: Mapping[str, Cell]) -> Load
 
 def _made(cls: type, data: Mapping[str, Any]) -> Any:
     """A dataclass from its dict: nested dataclasses likewise, lists where a tuple is declared as tuples."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     return cls(**{name: _value(hints[name], value) for name, value in data.items()})
+
+
+@functools.cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    return get_type_hints(cls)
 
 
 def _value(hint: Any, value: Any) -> Any:
