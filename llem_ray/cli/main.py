@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -68,6 +70,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     Args:
         args: Command line without the program's name; default: this process's.
     """
+    atexit.register(gc.freeze)  # Python would search all that lives for cycles before it exits: 0.4 s after a run with Ray
     sys.exit(_run(args))
 
 

@@ -203,6 +203,7 @@ class RunDriver:
             if self._book.is_running:
                 self._book.phase = "finalise"
                 self._book.drain(DRAIN_TIMEOUT_S)
+                self._writer.compact()
                 self._cover("finalise")
         finally:
             self._book.end()
