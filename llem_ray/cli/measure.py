@@ -50,7 +50,7 @@ def measure(as_json: bool, sample_hz: float, sources: tuple[str, ...], command: 
 
     The window is the command's life: from just before it is started to just after it has ended. All devices of the host count,
     whoever uses them. Calibration, and samples before and after the window, take some seconds on top: about 5 s with an
-    NVIDIA GPU, 6 s where there is only an estimate.
+    NVIDIA GPU, up to 10 s where there is only an estimate.
 
     COMMAND's input and output are passed through; the result goes to stderr, or with --json to stdout. Ctrl-C and SIGTERM reach
     COMMAND, and the result is printed all the same.

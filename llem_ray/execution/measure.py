@@ -8,11 +8,12 @@ from typing import Any
 
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import EnergyReading, EnergyTotal, Window
-from llem_ray.core.power import Calibration, SamplerInfo
+from llem_ray.core.power import Calibration, Device, SamplerInfo
 from llem_ray.core.spec import GateSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.energy.estimator import edge_margin_s, read_window
 from llem_ray.energy.total import sum_readings
+from llem_ray.energy.validity import check_errors
 from llem_ray.execution.command import CommandLife, NotStarted, find_program, relayed_signals, run_command
 from llem_ray.execution.placement import is_measured
 from llem_ray.execution.sampler_host import CALIBRATION_S
@@ -113,19 +114,7 @@ def _margin_s(info: SamplerInfo) -> float:
 
 def _evaluate(info: SamplerInfo, buffer: TraceBuffer, life: CommandLife, margin_ns: int) -> CommandMeasurement:
     window = Window(node=info.node, begin_ns=life.begin_ns, end_ns=life.end_ns)
-    begin_ns, end_ns = window.begin_ns - margin_ns, window.end_ns + margin_ns
-    readings = [
-        read_window(
-            device=device,
-            calibration=info.calibrations.get(device.uuid) or _not_calibrated(device.uuid),
-            trace=buffer.trace(device.uuid, begin_ns, end_ns),
-            window=window,
-            sample_period_s=info.periods_s.get(device.uuid, 1.0 / info.sample_hz),
-            gates=GateSpec(),
-            states=buffer.states(device.uuid, begin_ns, window.end_ns),
-        )
-        for device in info.devices
-    ]
+    readings = [_read(info, buffer, device, window, margin_ns) for device in info.devices]
     estimated = {device.uuid for device in info.devices if device.method == "estimated_model"}
     measured = tuple(reading for reading in readings if reading.device_uuid not in estimated)
     expected = {(info.node, device.uuid) for device in info.devices if is_measured(device) and not device.shared}
@@ -139,6 +128,21 @@ def _evaluate(info: SamplerInfo, buffer: TraceBuffer, life: CommandLife, margin_
         notes=info.notes,
         exit_code=life.exit_code,
     )
+
+
+def _read(info: SamplerInfo, buffer: TraceBuffer, device: Device, window: Window, margin_ns: int) -> EnergyReading:
+    begin_ns, end_ns = window.begin_ns - margin_ns, window.end_ns + margin_ns
+    reading = read_window(
+        device=device,
+        calibration=info.calibrations.get(device.uuid) or _not_calibrated(device.uuid),
+        trace=buffer.trace(device.uuid, begin_ns, end_ns),
+        window=window,
+        sample_period_s=info.periods_s.get(device.uuid, 1.0 / info.sample_hz),
+        gates=GateSpec(),
+        states=buffer.states(device.uuid, begin_ns, window.end_ns),
+    )
+    errors = check_errors(buffer.errors(device.uuid, begin_ns, end_ns), window.begin_ns, window.end_ns)
+    return replace(reading, flags=(*reading.flags, *errors))
 
 
 def _not_calibrated(uuid: str) -> Calibration:
