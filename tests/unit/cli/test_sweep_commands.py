@@ -1,0 +1,107 @@
+"""init, validate, schema, plan, doctor, as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from llem_ray.config.sweep import load_sweep
+
+
+def test_init_writes_a_sweep_that_is_valid_and_a_schema_that_accepts_it(llem, tmp_path: Path) -> None:
+    ended = llem("init")
+    assert ended.code == 0
+    text = (tmp_path / "sweep.yaml").read_text()
+    assert text.startswith("# yaml-language-server: $schema=sweep.schema.json\n")
+    jsonschema.validate(yaml.safe_load(text), json.loads((tmp_path / "sweep.schema.json").read_text()))
+    assert llem("validate", "sweep.yaml").out == "sweep.yaml: valid: 4 cells x 2 repeats = 8 trials\n"
+    assert llem("plan", "sweep.yaml").code == 0
+
+
+def test_the_sample_measures_what_the_quickstart_does(llem, tmp_path: Path) -> None:
+    llem("init")
+    quickstart = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
+    sample, other = load_sweep(tmp_path / "sweep.yaml"), load_sweep(quickstart)
+    assert [cell.cell_id for cell in sample.cells] == [cell.cell_id for cell in other.cells]
+
+
+def test_init_replaces_nothing_unasked(llem, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("precious")
+    ended = llem("init", "mine.yaml")
+    assert ended.code == 2
+    assert "mine.yaml: the file exists" in ended.err
+    assert (tmp_path / "mine.yaml").read_text() == "precious"
+    assert llem("init", "mine.yaml", "--force").code == 0
+    assert "schema_version" in (tmp_path / "mine.yaml").read_text()
+
+
+def test_init_into_a_folder_and_into_nowhere(llem, tmp_path: Path) -> None:
+    (tmp_path / "study").mkdir()
+    assert llem("init", "study").code == 0
+    assert (tmp_path / "study" / "sweep.yaml").is_file()
+    ended = llem("init", "absent/sweep.yaml")
+    assert ended.code == 2
+    assert "cannot be written: No such file or directory" in ended.err
+
+
+def test_validate_counts_what_is_dropped(llem, sweep: Path) -> None:
+    sweep.write_text(sweep.read_text() + "exclude:\n  - {workload.batch_size: 2}\n")
+    assert llem("validate", sweep).out == f"{sweep}: valid: 1 cell x 2 repeats = 2 trials, 1 cell dropped\n"
+
+
+def test_validate_takes_overrides(llem, sweep: Path) -> None:
+    ended = llem("validate", sweep, "--set", "repeats=5", "--set", "sweep.workload.batch_size={pow2: [1, 8]}")
+    assert ended.out == f"{sweep}: valid: 4 cells x 5 repeats = 20 trials\n"
+
+
+def test_schema_is_the_one_that_is_shipped(llem) -> None:
+    shipped = Path(__file__).parents[3] / "docs" / "sweep.schema.json"
+    assert json.loads(llem("schema").out) == json.loads(shipped.read_text())
+
+
+def test_plan_tells_everything_in_80_columns(llem, sweep: Path) -> None:
+    ended = llem("plan", sweep)
+    assert ended.code == 0
+    assert max(map(len, ended.out.splitlines())) <= 80
+    for part in ("2 cells x 2 repeats = 4 trials", "1 model load", "llama-tiny", "fake", "batch_size=2", "Time: unknown", "Energy"):
+        assert part in ended.out
+    assert ended.err == ""
+
+
+def test_plan_as_json_is_the_plan(llem, sweep: Path) -> None:
+    plan = json.loads(llem("plan", sweep, "--json").out)
+    assert plan["counts"] == {"cells": 2, "trials": 4, "loads": 1, "dropped": 0}
+    assert [trial["repeat"] for trial in plan["groups"][0]["trials"]] == [0, 0, 1, 1]
+
+
+def test_doctor_names_engines_and_meters_with_what_to_do(llem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLEM_REPLAY", raising=False)
+    ended = llem("doctor")
+    assert ended.code == 0
+    assert "  ok  fake" in ended.out
+    assert "  no  replay" in ended.out
+    assert "hint: set LLEM_REPLAY" in ended.out
+    report = json.loads(llem("doctor", "--json").out)
+    assert {engine["name"] for engine in report["engines"]} >= {"fake", "transformers"}
+    assert {source["name"] for source in report["sources"]} >= {"nvml", "rapl", "codecarbon", "replay"}
+
+
+def test_doctor_shows_the_devices_of_a_meter(llem, recording: Path) -> None:
+    report = json.loads(llem("doctor", "--json").out)
+    replay = next(source for source in report["sources"] if source["name"] == "replay")
+    assert [device["uuid"] for device in replay["devices"]] == ["package"]
+    assert report["can_measure"] is True
+    assert "replay of package [package] cpu_package, measured_counter" in llem("doctor").out
+
+
+def test_a_reader_that_goes_away_gets_no_complaint(sweep: Path) -> None:
+    for command in ("schema", f"plan {sweep} --json", f"plan {sweep}", "doctor"):
+        script = f"{sys.executable} -m llem_ray {command} | true; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "80"})
+        assert done.returncode in {0, 1}
+        assert done.stderr == ""
