@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Generic, ParamSpec, TypeVar
 
 from llem_ray.core.outcome import Outcome
@@ -33,16 +35,30 @@ class _Answer(Generic[T]):
 
 
 class _Worker:
-    """One thread that does what it is asked, in order."""
+    """One thread that does what it is asked, in order. A daemon: an engine that hangs in it cannot keep the process alive."""
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
 
     def ask(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> _Answer[T]:
-        return _Answer(self._pool.submit(function, *args, **kwargs))
+        future: Future[T] = Future()
+
+        def task() -> None:
+            try:
+                future.set_result(function(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - whoever asked gets it
+                future.set_exception(error)
+
+        self._tasks.put(task)
+        return _Answer(future)
 
     def end(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
 
 
 class InlineGang:

@@ -66,3 +66,5 @@ def kill_hard(process: subprocess.Popen[str]) -> None:
     """kill -9 of the run driver alone: whatever it started must notice by itself."""
     os.kill(process.pid, signal.SIGKILL)
     process.wait(timeout=DEADLINE_S)
+    if process.stdout is not None:
+        process.stdout.close()

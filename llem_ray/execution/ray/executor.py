@@ -6,11 +6,12 @@ import contextlib
 import os
 import secrets
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from llem_ray.core.errors import EngineDied, LlemRayError, PlacementError
 from llem_ray.core.outcome import Outcome
@@ -25,16 +26,26 @@ T = TypeVar("T")
 OBJECT_STORE_BYTES = 256 * 2**20
 SAMPLER_LEASE_S = 120.0
 LOG_TAIL_BYTES = 4000
+MARK = "LLEM_RAY_EMBEDDED"
+"""Environment variable that every process of an embedded Ray carries."""
+REAPER_TIMEOUT_S = 10.0
+
+
+_EMBEDDED: Final = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1 only
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs sees them all: right for samplers
+    "RAY_worker_niceness": "0",  # Ray's 15 would let any other process slow the engine and delay the sampler
+}
+"""Settings of an embedded Ray that must be in the environment before Ray is imported."""
 
 
 def _import_ray() -> Any:
-    """Import Ray with the settings that are read at import time: loopback only, no usage reports, a token of our own."""
+    """Import Ray; in the run driver with our settings, and a token that is known to nobody else."""
     if "ray" not in sys.modules:
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.update(_EMBEDDED)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray  # noqa: PLC0415 - the settings above must come first
 
     return ray
@@ -173,6 +184,7 @@ class EmbeddedRayExecutor:
     def __init__(self) -> None:
         self._temp_dir: Path | None = None
         self._logs = Path()
+        self._reaper: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start Ray.
@@ -182,6 +194,9 @@ class EmbeddedRayExecutor:
         """
         ray = _import_ray()
         self._temp_dir = Path(tempfile.mkdtemp(prefix="llem-ray-", dir="/tmp"))
+        # What Ray starts inherits the mark, so that the reaper knows it; the reaper itself must not.
+        self._reaper = _start_reaper(self._temp_dir)
+        os.environ[MARK] = str(self._temp_dir)
         try:
             context = ray.init(
                 address="local",
@@ -244,9 +259,22 @@ class EmbeddedRayExecutor:
         """Stop Ray and remove its files."""
         with contextlib.suppress(Exception):
             _import_ray().shutdown()
+        os.environ.pop(MARK, None)
         if self._temp_dir is not None:
             shutil.rmtree(self._temp_dir, ignore_errors=True)
             self._temp_dir = None
+        if self._reaper is not None and self._reaper.stdin is not None:
+            self._reaper.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._reaper.wait(timeout=REAPER_TIMEOUT_S)
+            self._reaper = None
+
+
+def _start_reaper(folder: Path) -> subprocess.Popen[bytes]:
+    """The process that cleans up after us however we end."""
+    script = Path(__file__).with_name("reaper.py")
+    command = [sys.executable, "-I", "-S", str(script), f"{MARK}={folder}", str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def _first_line(error: BaseException) -> str:
