@@ -151,9 +151,10 @@ def conform(name: TableName, table: pa.Table) -> pa.Table:
     schema = SCHEMAS[name]
     if table.schema.equals(schema, check_metadata=True):
         return table
+    present = frozenset(table.schema.names)
     try:
         columns = [
-            table.column(field.name).cast(field.type) if field.name in table.schema.names else pa.nulls(len(table), field.type)
+            table.column(field.name).cast(field.type) if field.name in present else pa.nulls(len(table), field.type)
             for field in schema
         ]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
