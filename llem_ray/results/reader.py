@@ -39,25 +39,23 @@ def read_table(run_dir: Path, name: TableName, columns: Sequence[str] | None = N
     for _ in range(_READ_TRIES):
         parts, covered = segments.list_parts(run_dir / name)
         try:
-            loose = _read_loose(run_dir / "segments", name, covered)
+            loose = _read_loose(run_dir / "segments", name, columns, covered)
         except FileNotFoundError:
             continue
         if segments.list_parts(run_dir / name)[0] == parts:
             pieces = [_read_part(path, name, columns) for path in parts]
-            pieces += [table.select(columns) if columns is not None else table for table in loose]
-            return pa.concat_tables(pieces) if pieces else _empty(name, columns)
+            return pa.concat_tables([*pieces, *loose]) if pieces or loose else _empty(name, columns)
     raise ResultsError(f"table {name} of {run_dir} changed faster than it could be read", "try again")
 
 
 def _empty(name: TableName, columns: Sequence[str] | None) -> pa.Table:
-    table = SCHEMAS[name].empty_table()
-    return table.select(columns) if columns is not None else table
+    return segments.conform(name, SCHEMAS[name].empty_table(), columns)
 
 
-def _read_loose(folder: Path, name: TableName, covered: int) -> list[pa.Table]:
+def _read_loose(folder: Path, name: TableName, columns: Sequence[str] | None, covered: int) -> list[pa.Table]:
     numbered = segments.list_segments(folder)
     found = (segments.read_segment(path, (name,)) for number, path in numbered.items() if number > covered)
-    return [segments.conform(name, tables[name]) for tables in found if name in tables]
+    return [segments.conform(name, tables[name], columns) for tables in found if name in tables]
 
 
 def _read_part(path: Path, name: TableName, columns: Sequence[str] | None) -> pa.Table:
@@ -66,10 +64,9 @@ def _read_part(path: Path, name: TableName, columns: Sequence[str] | None) -> pa
             schema = file.schema_arrow
             check_schema_version(schema.metadata, str(path))
             present = None if columns is None else [column for column in columns if column in schema.names]
-            table = segments.conform(name, file.read(columns=present))
+            return segments.conform(name, file.read(columns=present), columns)
     except pa.ArrowInvalid as error:
         raise ResultsError(f"{path} is damaged: {error}", "it was changed from outside") from error
-    return table.select(columns) if columns is not None else table
 
 
 def recorded_attempts(run_dir: Path) -> dict[tuple[str, int], str]:

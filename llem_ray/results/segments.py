@@ -9,7 +9,7 @@ segment's number is above the last of that table's parts. So a compaction may st
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
@@ -142,24 +142,31 @@ def _offender(schema: pa.Schema, records: list[Mapping[str, object]]) -> str | N
     return None
 
 
-def conform(name: TableName, table: pa.Table) -> pa.Table:
+def conform(name: TableName, table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
     """The table with exactly the columns of today's schema: columns added since are null, descriptions are put back.
+
+    Args:
+        name: The table.
+        table: Its rows, perhaps of an older llem-ray.
+        columns: Only these, in this order; default: all.
 
     Raises:
         ResultsError: A column's type cannot be converted.
     """
     schema = SCHEMAS[name]
+    if columns is not None:
+        schema = pa.schema([schema.field(column) for column in columns], metadata=schema.metadata)
     if table.schema.equals(schema, check_metadata=True):
         return table
     present = frozenset(table.schema.names)
     try:
-        columns = [
+        arrays = [
             table.column(field.name).cast(field.type) if field.name in present else pa.nulls(len(table), field.type)
             for field in schema
         ]
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ResultsError(f"table {name} does not fit this llem-ray: {error}") from error
-    return pa.Table.from_arrays(columns, schema=schema)
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def write_part(folder: Path, first: int, last: int, name: TableName, table: pa.Table) -> Path:
