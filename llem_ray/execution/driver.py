@@ -13,6 +13,7 @@ from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Phase
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import LoadGroup, Plan, Trial
+from llem_ray.core.power import SamplerInfo
 from llem_ray.core.progress import Progress, ProgressEvent
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.bookkeeper import Bookkeeper
@@ -96,7 +97,8 @@ class RunDriver:
         self._options, self._progress = options, progress
         self._clock = clock or SystemClock()
         self._interrupts = Interrupts(on_first=self._announce_stop)
-        self._meter = Meter(executor, plan.measure.sources, plan.measure.sample_hz, self._clock)
+        self._meter = Meter(executor, plan.measure.sources, plan.measure.sample_hz, self._clock, self._on_sampler)
+        self._versions: dict[str, str] = {}
         self._timeline = Timeline(options.begin_ns)
         self._shown_ns = 0
 
@@ -118,6 +120,7 @@ class RunDriver:
             finally:
                 self._interrupts.restore()
             left = sum(not self._state.is_settled(trial.trial_id) for trial in self._plan.trials)
+            interrupted = interrupted and left > 0
             if interrupted:
                 journal.append(JournalEvent(event="interrupted"))
             elif not left:
@@ -142,11 +145,9 @@ class RunDriver:
             environment = describe_environment(backends, infos, {**self._executor.facts(), **self._options.facts})
             record_session(self._rundir, environment, datetime.now(UTC).isoformat(), allow_mixed=self._options.allow_mixed)
             journal.append(JournalEvent(event="run_started", host=socket.gethostname(), pid=os.getpid()))
-            self._writer.write_nodes([node_row(info, {**environment.engines, **environment.packages}) for info in infos])
+            self._versions = {**environment.engines, **environment.packages}
             for info in infos:
-                LOG.info("sampler on %s: %s", info.hostname, ", ".join(device.uuid for device in info.devices) or "no device")
-                for name, reason in info.unavailable.items():
-                    LOG.info("power source %s gives nothing on %s: %s", name, info.hostname, reason)
+                self._record_node(info)
             self._book.start()
             self._cover("startup")
             self._record_cut_short()
@@ -160,6 +161,17 @@ class RunDriver:
         finally:
             self._end()
         return interrupted or self._interrupts.stop_requested, stopped
+
+    def _on_sampler(self, info: SamplerInfo) -> None:
+        """A sampler that was started anew belongs in the nodes table too."""
+        if self._book.is_running:
+            self._record_node(info)
+
+    def _record_node(self, info: SamplerInfo) -> None:
+        LOG.info("sampler on %s: %s", info.hostname, ", ".join(device.uuid for device in info.devices) or "no device")
+        for name, reason in info.unavailable.items():
+            LOG.info("power source %s gives nothing on %s: %s", name, info.hostname, reason)
+        self._writer.write_nodes([node_row(info, self._versions)])
 
     def _run_groups(self) -> str | None:
         waits = Waits(self._clock, self._interrupts, self._tick)

@@ -100,20 +100,20 @@ class InlineSampler:
 
     def __init__(self, sources: Sequence[str] | str, sample_hz: float, epoch: int) -> None:
         self._worker = _Worker("llem-ray-sampler-calls")
-        self._opening = self._worker.ask(SamplerHost, sources, sample_hz, epoch)
+        self._host = SamplerHost(sources, sample_hz, epoch)
 
     def describe(self) -> _Answer[SamplerInfo]:
         """Answered when calibrated."""
-        return self._worker.ask(lambda: self._opening.result(0).describe())
+        return self._worker.ask(self._host.describe)
 
     def fetch(self, after_seq: int) -> _Answer[list[SampleBatch]]:
         """Batches after ``after_seq``."""
-        return self._worker.ask(lambda: self._opening.result(0).fetch(after_seq))
+        return self._worker.ask(self._host.fetch, after_seq)
 
     def close(self) -> None:
         """Stop polling."""
         with contextlib.suppress(Exception):
-            self._worker.ask(lambda: self._opening.result(0).close()).result(10.0)
+            self._worker.ask(self._host.close).result(10.0)
         self._worker.end()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from llem_ray.core.clock import Clock
@@ -36,9 +36,18 @@ class Meter:
         sources: Names of power sources, or ``auto``.
         sample_hz: Polls per second.
         clock: The run driver's clock.
+        on_sampler: Told of every sampler that starts, again too.
     """
 
-    def __init__(self, executor: Executor, sources: Sequence[str] | str, sample_hz: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        sources: Sequence[str] | str,
+        sample_hz: float,
+        clock: Clock,
+        on_sampler: Callable[[SamplerInfo], None],
+    ) -> None:
+        self._on_sampler = on_sampler
         self._executor = executor
         self._sources = sources
         self._sample_hz = sample_hz
@@ -153,6 +162,7 @@ class Meter:
         if info.node in self._nodes:
             node.buffer = self._nodes[info.node].buffer
         self._nodes[info.node] = node
+        self._on_sampler(info)
         return node
 
     def _restart(self, name: str, node: _Node) -> None:

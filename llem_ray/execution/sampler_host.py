@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.power import SampleBatch, SamplerInfo
@@ -24,9 +26,6 @@ class SamplerHost:
         lease_s: Stop polling when nobody fetched for this long; None polls until closed.
         spool_dir: Folder for samples that nobody fetched in time, or None to keep them in memory.
         clock: The node's monotonic clock.
-
-    Raises:
-        PowerError: A source that was asked for by name cannot work here.
     """
 
     def __init__(
@@ -38,29 +37,46 @@ class SamplerHost:
         spool_dir: str | None = None,
         clock: Clock | None = None,
     ) -> None:
-        names = "auto" if isinstance(sources, str) else tuple(sources)
-        opened, unavailable = open_sources(names)
-        self._loop = SamplerLoop(
-            opened,
-            node=host_id(),
-            clock=clock or SystemClock(),
-            sample_hz=sample_hz,
-            epoch=epoch,
-            unavailable=unavailable,
-            lease_s=lease_s,
-            spool_dir=Path(spool_dir) if spool_dir else None,
-        )
-        self._loop.calibrate(CALIBRATION_S)
-        self._loop.start()
+        self._sources: Sequence[str] | Literal["auto"] = "auto" if isinstance(sources, str) else tuple(sources)
+        self._sample_hz, self._epoch, self._lease_s = sample_hz, epoch, lease_s
+        self._spool_dir = Path(spool_dir) if spool_dir else None
+        self._clock = clock or SystemClock()
+        self._lock = threading.Lock()
+        self._loop: SamplerLoop | None = None
 
     def describe(self) -> SamplerInfo:
-        """Who samples, which devices, how their sensors behave."""
-        return self._loop.info()
+        """Who samples, which devices, how their sensors behave. The first call opens the sources and starts to poll.
+
+        Raises:
+            PowerError: A source that was asked for by name cannot work here.
+            PluginError: It is unknown, or not installed.
+        """
+        with self._lock:
+            if self._loop is None:
+                self._loop = self._open()
+            return self._loop.info()
 
     def fetch(self, after_seq: int) -> list[SampleBatch]:
         """All batches after ``after_seq``, up to now; acknowledges those up to it."""
-        return self._loop.fetch(after_seq, flush=True)
+        return self._loop.fetch(after_seq, flush=True, epoch=self._epoch) if self._loop else []
 
     def close(self) -> None:
         """Stop polling and release the meters."""
-        self._loop.close()
+        if self._loop is not None:
+            self._loop.close()
+
+    def _open(self) -> SamplerLoop:
+        opened, unavailable = open_sources(self._sources)
+        loop = SamplerLoop(
+            opened,
+            node=host_id(),
+            clock=self._clock,
+            sample_hz=self._sample_hz,
+            epoch=self._epoch,
+            unavailable=unavailable,
+            lease_s=self._lease_s,
+            spool_dir=self._spool_dir,
+        )
+        loop.calibrate(CALIBRATION_S)
+        loop.start()
+        return loop

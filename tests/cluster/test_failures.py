@@ -105,7 +105,7 @@ def test_kill_9_of_the_run_driver_then_resume(submission: Callable[[str], Submis
     kill_hard(process)
     done_before = {row["trial_id"] for row in sweep.trials()}
     assert 2 <= len(done_before) < 8
-    gone, alive = psutil.wait_procs(children, timeout=60)
+    _gone, alive = psutil.wait_procs(children, timeout=60)
     assert not alive, [child.cmdline() for child in alive]
     code, output = sweep.run()
     assert code == 0, output
@@ -132,12 +132,30 @@ def test_sigterm_keeps_what_is_done_and_exits_130(submission: Callable[[str], Su
     code, output = sweep.finish(process)
     assert code == 130, output
     assert "resume" in output
-    gone, alive = psutil.wait_procs(children, timeout=30)
+    _gone, alive = psutil.wait_procs(children, timeout=30)
     assert not alive, [child.cmdline() for child in alive]
     assert sweep.trials()
     code, output = sweep.run("--inline", "--allow-mixed")
     assert code == 0, output
     assert len({row["trial_id"] for row in sweep.trials() if row["status"] == "completed"}) == 8
+
+
+@pytest.mark.ray
+def test_a_sampler_that_dies_is_started_anew_and_the_hole_is_flagged(submission: Callable[[str], Submission]) -> None:
+    sweep = submission(LONG.replace("min_window_s: 0.3", "min_window_s: 3").replace("timeout_s: 5", "timeout_s: 30"))
+    process = sweep.start()
+    sweep.wait_until(lambda: '"measuring"' in sweep.journal(), process)
+    (node,) = read_table(sweep.rundir.path, "nodes").to_pylist()
+    psutil.Process(node["sampler_pid"]).kill()
+    code, output = sweep.finish(process)
+    assert code == 0, output
+    power = read_table(sweep.rundir.path, "power", ["epoch"]).to_pylist()
+    assert {row["epoch"] for row in power} == {1, 2}
+    assert [row["epoch"] for row in read_table(sweep.rundir.path, "nodes").to_pylist()] == [1, 2]
+    trials = sorted(sweep.trials(), key=lambda row: row["begin_ns"])
+    assert len(trials) == 8
+    assert not trials[0]["power_valid"]
+    assert all(row["power_valid"] for row in trials[3:])
 
 
 def test_ctrl_c_once_finishes_the_running_trial(submission: Callable[[str], Submission]) -> None:

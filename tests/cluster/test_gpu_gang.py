@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_phases_tile_the_run_and_add_up_per_device(run: tuple[Path, Scenario, in
     phases = rows(path, "phases")
     for gpu in GPUS:
         mine = sorted((row for row in phases if row["device_uuid"] == gpu.uuid), key=lambda row: row["begin_ns"])
-        for before, after in zip(mine, mine[1:], strict=False):
+        for before, after in pairwise(mine):
             assert before["end_ns"] == after["begin_ns"], (before, after)
         known = [row for row in mine if row["energy_j"] is not None]
         assert known
