@@ -54,7 +54,7 @@ def measure_command(
 
     This process only samples and waits, so it is to the command what a sampler process is to an engine. It takes longer than
     the command: 2 s of calibration, and before and after the window as much as the estimator needs of the slowest device,
-    1.4 s each with a counter that ticks every 100 ms. The command starts after the first and has ended before the last.
+    about 1.4 s each with a counter that ticks every 100 ms. The command starts after the first and has ended before the last.
 
     Args:
         command: Program and arguments.
@@ -86,7 +86,7 @@ def measure_command(
             buffer = TraceBuffer()
             for batch in loop.fetch(0, flush=True):
                 buffer.append(batch)
-            return _evaluate(loop.info(), buffer, life, margin_ns)
+            return evaluate_life(loop.info(), buffer, life, margin_ns)
     finally:
         loop.close()
 
@@ -112,7 +112,15 @@ def _margin_s(info: SamplerInfo) -> float:
     )
 
 
-def _evaluate(info: SamplerInfo, buffer: TraceBuffer, life: CommandLife, margin_ns: int) -> CommandMeasurement:
+def evaluate_life(info: SamplerInfo, buffer: TraceBuffer, life: CommandLife, margin_ns: int) -> CommandMeasurement:
+    """What a command's life cost, from the samples around it.
+
+    Args:
+        info: The sampler that took them.
+        buffer: The samples, from ``margin_ns`` before the life to as much after it.
+        life: The window.
+        margin_ns: How much the estimator may look beyond the window, ns.
+    """
     window = Window(node=info.node, begin_ns=life.begin_ns, end_ns=life.end_ns)
     readings = [_read(info, buffer, device, window, margin_ns) for device in info.devices]
     estimated = {device.uuid for device in info.devices if device.method == "estimated_model"}
@@ -167,6 +175,7 @@ def to_json(result: CommandMeasurement) -> dict[str, Any]:
             "u_j": total.u_j,
             "covers": list(total.covers),
             "not_measured": list(total.not_measured),
+            "valid": total.energy_j is not None and all(part.valid for part in total.parts),
             "reason": total.reason,
         },
         "estimates": [_device_json(reading) for reading in result.estimates],
@@ -192,5 +201,6 @@ def _device_json(reading: EnergyReading) -> dict[str, Any]:
         "sensor_rel": reading.sensor_rel,
         "coverage": reading.coverage,
         "flags": [{"code": item.code, "severity": item.severity, "detail": item.detail} for item in reading.flags],
+        "valid": reading.valid,
         "reason": reading.reason,
     }

@@ -34,7 +34,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str) -> None:
         if group.gpus > gpus:
             label = group.experiment.model.id or group.experiment.model.config
             raise PlacementError(
-                f"the gang for {label} needs {group.gpus} GPUs, this host has {gpus}",
+                f"the gang for {label} needs {group.gpus} GPU{'' if group.gpus == 1 else 's'}, this host has {gpus}",
                 "set engine.device: cpu, or run it where the GPUs are",
             )
         engine = group.experiment.engine

@@ -1,0 +1,82 @@
+"""The doctor goes on whatever an engine or a meter does to it."""
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from llem_ray.core import plugins
+from llem_ray.core.errors import PowerPermissionDenied
+from llem_ray.execution.doctor import examine_host
+from llem_ray.power.replay import ReplaySource
+from llem_ray.testing.nvml import Gpu, Scenario, Waveform, fake_nvml
+
+
+class DeniedSource:
+    """Opens, and then may not list its devices."""
+
+    name = "denied"
+    max_hz = 1.0
+    closed = False
+
+    def devices(self) -> None:
+        raise PowerPermissionDenied("the register is root's", "run as root")
+
+    def close(self) -> None:
+        type(self).closed = True
+
+
+def broken_source() -> None:
+    raise OSError(5, "Input/output error")
+
+
+@pytest.fixture
+def strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plug-ins of others, as if they were installed."""
+    here = __name__
+    found = {
+        "llem_ray.backends": [
+            EntryPoint("gone", "no_such_package.backend:Backend", "llem_ray.backends"),
+            EntryPoint("crashes", f"{here}:missing_attribute", "llem_ray.backends"),
+        ],
+        "llem_ray.power_sources": [
+            EntryPoint("denied", f"{here}:DeniedSource", "llem_ray.power_sources"),
+            EntryPoint("broken", f"{here}:broken_source", "llem_ray.power_sources"),
+            EntryPoint("replay", "llem_ray.power.replay:ReplaySource", "llem_ray.power_sources"),
+        ],
+    }
+    monkeypatch.setattr(plugins, "entry_points", lambda group: found[group])
+
+
+def test_what_does_not_work_is_told_and_the_rest_goes_on(strangers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLEM_REPLAY", raising=False)
+    report = examine_host()
+    engines = {engine.name: engine for engine in report.engines}
+    assert not engines["gone"].importable
+    assert "no_such_package" in (engines["gone"].problem or "")
+    assert (engines["crashes"].problem or "").startswith("AttributeError: ")
+    problems = {source.name: source.problem or "" for source in report.sources}
+    assert problems["denied"] == "the register is root's\n  hint: run as root"
+    assert problems["broken"] == "OSError: [Errno 5] Input/output error"
+    assert "LLEM_REPLAY" in problems["replay"]
+    assert DeniedSource.closed
+    assert not report.can_measure
+
+
+def test_gpus_are_listed_with_their_method() -> None:
+    wave = Waveform.constant(100.0)
+    with fake_nvml(Scenario(gpus=(Gpu(uuid="GPU-a", waveform=wave), Gpu(uuid="GPU-b", waveform=wave, mig=True)))):
+        report = examine_host()
+    nvml = next(source for source in report.sources if source.name == "nvml")
+    assert nvml.problem is None
+    assert [(device.uuid, device.shared) for device in nvml.devices] == [("GPU-a", False), ("GPU-b", True)]
+    assert report.can_measure
+    assert report.host["nvidia_driver"] == "570.86.15"
+
+
+def test_a_recording_counts_as_a_meter(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r.csv").write_text("t_s,device_uuid,power_w\n0,gpu,100\n1,gpu,100\n")
+    monkeypatch.setenv("LLEM_REPLAY", str(tmp_path / "r.csv"))
+    report = examine_host()
+    replay = next(source for source in report.sources if source.name == ReplaySource.name)
+    assert [device.uuid for device in replay.devices] == ["gpu"]
+    assert report.as_dict()["can_measure"] is True
