@@ -32,12 +32,14 @@ def polling_period_s(source: PowerSource, sample_hz: float, calibrations: Mappin
 
     At least 1/max_hz.
     """
+    known = (calibrations.get(device.uuid) for device in source.devices())
+    ticks_s = [item.tick_period_s for item in known if item is not None and item.tick_period_s is not None]
+    slow_s = [tick_s for tick_s in ticks_s if tick_s >= FAST_COUNTER_S]
     period_s = 1.0 / sample_hz
-    for device in source.devices():
-        calibration = calibrations.get(device.uuid)
-        tick_s = calibration.tick_period_s if calibration else None
-        if tick_s is not None and tick_s >= FAST_COUNTER_S:
-            period_s = min(period_s, detuned_period_s(tick_s, min(period_s, tick_s / 2)))
+    if slow_s:
+        # Detuned once, by the fastest of them: GPUs of one model tick alike to some ppm, and each step would shorten it more.
+        fastest_s = min(slow_s)
+        period_s = detuned_period_s(fastest_s, min(period_s, fastest_s / 2))
     return max(period_s, 1.0 / source.max_hz)
 
 

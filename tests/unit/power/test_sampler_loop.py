@@ -9,7 +9,8 @@ import pytest
 
 from llem_ray.core.clock import SystemClock
 from llem_ray.core.errors import PowerError, ReadFailed
-from llem_ray.core.power import PowerSample
+from llem_ray.core.power import Calibration, PowerSample
+from llem_ray.power.lanes import polling_period_s
 from llem_ray.power.sampler import SamplerLoop
 
 S = 1_000_000_000
@@ -346,3 +347,16 @@ def test_missing_parts_are_nan(clock, meter):
     (batch,) = loop.fetch(0, flush=True)
     assert math.isnan(batch.power_avg_mw[0])
     assert batch.power_mw[0] == 100_000.0
+
+
+def test_gpus_that_tick_almost_alike_do_not_speed_polling_up(clock, new_meter):
+    uuids = tuple(f"gpu-{index}" for index in range(8))
+    source = new_meter(clock, uuids=uuids)
+    calibrations = {
+        uuid: Calibration(
+            device_uuid=uuid, tick_period_s=0.1 * (1 + index * 1e-5), has_instant=True, has_average=True, lag_s=0.0, call_s=0.0
+        )
+        for index, uuid in enumerate(uuids)
+    }
+    assert polling_period_s(source, 20.0, calibrations) == pytest.approx(0.0466, rel=0.001)
+    assert polling_period_s(source, 20.0, dict(reversed(calibrations.items()))) == pytest.approx(0.0466, rel=0.001)
