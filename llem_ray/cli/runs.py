@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -123,6 +124,10 @@ def show(run: str, results_dir: Path, as_json: bool) -> None:
         echo_json(summary.as_dict())
     else:
         Console().print(run_table(summary, directory.path))
+        with contextlib.suppress(ResultsError):  # a plan that cannot be read is no reason to hide the results
+            found = read_status(directory)
+            if found.left:
+                click.echo(_status_line(found), err=True)
 
 
 @click.command()

@@ -115,7 +115,7 @@ def test_an_estimate_is_never_a_measurement(ended: dict[str, Ended]) -> None:
     ("args", "code", "says"),
     [
         ([], 125, "Missing argument 'COMMAND...'"),
-        (["--jsn", "--", "true"], 125, "Did you mean '--json'?"),
+        (["--jsn", "--", "true"], 125, "--json"),
         (["--hz", "0", "--", "true"], 125, "--hz"),
         (["--source", "wattmeter", "--", "true"], 125, "unknown power source 'wattmeter'; known: codecarbon, nvml, rapl, replay"),
         (["--source", "replay", "--", "true"], 125, "set LLEM_REPLAY"),

@@ -128,10 +128,16 @@ def test_one_process_at_a_time_works_on_a_run(llem, sweep: Path, recording: Path
         assert RunDirectory(runs[0].parent).is_locked()
         stopped = llem("stop", "tiny", "--now")
         assert stopped.out == f"asked process {other.pid} to stop {name} now\n"
+        followed = llem("watch", "tiny")
+        assert followed.out.splitlines()[-1].startswith(f"{name}: unfinished, 0 of 4 trials done, submit the same sweep again")
+        assert "session ended" in llem("logs", "tiny", "--follow").out
         _, err = other.communicate()
     assert other.returncode == 130, err
     assert "submit the same sweep again to resume" in err
     assert "unfinished" in llem("status", "tiny").out
+    shown = llem("show", "tiny")
+    assert shown.code == 0
+    assert shown.err.startswith(f"{name}: unfinished")
 
 
 def test_results_go_where_the_environment_says(llem, sweep: Path, recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
