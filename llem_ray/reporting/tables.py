@@ -48,11 +48,12 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
     table.add_column("cell", overflow="fold", min_width=12)
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("J/output token", justify="right", overflow="fold", min_width=16)
-    table.add_column("J/token", justify="right", no_wrap=True)
+    if has_totals := any(cell.joules_per_total_token is not None for cell in summary.cells):
+        table.add_column("J/token", justify="right", no_wrap=True)
     table.add_column("W", justify="right", no_wrap=True)
     table.add_column("tok/s", justify="right", no_wrap=True)
     table.add_column("window s", justify="right", no_wrap=True)
-    rows = [_cells(cell, marks) for cell in summary.cells]
+    rows = [_cells(cell, marks, has_totals) for cell in summary.cells]
     table.add_column("", no_wrap=True, min_width=max(len(row[-1]) for row in rows))
     for row in rows:
         table.add_row(*row)
@@ -71,12 +72,12 @@ def _title(summary: RunSummary) -> str:
     return escape(f"{summary.name}{what}: " + ", ".join(parts))
 
 
-def _cells(cell: CellSummary, marks: dict[str, str]) -> list[Text]:
+def _cells(cell: CellSummary, marks: dict[str, str], has_totals: bool) -> list[Text]:
     n = str(cell.trials) if cell.valid == cell.trials else f"{cell.valid}/{cell.trials}"
     estimated = cell.est_power_w if cell.power_w is None else None
     power = format_value(cell.power_w) if estimated is None else f"est. {format_value(estimated, 3)}"
     numbers = (
-        format_value(cell.joules_per_total_token),
+        *([format_value(cell.joules_per_total_token)] if has_totals else []),
         power,
         format_value(cell.output_throughput_tok_s),
         format_value(cell.window_s, 3),
