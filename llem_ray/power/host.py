@@ -21,9 +21,9 @@ _CONTAINER_CGROUP: Final = re.compile(r"docker|containerd|kubepods|libpod|lxc")
 def host_id() -> str:
     """An id that stays the same for all processes and containers of this host until it reboots.
 
-    ``LLEM_HOST_ID`` if set (Kubernetes: the downward API's ``spec.nodeName``), else the kernel's boot id, else the host name.
+    ``LLEM_RAY_HOST_ID`` if set (Kubernetes: the downward API's ``spec.nodeName``), else the kernel's boot id, else the host name.
     """
-    return os.environ.get("LLEM_HOST_ID") or _read(Path("/proc/sys/kernel/random/boot_id")) or socket.gethostname()
+    return os.environ.get("LLEM_RAY_HOST_ID") or _read(Path("/proc/sys/kernel/random/boot_id")) or socket.gethostname()
 
 
 def read_host_facts() -> Mapping[str, Any]:

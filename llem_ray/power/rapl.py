@@ -49,7 +49,7 @@ class RaplSource:
     A counter that does not move in a busy second is listed as ``unavailable``: masked counters read as a constant.
 
     Args:
-        root: Powercap folder; ``LLEM_POWERCAP_ROOT`` if set, else /sys/class/powercap. In a container: where the host's
+        root: Powercap folder; ``LLEM_RAY_POWERCAP_ROOT`` if set, else /sys/class/powercap. In a container: where the host's
             /sys/class/powercap is mounted.
         clock: Clock that stamps the samples.
         probe_s: How long to keep the CPU busy while a counter stands still.
@@ -66,7 +66,7 @@ class RaplSource:
 
     def __init__(self, root: Path | None = None, *, clock: Clock | None = None, probe_s: float = PROBE_S) -> None:
         self._clock = clock or SystemClock()
-        self._root = root or Path(os.environ.get("LLEM_POWERCAP_ROOT") or POWERCAP_ROOT)
+        self._root = root or Path(os.environ.get("LLEM_RAY_POWERCAP_ROOT") or POWERCAP_ROOT)
         zones = find_zones(self._root)
         self._counters: list[_Counter] = []
         try:
@@ -194,7 +194,7 @@ def find_zones(root: Path) -> tuple[Zone, ...]:
     if not zones:
         raise SourceUnavailable(
             f"RAPL: no CPU package under {root}",
-            "virtual machines have none; in a container, mount the host's /sys/class/powercap and set LLEM_POWERCAP_ROOT",
+            "virtual machines have none; in a container, mount the host's /sys/class/powercap and set LLEM_RAY_POWERCAP_ROOT",
         )
     return tuple(zones.values())
 

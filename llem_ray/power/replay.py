@@ -52,9 +52,9 @@ class ReplaySource:
     starts over after its last row plus its mean spacing, and its energy counter goes on from where it was.
 
     Args:
-        path: The file; None takes ``LLEM_REPLAY``.
+        path: The file; None takes ``LLEM_RAY_REPLAY``.
         clock: Clock to play on and to stamp the samples with.
-        loop: Start over at the end; None takes ``LLEM_REPLAY_LOOP`` (1 or 0, default 0).
+        loop: Start over at the end; None takes ``LLEM_RAY_REPLAY_LOOP`` (1 or 0, default 0).
 
     Raises:
         SourceUnavailable: No file is named.
@@ -67,12 +67,12 @@ class ReplaySource:
 
     def __init__(self, path: Path | None = None, *, clock: Clock | None = None, loop: bool | None = None) -> None:
         if path is None:
-            named = os.environ.get("LLEM_REPLAY")
+            named = os.environ.get("LLEM_RAY_REPLAY")
             if not named:
-                raise SourceUnavailable("replay: no recording", "set LLEM_REPLAY to a CSV file with the columns " + _COLUMNS)
+                raise SourceUnavailable("replay: no recording", "set LLEM_RAY_REPLAY to a CSV file with the columns " + _COLUMNS)
             path = Path(named)
         self._clock = clock or SystemClock()
-        self._loop = os.environ.get("LLEM_REPLAY_LOOP", "0") not in ("", "0") if loop is None else loop
+        self._loop = os.environ.get("LLEM_RAY_REPLAY_LOOP", "0") not in ("", "0") if loop is None else loop
         self._recordings = read_recording(path)
         rows = [recording for recording in self._recordings.values() if len(recording.t_s) > 1]
         spacing_s = max((r.t_s[-1] - r.t_s[0]) / (len(r.t_s) - 1) for r in rows) if rows else 1.0

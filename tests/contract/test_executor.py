@@ -28,7 +28,7 @@ def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     recording = tmp_path_factory.mktemp("power") / "recording.csv"
     recording.write_text(RECORDING)
     before = dict(os.environ)
-    os.environ.update(LLEM_REPLAY=str(recording), LLEM_REPLAY_LOOP="1")
+    os.environ.update(LLEM_RAY_REPLAY=str(recording), LLEM_RAY_REPLAY_LOOP="1")
     made: Executor = InlineExecutor() if request.param == "inline" else EmbeddedRayExecutor()
     made.start()
     yield made

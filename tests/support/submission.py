@@ -30,7 +30,7 @@ class Submission:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "llem_ray", "submit", str(self.folder / "sweep.yaml"), "--results", str(self.results)]
-        env = {**os.environ, "LLEM_REPLAY": str(self.folder / "recording.csv"), "LLEM_REPLAY_LOOP": "1"}
+        env = {**os.environ, "LLEM_RAY_REPLAY": str(self.folder / "recording.csv"), "LLEM_RAY_REPLAY_LOOP": "1"}
         return subprocess.Popen(
             [*command, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )

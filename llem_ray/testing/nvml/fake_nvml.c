@@ -1,6 +1,6 @@
 /* A fake libnvidia-ml.so.1: GPUs, waveforms, a sensor model and faults from a scenario file.
  *
- * The scenario comes from fake_nvml_load(path) or, at nvmlInit, from the file that LLEM_FAKE_NVML_SCENARIO names. Its format
+ * The scenario comes from fake_nvml_load(path) or, at nvmlInit, from the file that LLEM_RAY_FAKE_NVML_SCENARIO names. Its format
  * is written by llem_ray.testing.nvml.scenario: one "key value..." per line. Readings are evaluated in closed form from the
  * cumulative integral of the waveform, so the truth is known exactly.
  *
@@ -376,7 +376,7 @@ EXPORT int fake_nvml_init_count(void) { return atomic_load(&init_count); }
 
 EXPORT int nvmlInitWithFlags(unsigned flags) {
     (void)flags;
-    const char *path = getenv("LLEM_FAKE_NVML_SCENARIO");
+    const char *path = getenv("LLEM_RAY_FAKE_NVML_SCENARIO");
     if (!loaded && path && *path && fake_nvml_load(path) != 0) {
         fprintf(stderr, "fake NVML: %s\n", message);
         return UNKNOWN;

@@ -17,7 +17,7 @@ from typing import Final
 from llem_ray.testing.nvml.scenario import Scenario
 
 LIBRARY_NAME: Final = "libnvidia-ml.so.1"
-SCENARIO_VARIABLE: Final = "LLEM_FAKE_NVML_SCENARIO"
+SCENARIO_VARIABLE: Final = "LLEM_RAY_FAKE_NVML_SCENARIO"
 
 
 def build(dest: Path) -> Path:

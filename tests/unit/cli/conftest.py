@@ -16,7 +16,7 @@ base:
 sweep:
   workload.batch_size: [1, 2]
 repeats: 2
-measure: {min_window_s: 0.1, idle_baseline_s: 0, sources: [replay]}
+measure: {min_window_s: 0.2, idle_baseline_s: 0, sources: [replay], gates: {min_coverage: 0.05}}
 """
 
 
@@ -57,7 +57,7 @@ def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "recording.csv"
     rows = (f"{i / 50},package,50,{i},cpu_package" for i in range(6000))
     path.write_text("\n".join(["t_s,device_uuid,power_w,energy_j,scope", *rows]) + "\n")
-    monkeypatch.setenv("LLEM_REPLAY", str(path))
+    monkeypatch.setenv("LLEM_RAY_REPLAY", str(path))
     return path
 
 

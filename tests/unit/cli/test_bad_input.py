@@ -14,7 +14,7 @@ BAD_SWEEPS = {
     "unknown key": ("repeats: 2", "repaets: 2", ["sweep.yaml:9", "repaets", "did you mean", "repeats"]),
     "unknown nested key": ("input_tokens: 8", "inputtokens: 8", ["sweep.yaml:6", "inputtokens", "input_tokens"]),
     "wrong type": ("repeats: 2", "repeats: many", ["sweep.yaml:9", "repeats", "many"]),
-    "out of range": ("min_window_s: 0.1", "min_window_s: 0", ["sweep.yaml:10", "min_window_s", "0"]),
+    "out of range": ("min_window_s: 0.2", "min_window_s: 0", ["sweep.yaml:10", "min_window_s", "0"]),
     "empty axis": ("batch_size: [1, 2]", "batch_size: []", ["sweep.yaml:8", "workload.batch_size"]),
     "unresolved variable": ("name: tiny", "name: ${LLEM_NO_SUCH_VARIABLE}", ["sweep.yaml:2", "LLEM_NO_SUCH_VARIABLE"]),
     "duplicate key": ("repeats: 2", "repeats: 2\nrepeats: 3", ["duplicate key", "sweep.yaml:10"]),
@@ -178,11 +178,11 @@ def test_gpus_that_are_not_there_are_refused(llem, sweep: Path) -> None:
 
 
 def test_a_power_source_that_cannot_work_is_refused(llem, sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LLEM_REPLAY", raising=False)
+    monkeypatch.delenv("LLEM_RAY_REPLAY", raising=False)
     ended = llem("submit", "--inline", sweep)
     assert ended.code == 4
-    assert "LLEM_REPLAY" in ended.err
-    monkeypatch.setenv("LLEM_REPLAY", "absent.csv")
+    assert "LLEM_RAY_REPLAY" in ended.err
+    monkeypatch.setenv("LLEM_RAY_REPLAY", "absent.csv")
     ended = llem("submit", "--inline", sweep)
     assert ended.code == 2
     assert "absent.csv" in ended.err

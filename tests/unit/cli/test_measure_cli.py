@@ -26,7 +26,7 @@ class Ended:
 def start(folder: Path, name: str, *args: str) -> subprocess.Popen[bytes]:
     """Its output goes to files: a pipe would be held open by what the command leaves behind."""
     command = [sys.executable, "-m", "llem_ray", "measure", *args]
-    environ = os.environ | {"LLEM_REPLAY": str(folder / "recording.csv")}
+    environ = os.environ | {"LLEM_RAY_REPLAY": str(folder / "recording.csv")}
     with (folder / f"{name}.out").open("wb") as out, (folder / f"{name}.err").open("wb") as err:
         return subprocess.Popen(command, cwd=folder, env=environ, stdout=out, stderr=err)
 
@@ -42,7 +42,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     commands = {
         "json": ("--json", *replay, "sh", "-c", "echo result; sleep 1.5; exit 3"),
         "messy": ("--json", *replay, "sh", "-c", messy),
-        "plain": (*replay, "sh", "-c", "echo result; exit 9"),
+        "plain": (*replay, "sh", "-c", "echo result; sleep 0.5; exit 9"),
         "stopped": ("--json", *replay, "sh", "-c", "echo started >&2; exec sleep 60"),
         "estimate": ("--json", "--source", "codecarbon", "--", "true"),
     }
@@ -118,13 +118,13 @@ def test_an_estimate_is_never_a_measurement(ended: dict[str, Ended]) -> None:
         (["--jsn", "--", "true"], 125, "--json"),
         (["--hz", "0", "--", "true"], 125, "--hz"),
         (["--source", "wattmeter", "--", "true"], 125, "unknown power source 'wattmeter'; known: codecarbon, nvml, rapl, replay"),
-        (["--source", "replay", "--", "true"], 125, "set LLEM_REPLAY"),
+        (["--source", "replay", "--", "true"], 125, "set LLEM_RAY_REPLAY"),
         (["--", "no-such-program", "--json"], 127, "'no-such-program' cannot be started: No such file or directory"),
         (["--json", "/"], 126, "'/' cannot be started: Permission denied"),
     ],
 )
 def test_failures_of_its_own(llem, monkeypatch: pytest.MonkeyPatch, args: list[str], code: int, says: str) -> None:
-    monkeypatch.delenv("LLEM_REPLAY", raising=False)
+    monkeypatch.delenv("LLEM_RAY_REPLAY", raising=False)
     left = llem("measure", *args)
     assert left.code == code
     assert says in left.err
@@ -133,7 +133,7 @@ def test_failures_of_its_own(llem, monkeypatch: pytest.MonkeyPatch, args: list[s
 
 def test_a_bad_recording_is_its_own_failure(llem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad.csv").write_text("t_s,device_uuid,power_w\n0,gpu,much\n")
-    monkeypatch.setenv("LLEM_REPLAY", "bad.csv")
+    monkeypatch.setenv("LLEM_RAY_REPLAY", "bad.csv")
     left = llem("measure", "--source", "replay", "--", "true")
     assert left.code == 125
     assert "bad.csv:2: power_w: is not a number" in left.err

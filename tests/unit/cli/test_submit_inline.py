@@ -81,7 +81,7 @@ def test_require_energy_fails_where_nothing_measures(llem, sweep: Path, tmp_path
     """The recording has a GPU only, and a gang on the CPU answers for what measures the CPU."""
     path = tmp_path / "gpu.csv"
     path.write_text("t_s,device_uuid,power_w\n" + "".join(f"{i / 20},GPU-1,90\n" for i in range(2400)))
-    monkeypatch.setenv("LLEM_REPLAY", str(path))
+    monkeypatch.setenv("LLEM_RAY_REPLAY", str(path))
     ended = llem("submit", "--inline", "--require-energy", sweep, "--set", "repeats=1")
     assert ended.code == 4, ended
     assert "2 of 2 trials without a valid measured energy" in ended.err

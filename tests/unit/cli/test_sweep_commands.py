@@ -87,12 +87,12 @@ def test_plan_as_json_is_the_plan(llem, sweep: Path) -> None:
 
 
 def test_doctor_names_engines_and_meters_with_what_to_do(llem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LLEM_REPLAY", raising=False)
+    monkeypatch.delenv("LLEM_RAY_REPLAY", raising=False)
     ended = llem("doctor")
     assert ended.code == 0
     assert "  ok  fake" in ended.out
     assert "  no  replay" in ended.out
-    assert "hint: set LLEM_REPLAY" in ended.out
+    assert "hint: set LLEM_RAY_REPLAY" in ended.out
     report = json.loads(llem("doctor", "--json").out)
     assert {engine["name"] for engine in report["engines"]} >= {"fake", "transformers"}
     assert {source["name"] for source in report["sources"]} >= {"nvml", "rapl", "codecarbon", "replay"}

@@ -48,7 +48,7 @@ def strangers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_does_not_work_is_told_and_the_rest_goes_on(strangers: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LLEM_REPLAY", raising=False)
+    monkeypatch.delenv("LLEM_RAY_REPLAY", raising=False)
     report = examine_host()
     engines = {engine.name: engine for engine in report.engines}
     assert not engines["gone"].importable
@@ -57,7 +57,7 @@ def test_what_does_not_work_is_told_and_the_rest_goes_on(strangers: None, monkey
     problems = {source.name: source.problem or "" for source in report.sources}
     assert problems["denied"] == "the register is root's\n  hint: run as root"
     assert problems["broken"] == "OSError: [Errno 5] Input/output error"
-    assert "LLEM_REPLAY" in problems["replay"]
+    assert "LLEM_RAY_REPLAY" in problems["replay"]
     assert DeniedSource.closed
     assert not report.can_measure
 
@@ -75,7 +75,7 @@ def test_gpus_are_listed_with_their_method() -> None:
 
 def test_a_recording_counts_as_a_meter(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "r.csv").write_text("t_s,device_uuid,power_w\n0,gpu,100\n1,gpu,100\n")
-    monkeypatch.setenv("LLEM_REPLAY", str(tmp_path / "r.csv"))
+    monkeypatch.setenv("LLEM_RAY_REPLAY", str(tmp_path / "r.csv"))
     report = examine_host()
     replay = next(source for source in report.sources if source.name == ReplaySource.name)
     assert [device.uuid for device in replay.devices] == ["gpu"]

@@ -37,7 +37,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     rows = (f"{i / 50},package,50,{i},cpu_package" for i in range(4000))
     (folder / "recording.csv").write_text("\n".join(["t_s,device_uuid,power_w,energy_j,scope", *rows]) + "\n")
     command = [sys.executable, "-m", "llem_ray", "submit", "--inline", "sweep.yaml"]
-    environ = os.environ | {"LLEM_REPLAY": str(folder / "recording.csv")}
+    environ = os.environ | {"LLEM_RAY_REPLAY": str(folder / "recording.csv")}
     ended = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
     assert ended.returncode == 3, ended.stderr
     (run,) = (folder / "runs").iterdir()

@@ -9,9 +9,9 @@ from llem_ray.power.host import container_hint, cpu_model, host_id, read_host_fa
 
 
 def test_host_id(monkeypatch):
-    monkeypatch.setenv("LLEM_HOST_ID", "node-3")
+    monkeypatch.setenv("LLEM_RAY_HOST_ID", "node-3")
     assert host_id() == "node-3"
-    monkeypatch.delenv("LLEM_HOST_ID")
+    monkeypatch.delenv("LLEM_RAY_HOST_ID")
     assert host_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 

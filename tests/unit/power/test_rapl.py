@@ -165,11 +165,11 @@ def test_moving_counters_cost_no_probe(two_sockets):
 def test_nothing_there(tmp_path):
     with pytest.raises(SourceUnavailable, match="no CPU package") as caught:
         RaplSource(tmp_path)
-    assert "LLEM_POWERCAP_ROOT" in caught.value.hint
+    assert "LLEM_RAY_POWERCAP_ROOT" in caught.value.hint
 
 
 def test_root_from_the_environment(two_sockets, monkeypatch):
-    monkeypatch.setenv("LLEM_POWERCAP_ROOT", str(two_sockets.root))
+    monkeypatch.setenv("LLEM_RAY_POWERCAP_ROOT", str(two_sockets.root))
     two_sockets.move()
     source = RaplSource()
     assert len(source.devices()) == 4

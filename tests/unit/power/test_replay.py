@@ -71,13 +71,13 @@ def test_devices_say_what_was_recorded(recorded):
 def test_path_and_loop_from_the_environment(tmp_path, clock, monkeypatch):
     path = tmp_path / "trace.csv"
     path.write_text(TWO_GPUS)
-    monkeypatch.setenv("LLEM_REPLAY", str(path))
-    monkeypatch.setenv("LLEM_REPLAY_LOOP", "1")
+    monkeypatch.setenv("LLEM_RAY_REPLAY", str(path))
+    monkeypatch.setenv("LLEM_RAY_REPLAY_LOOP", "1")
     source = ReplaySource(clock=clock)
     clock.advance_ns(100 * S)
     assert source.read()[0].error is None
-    monkeypatch.delenv("LLEM_REPLAY")
-    with pytest.raises(SourceUnavailable, match="LLEM_REPLAY"):
+    monkeypatch.delenv("LLEM_RAY_REPLAY")
+    with pytest.raises(SourceUnavailable, match="LLEM_RAY_REPLAY"):
         ReplaySource(clock=clock)
 
 

@@ -226,7 +226,7 @@ def test_a_lost_spool_is_noted_and_costs_no_sample(clock, meter, tmp_path):
 
 
 def test_info_names_host_and_what_is_unavailable(clock, meter, monkeypatch):
-    monkeypatch.setenv("LLEM_HOST_ID", "host-7")
+    monkeypatch.setenv("LLEM_RAY_HOST_ID", "host-7")
     info = make([meter], clock, epoch=3, unavailable={"rapl": "no CPU package"}).info()
     assert (info.node, info.epoch, info.sample_hz, info.unavailable) == ("n0", 3, 20.0, {"rapl": "no CPU package"})
     assert info.host["host_id"] == "host-7"

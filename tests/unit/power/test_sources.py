@@ -9,15 +9,15 @@ from llem_ray.power.sources import close_sources, measures_cpu, open_sources
 @pytest.fixture
 def bare_host(tmp_path, monkeypatch):
     """No RAPL; and NVML as this host has it."""
-    monkeypatch.setenv("LLEM_POWERCAP_ROOT", str(tmp_path))
-    monkeypatch.delenv("LLEM_REPLAY", raising=False)
+    monkeypatch.setenv("LLEM_RAY_POWERCAP_ROOT", str(tmp_path))
+    monkeypatch.delenv("LLEM_RAY_REPLAY", raising=False)
 
 
 @pytest.fixture
 def recording(tmp_path, monkeypatch):
     path = tmp_path / "trace.csv"
     path.write_text("t_s,device_uuid,power_w,scope\n0,cpu-0,100,cpu_package\n")
-    monkeypatch.setenv("LLEM_REPLAY", str(path))
+    monkeypatch.setenv("LLEM_RAY_REPLAY", str(path))
     return path
 
 
@@ -65,6 +65,6 @@ def test_auto_estimates_the_cpu_where_nothing_measures_it(bare_host):
 
 
 def test_bad_settings_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLEM_REPLAY", str(tmp_path / "missing.csv"))
+    monkeypatch.setenv("LLEM_RAY_REPLAY", str(tmp_path / "missing.csv"))
     with pytest.raises(ConfigError, match="cannot be read"):
         open_sources(["replay"])
