@@ -46,7 +46,7 @@ def load_plugin(group: Group, name: str) -> Any:
     entry = find_plugin(group, name)
     try:
         return entry.load()
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a shared library of the package is broken
         extra = EXTRAS.get(name)
         hint = f"pip install 'llem-ray[{extra}]'" if extra else None
         raise PluginError(f"{name!r} cannot be imported: {error}", hint) from error

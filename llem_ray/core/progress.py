@@ -21,12 +21,17 @@ class ProgressEvent:
     watts_estimated: bool = False
     """``watts`` is an estimate: nothing measures."""
     j_per_token: float | None = None
-    """Mean of the valid trials so far, J per output token."""
+    """Mean of the valid trials so far, J per output token; of the estimates where nothing measures."""
+    j_per_token_estimated: bool = False
+    """``j_per_token`` is an estimate."""
     eta_s: float | None = None
 
 
 class Progress(Protocol):
     """Somebody who shows progress. Called from the run driver's threads, so it must not block."""
+
+    live: bool
+    """Shown in place, every second: worth asking the gang what it does just now."""
 
     def update(self, event: ProgressEvent) -> None:
         """The run moved on, or time passed."""

@@ -62,6 +62,7 @@ class Bookkeeper:
         self._ending = False
         self._error: BaseException | None = None
         self._joules_per_token: list[float] = []
+        self._estimates_per_token: list[float] = []
         self.phase = "startup"
         """What the run does now, for the progress display."""
         self.label = ""
@@ -116,10 +117,10 @@ class Bookkeeper:
         with self._lock:
             return len(self._state.done) + len(self._state.given_up)
 
-    def mean_j_per_token(self) -> float | None:
-        """Mean J per output token of this session's valid trials."""
-        values = self._joules_per_token
-        return sum(values) / len(values) if values else None
+    def mean_j_per_token(self) -> tuple[float | None, bool]:
+        """Mean J per output token of this session's valid trials; of their estimates (True) where none is valid."""
+        values = self._joules_per_token or self._estimates_per_token
+        return (sum(values) / len(values) if values else None), not self._joules_per_token
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until every event so far is durable; False when it is not after ``timeout_s``.
@@ -228,6 +229,9 @@ class Bookkeeper:
         j_per_token = row.get("joules_per_output_token")
         if j_per_token is not None:
             self._joules_per_token.append(j_per_token)
+        estimate = row.get("est_joules_per_output_token")
+        if estimate is not None:
+            self._estimates_per_token.append(estimate)
 
     def _log(self, event: JournalEvent) -> None:
         with self._lock:

@@ -101,6 +101,7 @@ class RunDriver:
         self._versions: dict[str, str] = {}
         self._timeline = Timeline(options.begin_ns)
         self._shown_ns = 0
+        self._context: RunContext | None = None
 
     def run(self) -> RunResult:
         """Run every open trial of the plan.
@@ -176,7 +177,7 @@ class RunDriver:
     def _run_groups(self) -> str | None:
         waits = Waits(self._clock, self._interrupts, self._tick)
         measure = self._plan.measure
-        context = RunContext(
+        context = self._context = RunContext(
             plan=self._plan,
             executor=self._executor,
             meter=self._meter,
@@ -243,16 +244,23 @@ class RunDriver:
         total = len(plan.trials)
         settled = book.settled()
         watts, estimated = self._meter.latest_power_w()
+        j_per_token, j_estimated = book.mean_j_per_token()
         return ProgressEvent(
             trial=min(settled + 1, total),
             total=total,
-            phase=book.phase,
+            phase=self._phase(),
             label=book.label,
             watts=watts,
             watts_estimated=estimated,
-            j_per_token=book.mean_j_per_token(),
+            j_per_token=j_per_token,
+            j_per_token_estimated=j_estimated,
             eta_s=book.eta_s(total - settled),
         )
+
+    def _phase(self) -> str:
+        """What the run does; within a trial, what its gang says, if somebody looks every second."""
+        gang = self._context.gang if self._context is not None and self._progress.live else None
+        return (gang.phase() if gang is not None else None) or self._book.phase
 
     def _announce_stop(self) -> None:
         self._progress.message("stopping after the running trial; Ctrl-C again aborts it")

@@ -48,6 +48,8 @@ class RunContext:
     cache_dir: str
     consecutive_failures: int = 0
     gangs_opened: int = 0
+    gang: Gang | None = None
+    """The gang that runs a trial now."""
 
 
 class GangLane:
@@ -156,12 +158,15 @@ class GangLane:
             cooldown_s=measure.cooldown_s,
         )
         run.book.measuring(trial, attempt, self._record)
+        run.gang = self._gang
         try:
             outcome = run.waits.answer(self._gang.run(order), measure.trial_timeout_s, f"trial {trial.trial_id}")
         except LlemRayError as error:
             outcome = self._failed(error)
         except Aborted:
             outcome = Failed(kind="interrupted", message="stopped by the user", traceback=None)
+        finally:
+            run.gang = None
         return outcome if isinstance(outcome, Completed) else replace(outcome, spans=())
 
     def _open_gang(self) -> Failed | None:
@@ -256,6 +261,7 @@ class GangLane:
         gang, self._gang = self._gang, None
         self._run.book.phase = "shutdown"
         gang.close(0.0 if force else CLOSE_TIMEOUT_S)
+        LOG.info("%s closed%s", self._record.name if self._record else "a gang without a lease", " by force" if force else "")
         self._cover("shutdown")
         self._record = None
 

@@ -149,8 +149,13 @@ class Meter:
             node.buffer.trim(before_ns)
 
     def close(self) -> None:
-        """Stop the samplers."""
-        for node in self._nodes.values():
+        """Stop the samplers, and log what trouble they had."""
+        for name, node in self._nodes.items():
+            try:
+                for note in node.sampler.describe().result(FETCH_TIMEOUT_S).notes:
+                    LOG.warning("the sampler of %s: %s", name, note)
+            except (LlemRayError, TimeoutError) as error:
+                LOG.warning("the sampler of %s gave no last word: %s", name, error)
             node.sampler.close()
 
     def _adopt(self, sampler: Sampler) -> _Node:

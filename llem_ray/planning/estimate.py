@@ -45,16 +45,16 @@ def estimate_cost(groups: Sequence[LoadGroup], measure: MeasureSpec, rates: Rate
     """
     costs = _costs(rates, past)
     if costs.seconds_per_load is None:
-        reason = "time to load a model: set rates.seconds_per_load, or name a past run"
+        reason = "time to load a model: set rates.seconds_per_load, or run it once"
         return Estimate(duration_s=None, energy_kwh=None, unknown={"duration_s": reason, "energy_kwh": reason}, basis="nothing")
     seconds = [_group_seconds(group, measure, costs.seconds_per_load, past) for group in groups]
     powers_w = [_group_watts(group, costs) for group in groups]
     unknown: dict[str, str] = {}
     energy_kwh = None
     if any(watts is None and group.gpus for watts, group in zip(powers_w, groups, strict=True)):
-        unknown["energy_kwh"] = "power of a GPU: set rates.watts_per_gpu, or name a past run on GPUs"
+        unknown["energy_kwh"] = "power of a GPU: set rates.watts_per_gpu, or run it once on GPUs"
     elif any(watts is None for watts in powers_w):
-        unknown["energy_kwh"] = "power of the CPU: name a past run on the CPU"
+        unknown["energy_kwh"] = "power of the CPU: no earlier run of this sweep measured it"
     else:
         energy_kwh = kwh_from_j(sum((watts or 0.0) * duration for watts, duration in zip(powers_w, seconds, strict=True)))
     return Estimate(duration_s=sum(seconds), energy_kwh=energy_kwh, unknown=unknown, basis=costs.basis)

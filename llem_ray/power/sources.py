@@ -59,13 +59,15 @@ def measures_cpu(sources: Sequence[PowerSource]) -> bool:
 
 
 def count_gpus() -> int:
-    """Whole GPUs that NVML shows on this host; 0 without NVML."""
+    """Whole GPUs that NVML shows on this host; 0 without a working NVML."""
     try:
         source = _open("nvml")
     except (PowerError, PluginError):
         return 0
     try:
         return sum(device.scope in {"gpu", "module"} for device in source.devices())
+    except PowerError:
+        return 0
     finally:
         source.close()
 

@@ -28,7 +28,7 @@ def describe_event(event: ProgressEvent) -> str:
     if event.watts is not None:
         parts.append(("est. " if event.watts_estimated else "") + f"{format_value(event.watts, 3)} W")
     if event.j_per_token is not None:
-        parts.append(f"{format_value(event.j_per_token, 3)} J/token")
+        parts.append(("est. " if event.j_per_token_estimated else "") + f"{format_value(event.j_per_token, 3)} J/token")
     if event.eta_s is not None:
         parts.append(f"{format_duration(event.eta_s)} left")
     return ", ".join(parts)
@@ -36,6 +36,8 @@ def describe_event(event: ProgressEvent) -> str:
 
 class LiveProgress:
     """A bar with trial, phase, watts, J/token so far and time to go, kept up to date in place."""
+
+    live = True
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -73,6 +75,8 @@ class LiveProgress:
 
 class PlainProgress:
     """A line whenever another trial or phase begins: for logs and pipes."""
+
+    live = False
 
     def __init__(self, console: Console) -> None:
         self._console = console
