@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 try:
     from annotated_types import Ge, Gt, Le, MinLen
 except ModuleNotFoundError:  # an engine's own interpreter: bounds were checked where the sweep file was read
-    Ge = Gt = Le = MinLen = lambda bound: bound  # type: ignore[assignment, misc]
+    Ge = Gt = Le = MinLen = lambda bound: bound  # type: ignore[assignment, misc, return-value]
 
 _STRICT: Mapping[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 

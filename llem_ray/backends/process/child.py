@@ -157,8 +157,6 @@ def die_with_parent(parent: int) -> None:
     if os.fork():
         os.close(watched)
         return
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     ending = select.poll()
     ending.register(watched, select.POLLIN)
     ending.poll()

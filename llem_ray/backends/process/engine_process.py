@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,7 @@ class EngineProcess:
             raise self._garbage(f"an unexpected message during {doing}: {answer!r:.80}")
         return self._answer
 
-    def stream(self, kind: str, body: Any, silence_s: float, doing: str) -> Iterator[tuple[str, Any]]:
+    def stream(self, kind: str, body: Any, silence_s: float, doing: str) -> Generator[tuple[str, Any]]:
         """Call and yield what arrives until the answer; a caller that stops early gives the call up. Raises as ``ask``."""
         call = next(self._calls)
         self._doing, self._answer = doing, None
@@ -162,7 +162,8 @@ class EngineProcess:
                 yield what, content
         finally:
             if open_ended and self._channel is not None:
-                self._send(call, "cancel", None)
+                with contextlib.suppress(EngineDied, HangError):  # the next call says so
+                    self._send(call, "cancel", None)
 
     def observe(self) -> None:
         """Note the shared-memory segments that the engine has now."""
@@ -170,6 +171,8 @@ class EngineProcess:
 
     def close(self) -> tuple[str, ...]:
         """Ask it to unload and end, then SIGTERM, then SIGKILL to all that is left; returns removed segments. Never raises."""
+        if not self._finalizer.alive:
+            return ()
         if self._channel is not None:
             self.observe()
             deadline_s = time.monotonic() + self._deadlines.close_s
@@ -188,7 +191,7 @@ class EngineProcess:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-        self._segments.observe({self.pid})
+        self._segments.observe({self.pid} | find_processes(self.pid, self._mark))
         kill_processes(self.pid, self._mark, signal.SIGKILL, self._deadlines.kill_s)
         if self._exited(self._deadlines.kill_s):
             self._waiter.join()
@@ -349,7 +352,7 @@ def _make_folder() -> Path:
     folder = tempfile.mkdtemp(prefix="llem-ray-engine-")
     if len(os.fsencode(folder)) > _SOCKET_PATH_BYTES:
         Path(folder).rmdir()
-        folder = tempfile.mkdtemp(prefix="llem-ray-engine-", dir="/tmp")  # noqa: S108 - mkdtemp makes it private
+        folder = tempfile.mkdtemp(prefix="llem-ray-engine-", dir="/tmp")
     return Path(folder)
 
 

@@ -26,8 +26,7 @@ def find_processes(group: int, mark: str) -> set[int]:
             state, _, process_group = (Path("/proc") / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[:3]
             if state in b"ZX":
                 continue
-            environment = (Path("/proc") / str(pid) / "environ").read_bytes()
-            if int(process_group) == group or wanted in environment.split(b"\0"):
+            if int(process_group) == group or wanted in (Path("/proc") / str(pid) / "environ").read_bytes().split(b"\0"):
                 found.add(pid)
     return found
 
@@ -112,6 +111,6 @@ def _open_files(pid: int, folder: Path) -> Iterator[tuple[str, int]]:
     with contextlib.suppress(OSError):
         for entry in (process / "fd").iterdir():
             with contextlib.suppress(OSError):
-                path = os.readlink(entry)
+                path = str(entry.readlink())
                 if path.startswith(prefix):
                     yield path.removesuffix(_DELETED).removeprefix(prefix), entry.stat().st_ino

@@ -8,7 +8,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -107,7 +107,7 @@ class ProcessBackend:
             raise self._broken(ProtocolError("not lists of token ids"))
         return answer
 
-    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
+    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Generator[StepEvent | RequestRecord]:
         """Serve the requests as one batch; steps and records are yielded as they arrive.
 
         Raises:
@@ -117,13 +117,14 @@ class ProcessBackend:
         process = self._serving(GenerationError)
         body = [[pack_flat(request) for request in requests], pack_flat(sampling)]
         try:
-            for kind, content in process.stream("run", body, self._deadlines.silence_s, "generation"):
-                if kind == "step":
-                    yield unpack(StepEvent, content)
-                elif kind == "record":
-                    yield unpack(RequestRecord, content)
-                else:
-                    raise ProtocolError(f"a message of kind {kind!r:.40} during generation")
+            with contextlib.closing(process.stream("run", body, self._deadlines.silence_s, "generation")) as messages:
+                for kind, content in messages:
+                    if kind == "step":
+                        yield unpack(StepEvent, content)
+                    elif kind == "record":
+                        yield unpack(RequestRecord, content)
+                    else:
+                        raise ProtocolError(f"a message of kind {kind!r:.40} during generation")
         except ProtocolError as error:
             raise self._broken(error) from error
         except (EngineDied, HangError) as error:
@@ -216,7 +217,7 @@ class ProcessBackend:
         if hint is None or not hint.startswith(_PIP):
             return error
         message = f"{error.message} (in {self._command})"
-        named = type(error)(message, f"{self._command} -m {hint}")
+        named = type(error)(message, f"{self._command} -m {hint}", *error.args[2:])
         for note in getattr(error, "__notes__", ()):
             named.add_note(note)
         return named

@@ -16,7 +16,6 @@ import time
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
 from operator import attrgetter
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -32,6 +31,8 @@ MAX_BYTES: Final = 512 * 2**20
 _MAGIC: Final = b"LLEM"
 _HEADER: Final = struct.Struct(">4sI")
 _CHUNK: Final = 1 << 18
+_getters: Final[dict[type, Callable[[Any], tuple[Any, ...]]]] = {}
+_converters_of: Final[dict[type, tuple[tuple[str, Callable[[Any], Any]], ...]]] = {}
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 
 
@@ -215,21 +216,21 @@ def _packed(item: Any) -> Any:
     return item
 
 
-@cache
-def _getter(cls: type) -> Callable[[Any], tuple[Any, ...]]:
-    return attrgetter(*(item.name for item in fields(cls)))
+def _getter(cls: Any) -> Callable[[Any], tuple[Any, ...]]:
+    if cls not in _getters:
+        _getters[cls] = attrgetter(*(item.name for item in fields(cls)))
+    return _getters[cls]
 
 
-@cache
-def _converters(cls: type) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
-    hints = get_type_hints(cls)
-    return tuple((item.name, _converter(hints[item.name])) for item in fields(cls))
+def _converters(cls: Any) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
+    if cls not in _converters_of:
+        hints = get_type_hints(cls)
+        _converters_of[cls] = tuple((item.name, _converter(hints[item.name])) for item in fields(cls))
+    return _converters_of[cls]
 
 
 def _converter(hint: Any) -> Callable[[Any], Any]:
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return _same
     if is_dataclass(hint):
         return lambda row: unpack(hint, row)  # type: ignore[arg-type]
     if origin is Literal:
@@ -237,11 +238,7 @@ def _converter(hint: Any) -> Callable[[Any], Any]:
     if origin in (Union, types.UnionType):
         return _of(frozenset().union(*(_scalars(argument) for argument in arguments)))
     if origin is tuple:
-        inner = arguments[0]
-        if is_dataclass(inner) or get_origin(inner) is tuple:
-            convert = _converter(inner)
-            return lambda rows: tuple(convert(row) for row in _listed(rows))
-        return _tuple_of(_scalars(inner))
+        return _tuple_of(_scalars(arguments[0]))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _of(frozenset({dict}))
     return _of(_scalars(hint))
@@ -288,10 +285,6 @@ def _tuple_of(allowed: frozenset[type]) -> Callable[[Any], Any]:
 def _listed(value: Any) -> list[Any]:
     if type(value) is not list:
         raise TypeError(f"{_shown(value)} is not a list")
-    return value
-
-
-def _same(value: Any) -> Any:
     return value
 
 
