@@ -96,9 +96,10 @@ class EngineProcess:
         self._folder = _make_folder()
         self._mark = f"{MARK}={secrets.token_hex(8)}"
         self._channel: Channel | None = None
+        self._connections: list[socket.socket] = []
         self._doing = "start"
         try:
-            self._process, self._waiter = self._start(command)
+            self._process, self._pidfd, self._waiter = self._start(command)
         except OSError as error:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise ConfigError(
@@ -107,8 +108,9 @@ class EngineProcess:
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
-        self._pidfd = os.pidfd_open(self._process.pid)
-        self._finalizer = weakref.finalize(self, _abandon, self._process.pid, self._mark, self._folder, self._pidfd)
+        self._finalizer = weakref.finalize(
+            self, _abandon, self._process.pid, self._mark, self._folder, self._pidfd, self._connections
+        )
         try:
             self._channel = self._accept()
             self.python_version = self._greet()
@@ -202,7 +204,7 @@ class EngineProcess:
                 self.log.unlink()
         return self._segments.remove_leftovers()
 
-    def _start(self, command: Sequence[str]) -> tuple[subprocess.Popen[bytes], threading.Thread]:
+    def _start(self, command: Sequence[str]) -> tuple[subprocess.Popen[bytes], int, threading.Thread]:
         """Start it from a thread that lives as long as it does: the kernel's death signal goes by the thread that forked."""
         (self._folder / "llem_ray").symlink_to(Path(llem_ray.__file__).parent)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -215,7 +217,7 @@ class EngineProcess:
             name, _, value = self._mark.partition("=")
             own = {"PYTHONPATH": str(self._folder), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", name: value}
             arguments = ["-m", "llem_ray.backends.process.child", "--socket", str(path), "--parent", str(os.getpid())]
-            started: Future[subprocess.Popen[bytes]] = Future()
+            started: Future[tuple[subprocess.Popen[bytes], int]] = Future()
             with self.log.open("ab") as log:
                 waiter = threading.Thread(
                     target=_live,
@@ -224,7 +226,7 @@ class EngineProcess:
                     daemon=True,
                 )
                 waiter.start()
-                return started.result(), waiter
+                return *started.result(), waiter
         except BaseException:
             self._listener.close()
             raise
@@ -244,6 +246,7 @@ class EngineProcess:
         if _CREDENTIALS.unpack(credentials)[1] not in (os.getuid(), 0):
             connection.close()
             raise PluginError("another user answered on the engine's socket")
+        self._connections.append(connection)
         return Channel(connection, self._pidfd)
 
     def _greet(self) -> str:
@@ -335,15 +338,18 @@ def read_tail(path: Path) -> str:
     return ""
 
 
-def _live(command: list[str], environment: dict[str, str], log: Any, started: Future[subprocess.Popen[bytes]]) -> None:
+def _live(
+    command: list[str], environment: dict[str, str], log: Any, started: Future[tuple[subprocess.Popen[bytes], int]]
+) -> None:
     try:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+        pidfd = os.pidfd_open(process.pid)  # before anybody reaps it
     except BaseException as error:  # noqa: BLE001 - whoever waits for the start gets it
         started.set_exception(error)
         return
-    started.set_result(process)
+    started.set_result((process, pidfd))
     process.wait()
 
 
@@ -356,10 +362,12 @@ def _make_folder() -> Path:
     return Path(folder)
 
 
-def _abandon(group: int, mark: str, folder: Path, pidfd: int) -> None:
+def _abandon(group: int, mark: str, folder: Path, pidfd: int, connections: list[socket.socket]) -> None:
     """What is left to do when nobody closed the engine: at the end of the interpreter, or when it was forgotten."""
     kill_processes(group, mark, signal.SIGKILL, 2.0)
     shutil.rmtree(folder, ignore_errors=True)
+    for connection in connections:
+        connection.close()
     with contextlib.suppress(OSError):
         os.close(pidfd)
 
