@@ -1,4 +1,4 @@
-"""A sweep over two interpreters on an embedded Ray: rows line up, a death is retried, nothing outlives the run driver."""
+"""A sweep over two interpreters on an embedded Ray: rows line up, deaths and hangs are retried, nothing of it stays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 import pytest
 from submission import DEADLINE_S, Submission, kill_hard
 
-from llem_ray.backends.process.engine_process import MARK
+from llem_ray.backends.process.leftovers import MARK
 
 pytestmark = [pytest.mark.slow]
 
@@ -26,12 +26,14 @@ experiments:
   - {{engine: {{}}}}
   - {{engine: {{python: {sys.executable}}}}}
   - {{engine: {{python: {sys.executable}, engine_args: {{fail: {{kind: die, once: died}}}}}}}}
+  - {{engine: {{python: {sys.executable}, engine_args: {{fail: {{kind: hang, once: hung}}}}}}}}
 repeats: 1
 measure:
   sources: [replay]
   min_window_s: 0.3
   idle_baseline_s: 0
   warmup: {{batches: 0}}
+  trial_timeout_s: 4
 """
 
 
@@ -44,22 +46,22 @@ def engines() -> set[int]:
     return found
 
 
-def test_rows_line_up_and_a_death_is_retried(tmp_path: Path) -> None:
+def test_rows_line_up_and_deaths_and_hangs_are_retried(tmp_path: Path) -> None:
     before = engines()
     run = Submission(tmp_path, SWEEP)
     code, output = run.run()
     assert code == 0, output
     done = [row for row in run.trials() if row["status"] == "completed"]
     failed = [row for row in run.trials() if row["status"] != "completed"]
-    assert len(done) == 3
-    assert [row["failure_kind"] for row in failed] == ["engine_died"]
+    assert len(done) == 4
+    assert sorted(row["failure_kind"] for row in failed) == ["engine_died", "hang"]
     assert all(row["power_valid"] and row["output_tokens"] for row in done)
     assert engines() <= before
 
 
 def test_nothing_outlives_a_killed_run_driver(tmp_path: Path) -> None:
     before = engines()
-    run = Submission(tmp_path, SWEEP.replace("min_window_s: 0.3", "min_window_s: 300"))
+    run = Submission(tmp_path, SWEEP.replace("min_window_s: 0.3", "min_window_s: 300").replace("timeout_s: 4", "timeout_s: 600"))
     process = run.start("--set", f"experiments=[{{engine: {{python: {sys.executable}}}}}]")
     run.wait_until(lambda: bool(engines() - before), process)
     kill_hard(process)

