@@ -15,7 +15,6 @@ if sys.version_info < (3, 11):  # noqa: UP036 - the interpreter is the user's ch
 import argparse
 import os
 import platform
-import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -136,7 +135,7 @@ def main() -> None:
         channel.send(0, "hello", hello())
         Session(channel, watchdog).serve()
     except PeerGone:
-        os.killpg(0, signal.SIGKILL)
+        watchdog.end()
     finally:
         channel.close()
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from llem_ray.backends.process.leftovers import MARK, SegmentLog, find_processes, kill_processes
 
@@ -55,6 +55,12 @@ class Watchdog:
             with contextlib.suppress(OSError):  # it was killed: only this process can be ended then
                 self._fork.sendall(b".")
                 self._fork.recv(1)
+
+    def end(self) -> NoReturn:
+        """The parent is gone: end at once, and leave the rest to the fork, or kill the process group where there is none."""
+        if self._fork is None:
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
 
 
 def _watch(watched: int, engine: socket.socket, folder: Path) -> None:
