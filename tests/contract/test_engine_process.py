@@ -143,12 +143,12 @@ def make(tmp_path: Path) -> Iterator[Make]:
             cache_dir=str(tmp_path / "cache"),
         )
         target = target if ":" in target else f"odd_engines:{target}"
-        backend = ProcessBackend(config, target, command or f"{sys.executable} launcher.py", tmp_path / "engine.log", deadlines)
+        backend = ProcessBackend(
+            config, target, f"{sys.executable} launcher.py" if command is None else command, tmp_path / "engine.log", deadlines
+        )
         made.append(backend)
         return backend
 
-    build.__dict__["folder"] = tmp_path
-    (tmp_path / "here").mkdir()
     before = Path.cwd()
     os.chdir(tmp_path)
     yield build
@@ -204,10 +204,8 @@ class TestInterpreter:
         ("command", "says"), [("", "must not be empty"), ("  ", "must not be empty"), ("a 'b", "command line")]
     )
     def test_what_is_no_command_is_refused(self, make: Make, command: str, says: str) -> None:
-        backend = make()
-        backend._command = command
         with pytest.raises(ConfigError, match=says):
-            backend.check()
+            make(command=command).check()
 
     def test_one_that_may_not_be_executed_or_is_no_program(self, make: Make, tmp_path: Path) -> None:
         (tmp_path / "program").write_bytes(b"\x7fELF nonsense")

@@ -37,7 +37,7 @@ from llem_ray.core.errors import ConfigError, EngineDied, HangError, PluginError
 
 _NOT_INHERITED: Final = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONEXECUTABLE", "VIRTUAL_ENV")
 """They speak of our interpreter, not of the engine's."""
-_LOG_TAIL_BYTES: Final = 2000
+_LOG_TAIL_BYTES: Final = 1500
 _SOCKET_PATH_BYTES: Final = 100
 _CREDENTIALS: Final = struct.Struct("3i")
 
@@ -96,6 +96,7 @@ class EngineProcess:
         self._channel: Channel | None = None
         self._connections: list[socket.socket] = []
         self._doing = "start"
+        began_s = time.monotonic()
         try:
             self._process, self._pidfd, self._waiter = self._start(command)
         except OSError as error:
@@ -112,6 +113,7 @@ class EngineProcess:
         try:
             self._channel = self._accept()
             self.python_version = self._greet()
+            self.start_s = time.monotonic() - began_s
         except BaseException:
             self.kill()
             raise
@@ -137,7 +139,7 @@ class EngineProcess:
             HangError: It did not answer in time.
         """
         for _, answer in self.stream(kind, body, timeout_s, doing):
-            raise self._garbage(f"an unexpected message during {doing}: {answer!r:.80}")
+            raise self.reject(f"an unexpected message during {doing}: {answer!r:.80}")
         return self._answer
 
     def stream(self, kind: str, body: Any, silence_s: float, doing: str) -> Generator[tuple[str, Any]]:
@@ -151,7 +153,7 @@ class EngineProcess:
                 number, what, content = self._receive(silence_s)
                 if number != call:
                     if number > call:
-                        raise self._garbage(f"an answer to a call that was never made ({number})")
+                        raise self.reject(f"an answer to a call that was never made ({number})")
                     continue  # of a call that was given up
                 if what == "done":
                     open_ended, self._answer = False, content
@@ -250,7 +252,7 @@ class EngineProcess:
     def _greet(self) -> str:
         number, kind, body = self._receive(self._deadlines.start_s)
         if (number, kind) != (0, "hello") or not isinstance(body, Mapping):
-            raise self._garbage(f"no hello, but {kind!r}")
+            raise self.reject(f"no hello, but {kind!r}")
         for field, told, ours in (
             ("protocol", body.get("protocol"), PROTOCOL_VERSION),
             ("llem_ray", body.get("llem_ray"), llem_ray.__version__),
@@ -282,24 +284,21 @@ class EngineProcess:
         except TimeoutError as error:
             raise self._hang(timeout_s) from error
         except ProtocolError as error:
-            raise self._garbage(str(error)) from error
+            raise self.reject(str(error)) from error
 
     def _restored(self, content: Any) -> Exception:
         try:
             report = unpack(ErrorReport, content)
             error: Exception | None = restore_error(report)
         except ProtocolError as problem:
-            return self._garbage(str(problem))
+            return self.reject(str(problem))
         if error is None:
             error = RemoteError(": ".join(str(item) for item in report.args))
         error.add_note(f"In the engine's process:\n{report.traceback}")
         return error
 
-    def garbage(self, what: str) -> EngineDied:
+    def reject(self, what: str) -> EngineDied:
         """End the process, which sent something it may not; returns the error to raise."""
-        return self._garbage(what)
-
-    def _garbage(self, what: str) -> EngineDied:
         self.kill()
         return EngineDied(f"the engine's process was ended during {self._doing}: {what}", self._last_words())
 

@@ -85,6 +85,7 @@ class ProcessBackend:
         process.observe()
         self._loaded = True
         notes = {"interpreter": self._command, "python": process.python_version, "engine_log": str(process.log)}
+        notes["process_start_s"] = f"{process.start_s:.3f}"
         notes |= {f"version_{name}": version for name, version in self._versions.items()}
         return replace(report, notes={**notes, **report.notes})
 
@@ -198,7 +199,7 @@ class ProcessBackend:
 
     def _broken(self, problem: ProtocolError) -> EngineDied:
         assert self._process is not None
-        error = self._process.garbage(str(problem))
+        error = self._process.reject(str(problem))
         self._forget(error)
         return error
 
