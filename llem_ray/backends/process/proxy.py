@@ -134,7 +134,7 @@ class ProcessBackend:
 
     def reset(self) -> None:
         """Forget cached prefixes; nothing to do when the process is gone."""
-        if self._process is None:
+        if self._process is None or not self._loaded:
             return
         self._ask("reset", None, self._deadlines.call_s)
         if self._process is not None:
