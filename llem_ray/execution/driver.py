@@ -225,6 +225,7 @@ class RunDriver:
         self._timeline.close_at("shutdown", self._clock.monotonic_ns())
         self._book.write_last_spans(SpansAdded(gang=None, spans=self._timeline.take()))
         self._writer.finish()
+        self._book.raise_if_broken()
 
     def _cover(self, phase: Phase) -> None:
         self._timeline.close_at(phase, self._clock.monotonic_ns())

@@ -89,6 +89,9 @@ class GangLane:
                 if stop is not None:
                     return stop
             return None
+        except BaseException:
+            self._close_gang(force=True)  # it may be busy for long: nobody waits for its answer any more
+            raise
         finally:
             self._close_gang()
 
@@ -230,6 +233,7 @@ class GangLane:
             )
 
     def _failed(self, error: LlemRayError) -> Failed:
+        self._run.book.raise_if_broken()  # that error comes through every wait, and is no failure of the attempt
         failure = failed_from(error)
         words = self._gang.last_words() if isinstance(error, EngineDied) and self._gang is not None else None
         if not words:
