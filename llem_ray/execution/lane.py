@@ -88,10 +88,11 @@ class GangLane:
                     return stop
                 if stop is not None:
                     return stop
-            return None
         except BaseException:
             self._close_gang(force=True)  # it may be busy for long: nobody waits for its answer any more
             raise
+        else:
+            return None
         finally:
             self._close_gang()
 
