@@ -70,7 +70,7 @@ class RayCall(Generic[T]):
             if isinstance(cause, LlemRayError):
                 raise cause from error
             raise LlemRayError(f"{self._what} failed: {cause!r}", str(error)) from error
-        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+        except ray.exceptions.RayError as error:  # its actor died, or Ray killed it because the host's memory was nearly full
             raise EngineDied(f"the process died during {self._what}: {_first_line(error)}") from error
         return answer
 
