@@ -22,8 +22,10 @@ class Interrupts:
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Take over SIGINT, SIGTERM and SIGHUP."""
+        """Take over SIGINT, SIGTERM and SIGHUP; under ``nohup`` SIGHUP stays ignored."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._on_signal)
 
     def restore(self) -> None:
