@@ -20,6 +20,7 @@ from llem_ray.execution.driver import RunDriver, RunOptions, RunResult
 from llem_ray.execution.inline import InlineExecutor
 from llem_ray.planning.plan import make_plan
 from llem_ray.results import segments
+from llem_ray.results.journal import Journal, JournalEvent
 from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import RunDirectory
 
@@ -141,3 +142,40 @@ def test_an_error_of_the_very_last_row_is_not_lost(session: Session, monkeypatch
     monkeypatch.setattr(Bookkeeper, "drain", wait_until_broken)
     with pytest.raises(ResultsError, match="No space left on device"):
         session.run(one)
+
+
+def test_a_failed_load_s_waste_is_what_its_phase_says(session: Session) -> None:
+    """Start-up and the bare idle baseline before the load are phases of their own, and no waste."""
+    failing = SWEEP.replace("engine_args: {}", "engine_args: {load_ms: 1000, fail: {kind: load}}").replace(
+        "idle_baseline_s: 0", "idle_baseline_s: 2"
+    )
+    session.run(failing)
+    first = min((row for row in session.rows() if row["waste_energy_j"] is not None), key=lambda row: row["trial_id"])
+    wasted = [row["energy_j"] for row in session.rows("phases") if row["phase"] == "waste"]
+    assert first["failure_kind"] == "load"
+    assert first["waste_energy_j"] == pytest.approx(sum(wasted), rel=0.1)
+    assert first["waste_energy_j"] == pytest.approx(50, rel=0.3)
+
+
+def test_stopping_for_failures_in_a_row_gives_up_nothing_else(session: Session) -> None:
+    """The cause may be this machine's: what was not tried is still to do, and a resumed run tries it."""
+    failing = SWEEP.replace("engine_args: {}", "engine_args: {fail: {kind: load, once: struck}}").replace(
+        "measure: {", "measure: {max_consecutive_failures: 1, "
+    )
+    stopped = session.run(failing)
+    assert (stopped.left, stopped.failed) == (5, 0)
+    assert stopped.stopped is not None
+    assert session.run(failing).completed == 5
+
+
+def test_attempts_that_were_cut_short_do_not_use_up_the_retries(session: Session) -> None:
+    failing = SWEEP.replace("engine_args: {}", "engine_args: {fail: {kind: hang, once: struck}}").replace(
+        "measure: {", "measure: {trial_timeout_s: 3, "
+    )
+    trials = session.plan(failing).trials
+    with Journal.open(session.rundir.journal_path) as journal:
+        journal.append(JournalEvent(event="measuring", trial_id=trials[0].trial_id, attempt=3))
+    result = session.run(failing)
+    assert (result.completed, result.failed) == (5, 0)
+    attempts = {row["attempt"]: row["failure_kind"] for row in session.rows() if row["trial_id"] == trials[0].trial_id}
+    assert attempts == {3: "interrupted", 4: "hang", 5: None}
