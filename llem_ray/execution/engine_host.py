@@ -12,7 +12,7 @@ from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadReport, R
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Window
 from llem_ray.core.errors import GenerationError, LlemRayError, LoadError
-from llem_ray.core.outcome import Completed, Outcome, failed_from
+from llem_ray.core.outcome import Completed, Failed, Outcome, failed_from
 from llem_ray.core.plugins import load_plugin
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WorkloadSpec
 from llem_ray.core.units import ns_from_s
@@ -79,8 +79,7 @@ class EngineHost:
         try:
             return self._run(order, spans)
         except Exception as error:  # noqa: BLE001 - the one border where an engine's error becomes a Failed
-            self._forget_failure()
-            return failed_from(error, spans.finish())
+            return self._forget_failure(failed_from(error, spans.finish()))
         finally:
             self._phase = None
 
@@ -159,7 +158,12 @@ class EngineHost:
         self._phase = phase
         return spans.enter(phase)
 
-    def _forget_failure(self) -> None:
-        """Free what a failed batch left on the device, so that the next trial starts clean."""
-        if self._backend is not None:
-            self._backend.reset()
+    def _forget_failure(self, failed: Failed) -> Failed:
+        """Free what a failed batch left on the device, so that the next trial starts clean; an engine that cannot is done for."""
+        try:
+            if self._backend is not None:
+                self._backend.reset()
+        except Exception as error:  # noqa: BLE001 - the same border: the first failure must not be hidden by the second
+            message = f"{failed.message}; the engine could not be reset afterwards: {type(error).__name__}: {error}"
+            return replace(failed, kind="engine_died", message=message)
+        return failed
