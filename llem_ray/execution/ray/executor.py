@@ -46,6 +46,8 @@ def _import_ray() -> Any:
     if "ray" not in sys.modules:
         os.environ.update(_EMBEDDED)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # Ray names GPUs by number; CUDA's own order is the fastest first, which is not NVML's.
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     import ray  # noqa: PLC0415 - the settings above must come first
 
     return ray

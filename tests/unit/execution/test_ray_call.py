@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -44,3 +47,15 @@ def test_no_answer_yet_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(TimeoutError):
         RayCall(None, "load").result(1.0)
+
+
+@pytest.mark.parametrize(("chosen", "order"), [(None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")])
+def test_cuda_counts_gpus_as_nvml_does_unless_the_user_says_otherwise(chosen: str | None, order: str) -> None:
+    """On a host with two models of GPU the gang would else run on another GPU than the one that is measured."""
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER" and not name.startswith("RAY_")}
+    code = (
+        "import os; from llem_ray.execution.ray import executor; executor._import_ray(); print(os.environ['CUDA_DEVICE_ORDER'])"
+    )
+    set_by_user = {} if chosen is None else {"CUDA_DEVICE_ORDER": chosen}
+    said = subprocess.run([sys.executable, "-c", code], env=env | set_by_user, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == order
