@@ -275,7 +275,7 @@ class EmbeddedRayExecutor:
 def _start_reaper(folder: Path) -> subprocess.Popen[bytes]:
     """The process that cleans up after us however we end."""
     script = Path(__file__).with_name("reaper.py")
-    command = [sys.executable, "-I", "-S", str(script), f"{MARK}={folder}", str(folder)]
+    command = [sys.executable, "-I", "-S", str(script), f"{MARK}={folder}", str(folder), str(os.getpid())]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
