@@ -232,7 +232,7 @@ def _total_columns(total: EnergyTotal, held: Sequence[EnergyReading], gang: Gang
     if total.sensor_j is not None and energy_j > 0:
         row["sensor_rel"] = total.sensor_j / energy_j
     row["energy_delay_product_js"] = metrics.energy_delay_product_js(energy_j, window_s)
-    row["avg_power_w"] = metrics.avg_power_w(energy_j, window_s, len(held))
+    row["avg_power_w"] = metrics.avg_power_w(energy_j, window_s, len(held)) if gang.group.gpus else None
     row["avg_total_gpu_power_w"] = metrics.avg_total_gpu_power_w(energy_j, window_s) if gang.group.gpus else None
     return row
 

@@ -21,6 +21,9 @@ from llem_ray.execution.spans import SpanLog
 from llem_ray.power.host import host_id
 from llem_ray.workloads.prompts import batches, build_requests, load_prompts
 
+KEPT_TOKENS = 2_000_000
+"""Prompt tokens of other cells that are kept for their repeats; about 36 bytes each."""
+
 
 class EngineHost:
     """One gang's engine.
@@ -116,21 +119,20 @@ class EngineHost:
 
     def _measure(
         self, backend: InferenceBackend, work: tuple[tuple[Request, ...], ...], sampling: SamplingSpec, until_ns: int
-    ) -> tuple[tuple[RequestRecord, ...], tuple[StepEvent, ...], int]:
+    ) -> tuple[tuple[RequestRecord, ...], int, int]:
         """Whole passes over the workload until the window is long enough."""
         requests: list[RequestRecord] = []
-        steps: list[StepEvent] = []
-        passes = 0
+        steps = passes = 0
         while True:
             for batch in work:
                 for event in backend.run(batch, sampling):
                     if isinstance(event, StepEvent):
-                        steps.append(event)
+                        steps += 1
                     else:
                         requests.append(replace(event, request_id=f"{passes}-{event.request_id}"))
             passes += 1
             if self._clock.monotonic_ns() >= until_ns:
-                return tuple(requests), tuple(steps), passes
+                return tuple(requests), steps, passes
 
     def _work(self, workload: WorkloadSpec) -> tuple[tuple[Request, ...], ...]:
         """The workload's batches as token ids; repeats of a cell reuse them."""
@@ -146,6 +148,8 @@ class EngineHost:
                 prompts=load_prompts(workload.prompts, self._base_dir),
                 special_token_ids=self._report.special_token_ids,
             )
+            if sum(map(_tokens, self._requests.values())) > KEPT_TOKENS:
+                self._requests.clear()
             self._requests[key] = tuple(batches(requests, workload.batch_size))
         return self._requests[key]
 
@@ -167,3 +171,7 @@ class EngineHost:
             message = f"{failed.message}; the engine could not be reset afterwards: {type(error).__name__}: {error}"
             return replace(failed, kind="engine_died", message=message)
         return failed
+
+
+def _tokens(work: tuple[tuple[Request, ...], ...]) -> int:
+    return sum(len(request.prompt_token_ids) for batch in work for request in batch)

@@ -192,8 +192,12 @@ class EmbeddedRayExecutor:
         """Start Ray.
 
         Raises:
-            PlacementError: It did not start.
+            PlacementError: It did not start, or something imported Ray before us, so that our settings came too late.
         """
+        if "ray" in sys.modules and any(os.environ.get(name) != value for name, value in _EMBEDDED.items()):
+            raise PlacementError(
+                "Ray was imported before llem-ray could bind it to this host alone", "an engine plug-in imports it"
+            )
         ray = _import_ray()
         self._temp_dir = Path(tempfile.mkdtemp(prefix="llem-ray-", dir="/tmp"))
         # What Ray starts inherits the mark, so that the reaper knows it; the reaper itself must not.
