@@ -46,9 +46,10 @@ def test_a_trial_in_a_process_of_its_own_is_measured_the_same_way(tmp_path: Path
     host.close()
     assert isinstance(outcome, Completed), outcome
     window = outcome.window
-    edges = [ns for step in outcome.steps for ns in (step.begin_ns, step.end_ns)]
-    assert window.begin_ns <= edges[0] <= edges[-1] <= window.end_ns
-    assert edges == sorted(edges)
+    times = [ns for request in outcome.requests for ns in (request.sent_ns, *request.token_times_ns)]
+    assert window.begin_ns <= times[0] <= times[-1] <= window.end_ns
+    assert times == sorted(times)
+    assert outcome.steps == 5 * outcome.passes
     assert len(outcome.requests) == outcome.passes
     assert [span.phase for span in outcome.spans] == ["warmup", "guard", "measured", "guard"]
 
