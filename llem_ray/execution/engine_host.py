@@ -13,10 +13,10 @@ from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Window
 from llem_ray.core.errors import GenerationError, LlemRayError, LoadError
 from llem_ray.core.outcome import Completed, Failed, Outcome, failed_from
-from llem_ray.core.plugins import load_plugin
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WorkloadSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.execution.calls import Leased, Loaded, TrialOrder
+from llem_ray.execution.engines import make_backend
 from llem_ray.execution.spans import SpanLog
 from llem_ray.power.host import host_id
 from llem_ray.workloads.prompts import batches, build_requests, load_prompts
@@ -64,8 +64,7 @@ class EngineHost:
         """
         self._phase = "load"
         try:
-            backend: InferenceBackend = load_plugin("llem_ray.backends", self._config.engine.backend)(self._config)
-            self._backend = backend
+            backend = self._backend = make_backend(self._config)
             backend.check()
             self._report = backend.load()
             return Loaded(report=self._report, ranks=backend.identity())

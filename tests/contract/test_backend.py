@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import pickle
+import shutil
+import sys
+import tempfile
 import time
+import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llem_ray.backends.process.proxy import ProcessBackend
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadReport, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, ConfigError, GenerationError, LlemRayError
@@ -27,9 +35,30 @@ class Engine:
     args: dict[str, Any]
 
 
+@functools.cache
+def bare_interpreter() -> str:
+    """An interpreter without a single package."""
+    folder = tempfile.mkdtemp(prefix="llem-ray-bare-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    venv.create(folder, with_pip=False, symlinks=True)
+    return str(Path(folder, "bin", "python"))
+
+
+def in_process_of(cls: type[InferenceBackend], interpreter: Callable[[], str]) -> Callable[[BackendConfig], InferenceBackend]:
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    return lambda config: ProcessBackend(config, target, interpreter())
+
+
+FAKE = Engine(FakeBackend, ModelSpec(config="llama-tiny"), {"prefill_ms": 0.2, "decode_ms": 0.1})
+TRANSFORMERS = Engine(TransformersBackend, ModelSpec(config="llama-tiny", initializer_range=0.1), {"num_threads": 1})
 ENGINES = {
-    "fake": Engine(FakeBackend, ModelSpec(config="llama-tiny"), {"prefill_ms": 0.2, "decode_ms": 0.1}),
-    "transformers": Engine(TransformersBackend, ModelSpec(config="llama-tiny", initializer_range=0.1), {"num_threads": 1}),
+    "fake": FAKE,
+    "transformers": TRANSFORMERS,
+    "fake in a process": dataclasses.replace(FAKE, factory=in_process_of(FakeBackend, lambda: sys.executable)),
+    "fake in a bare interpreter": dataclasses.replace(FAKE, factory=in_process_of(FakeBackend, bare_interpreter)),
+    "transformers in a process": dataclasses.replace(
+        TRANSFORMERS, factory=in_process_of(TransformersBackend, lambda: sys.executable)
+    ),
 }
 
 

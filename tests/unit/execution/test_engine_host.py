@@ -8,7 +8,7 @@ import pytest
 
 from llem_ray.core.outcome import Failed
 from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec, WorkloadSpec
-from llem_ray.execution import engine_host
+from llem_ray.execution import engines
 from llem_ray.execution.calls import TrialOrder
 from llem_ray.execution.engine_host import EngineHost
 from llem_ray.testing.backend import FakeBackend
@@ -33,7 +33,7 @@ def test_an_engine_that_cannot_be_reset_is_done_for(
     def load_plugin(group: str, name: str) -> type[FakeBackend]:
         return backend
 
-    monkeypatch.setattr(engine_host, "load_plugin", load_plugin)
+    monkeypatch.setattr(engines, "load_plugin", load_plugin)
     host = EngineHost(MODEL, ENGINE, 0, str(tmp_path), str(tmp_path))
     host.load()
     experiment = Experiment(model=MODEL, engine=ENGINE, workload=WorkloadSpec(output_tokens=4))
