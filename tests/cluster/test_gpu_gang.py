@@ -34,7 +34,7 @@ base:
 sweep:
   workload.output_tokens: [10, 20]
 repeats: 2
-measure: {min_window_s: 5.5, idle_baseline_s: 2, sources: [nvml]}
+measure: {min_window_s: 5.5, idle_baseline_s: 2, sources: [nvml], gates: {min_coverage: 0.3}}
 """
 
 
