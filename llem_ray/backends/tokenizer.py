@@ -16,6 +16,9 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llem_ray.backends.model_config import load_error
+from llem_ray.backends.model_source import ModelSource
+from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import LoadError
 
 UNKNOWN, BEGIN, END = SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
@@ -63,6 +66,25 @@ def train_tokenizer(vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token=UNKNOWN, bos_token=BEGIN, eos_token=END, padding_side="left"
     )
+
+
+def find_tokenizer(config: BackendConfig, source: ModelSource, model_config: Any) -> tuple[Any, str]:
+    """The model's tokenizer and where it came from; one trained locally where the model has none.
+
+    Raises:
+        LoadError: It cannot be read.
+    """
+    if source.tokenizer is not None:
+        revision = config.model.revision if source.tokenizer == source.location else None
+        try:
+            tokenizer = read_tokenizer(source.tokenizer, revision=revision, trust_remote_code=config.model.trust_remote_code)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            if not source.tokenizer_optional:
+                raise load_error(f"tokenizer {source.tokenizer!r}", error) from error
+        else:
+            return tokenizer, source.tokenizer
+    vocab_size = int(model_config.get_text_config().vocab_size)
+    return train_tokenizer(vocab_size, Path(config.cache_dir)), "trained locally"
 
 
 def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
