@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
 from llem_ray.backends.model_source import ModelSource
@@ -69,6 +69,13 @@ def weight_dtype(source: ModelSource, model: ModelSpec, config: Any, device: Lit
     if source.random:
         return torch.bfloat16 if device == "cuda" else torch.float32
     return cast("torch.dtype | None", config.dtype)
+
+
+def count_parameters(config: Any, *, trust_remote_code: bool) -> int:
+    """Exact number of parameters, tied ones once, without memory for them."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return int(skeleton.num_parameters())
 
 
 def quieten() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.resources import files
@@ -16,6 +14,7 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llem_ray.backends.cache_file import write_atomically
 from llem_ray.backends.model_config import load_error
 from llem_ray.backends.model_source import ModelSource
 from llem_ray.core.backend import BackendConfig
@@ -62,7 +61,7 @@ def train_tokenizer(vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast
     else:
         tokenizer = _train(corpus, vocab_size)
         with suppress(OSError):
-            _write_atomically(path, tokenizer.to_str())
+            write_atomically(path, tokenizer.to_str())
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token=UNKNOWN, bos_token=BEGIN, eos_token=END, padding_side="left"
     )
@@ -110,15 +109,3 @@ def _train(corpus: Sequence[str], vocab_size: int) -> Tokenizer:
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, begin_id)]
     )
     return tokenizer
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

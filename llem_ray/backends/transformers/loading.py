@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from llem_ray.backends.model_config import weight_dtype
+from llem_ray.backends.model_config import count_parameters, weight_dtype
 from llem_ray.backends.model_source import ModelSource
 from llem_ray.backends.transformers.arguments import TransformersArgs
 from llem_ray.backends.transformers.memory import require_host_memory
@@ -58,9 +58,7 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def _require_memory(config: Any, dtype: Any, trust_remote_code: bool) -> None:
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    parameters = skeleton.num_parameters()
+    parameters = count_parameters(config, trust_remote_code=trust_remote_code)
     element_bytes = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
     require_host_memory(
         parameters * element_bytes, "the model", f"{parameters} parameters x {element_bytes} B = {parameters * element_bytes} B"
