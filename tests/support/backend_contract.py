@@ -203,5 +203,5 @@ class BackendContract:
 
     def test_records_and_steps_are_plain_data(self, loaded: Loaded) -> None:
         steps, records = serve(loaded, requests_of(loaded, [4, 6], [2, 2]))
-        assert all(type(value) in (int, str, type(None)) for step in steps for value in dataclasses.asdict(step).values())
+        assert all(type(value) in (int, float, str, type(None)) for step in steps for value in dataclasses.asdict(step).values())
         assert all(type(token) is int for record in records for token in record.output_token_ids)

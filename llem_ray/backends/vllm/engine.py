@@ -40,6 +40,9 @@ WARM_PROMPT_TOKENS: Final = 8
 WARM_NEW_TOKENS: Final = 2
 RPC_TIMEOUT_S: Final = 60.0
 
+ARGUMENT_ERRORS: Final = (TypeError, ValueError, KeyError, AttributeError, NotImplementedError, AssertionError)
+"""What vLLM's config raises at arguments; pydantic's errors are ValueErrors."""
+
 OUT_OF_MEMORY_TEXTS: Final = (
     "out of memory",
     "can't allocate memory",
@@ -89,9 +92,17 @@ class Engine:
             for worker in sorted(self._workers, key=lambda worker: worker["rank"])
         )
 
-    @property
-    def weight_bytes(self) -> int:
-        """Weights in all workers together."""
+    def weight_bytes(self, parameters: int | None) -> int | None:
+        """Bytes of all weights; None for quantised ones on the CPU, whose kernels keep them where no one can count them.
+
+        Args:
+            parameters: How many the model has.
+        """
+        config = self._engine.vllm_config.model_config
+        if config.quantization is None and parameters is not None:
+            return parameters * int(config.dtype.itemsize)
+        if current_platform.is_cpu():
+            return None
         return sum(int(worker["weight_bytes"]) for worker in self._workers)
 
     @property
@@ -160,7 +171,10 @@ def prepare(config: BackendConfig, source: ModelSource) -> Prepared:
     arguments = engine_arguments(config, source, location, str(dtype).removeprefix("torch.") if dtype else "auto")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        vllm_config = _vllm_config(arguments, config.engine.engine_args)
+        try:
+            vllm_config = _vllm_config(arguments, config.engine.engine_args)
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise load_error(f"model {source.location!r}", error) from error
     return Prepared(source=source, model_config=model_config, vllm_config=vllm_config)
 
 
@@ -191,6 +205,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
             release_process_state()
         raise failure from error
     finished_s = time.monotonic()
+    parameters = _parameters(prepared.model_config, config.model.trust_remote_code)
     return engine, LoadReport(
         import_s=import_s,
         construct_s=constructed_s - begin_s,
@@ -198,8 +213,8 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         warm_s=finished_s - constructed_s,
         context_tokens=engine.context_tokens,
         vocab_size=engine.vocab_size,
-        parameters=_parameters(prepared.model_config, config.model.trust_remote_code),
-        weight_bytes=engine.weight_bytes,
+        parameters=parameters,
+        weight_bytes=engine.weight_bytes(parameters),
         dtype=str(prepared.vllm_config.model_config.dtype).removeprefix("torch."),
         device=config.device,
         model_commit=model_commit(source, prepared.model_config),
@@ -232,7 +247,7 @@ def _require_device(config: BackendConfig) -> None:
 def _vllm_config(arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     try:
         return EngineArgs(**arguments).create_engine_config()
-    except Exception as error:  # TypeError, ValueError, pydantic's errors, NotImplementedError, AssertionError
+    except ARGUMENT_ERRORS as error:
         known = [field.name for field in fields(EngineArgs)]
         for name in given:
             if name not in known:
