@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ import pytest
 from vllm_models import SMALL, children, config_of, requests_of, serve
 
 from llem_ray.backends.vllm.backend import VllmBackend
+from llem_ray.backends.vllm.leftovers import shared_segments
 from llem_ray.core.backend import Request
-from llem_ray.core.errors import ConfigError, LoadError
-from llem_ray.core.spec import ModelSpec
+from llem_ray.core.errors import ConfigError, EngineDied, LoadError
+from llem_ray.core.spec import ModelSpec, SamplingSpec
 
 
 def test_prefixes_are_forgotten_between_trials_where_caching_is_asked_for(tmp_path: Path) -> None:
@@ -45,10 +47,26 @@ def test_close_ends_the_workers_of_a_gang_and_restores_the_environment(
     assert {psutil.Process(rank.pid).ppid() for rank in ranks} == {os.getpid()}
     _, records = serve(backend, requests_of())
     assert [record.output_token_ids for record in records] == [record.output_token_ids for record in expected["fixed"]]
+    segments = shared_segments(rank.pid for rank in ranks)
     backend.close()
     assert children() == before
+    assert segments
+    assert not any(path.exists() for path in segments)
     assert not any(psutil.pid_exists(rank.pid) and psutil.Process(rank.pid).status() != "zombie" for rank in ranks)
     assert set(environment) >= {name for name in os.environ if name.startswith(("VLLM_CPU", "VLLM_LOGGING", "TORCHDYNAMO"))}
+
+
+def test_a_worker_that_dies_is_told_apart_and_leaves_nothing(tmp_path: Path) -> None:
+    before = children()
+    backend = VllmBackend(config_of(tmp_path, ModelSpec(config="llama-tiny"), tensor_parallel=2))
+    backend.load()
+    run = backend.run(requests_of(), SamplingSpec())
+    next(run)
+    os.kill(backend.identity()[1].pid, signal.SIGKILL)
+    with pytest.raises(EngineDied, match="worker's process ended"):
+        list(run)
+    backend.close()
+    assert children() == before
 
 
 def test_a_folder_without_weights_is_refused_and_a_broken_checkpoint_is_a_load_error(

@@ -35,7 +35,7 @@ class VllmBackend:
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
-        self._environment = EnvironmentDefaults(config.device, eager=runs_eagerly(config))
+        self._environment = EnvironmentDefaults(config.device, workers=config.engine.world_size, eager=runs_eagerly(config))
         self._prepared: Prepared | None = None
         self._engine: Engine | None = None
         self._import_s = 0.0

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import torch
 
 with warnings.catch_warnings():
@@ -31,6 +32,7 @@ from llem_ray.backends.model_config import count_parameters, first_line, load_er
 from llem_ray.backends.model_source import ModelSource, model_commit
 from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
 from llem_ray.backends.vllm.arguments import engine_arguments
+from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
 from llem_ray.backends.vllm.serving import StepRecorder, serve_batch
 from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, ConfigError, DeviceMemoryError, EngineDied, GenerationError, LoadError, PluginError
@@ -77,7 +79,6 @@ class Engine:
 
     def __init__(self, engine: LLMEngine, tokenizer: Any, host: str) -> None:
         global _open_engines  # noqa: PLW0603 - vLLM's distributed state is one for the process
-        _open_engines += 1
         self._engine = engine
         self._tokenizer = tokenizer
         self._recorder = StepRecorder()
@@ -91,6 +92,8 @@ class Engine:
             Rank(rank=int(worker["rank"]), host=host, pid=int(worker["pid"]), gpu_uuid=worker["gpu_uuid"] or None)
             for worker in sorted(self._workers, key=lambda worker: worker["rank"])
         )
+        self._segments = shared_segments(rank.pid for rank in self.ranks)
+        _open_engines += 1
 
     def weight_bytes(self, parameters: int | None) -> int | None:
         """Bytes of all weights; None for quantised ones on the CPU, whose kernels keep them where no one can count them.
@@ -128,6 +131,8 @@ class Engine:
         except Exception as error:  # vLLM raises plain exceptions of every kind
             if is_out_of_memory(error):
                 raise DeviceMemoryError(f"a batch of {len(requests)} requests does not fit: {first_line(error)}") from error
+            if not all(_is_alive(rank.pid) for rank in self.ranks):
+                raise EngineDied(f"a worker's process ended: {first_line(error)}") from error
             raise GenerationError(f"vLLM failed: {first_line(error)}") from error
 
     def warm(self) -> None:
@@ -148,6 +153,7 @@ class Engine:
         global _open_engines  # noqa: PLW0603 - as in __init__
         _open_engines -= 1
         self._engine.engine_core.shutdown()
+        remove_segments(self._segments)
         del self._engine, self._tokenizer
         release_process_state()
 
@@ -189,12 +195,14 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         raise LoadError("another vLLM engine is loaded in this process", "close it first: vLLM's state is one for the process")
     begin_s = time.monotonic()
     source = prepared.source
+    started: LLMEngine | None = None
     engine: Engine | None = None
     try:
         tokenizer, origin = find_tokenizer(config, source, prepared.model_config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            engine = Engine(LLMEngine.from_vllm_config(prepared.vllm_config), tokenizer, config.host)
+            started = LLMEngine.from_vllm_config(prepared.vllm_config)
+            engine = Engine(started, tokenizer, config.host)
             constructed_s = time.monotonic()
             engine.warm()
     except Exception as error:  # vLLM and model code of third parties may raise anything
@@ -202,6 +210,8 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         if engine is not None:
             engine.close()
         else:
+            if started is not None:
+                started.engine_core.shutdown()
             release_process_state()
         raise failure from error
     finished_s = time.monotonic()
@@ -233,6 +243,13 @@ def release_process_state() -> None:
     """Drop vLLM's process groups and give memory back."""
     gc.collect()
     cleanup_dist_env_and_memory()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _require_device(config: BackendConfig) -> None:

@@ -30,14 +30,17 @@ class EnvironmentDefaults:
 
     Args:
         device: Where the engine runs.
+        workers: Processes that share the model.
         eager: Nothing is to be compiled.
     """
 
-    def __init__(self, device: Literal["cpu", "cuda"], *, eager: bool) -> None:
+    def __init__(self, device: Literal["cpu", "cuda"], *, workers: int, eager: bool) -> None:
         wanted = dict(QUIET)
         if device == "cpu":
             wanted |= CPU
             wanted |= CPU_EAGER if eager else {}
+            # Each worker would start a thread for every core, and all wait for each other in every layer.
+            wanted |= {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers))} if workers > 1 else {}
         self._wanted = wanted
         self._ours: dict[str, str] = {}
 
