@@ -16,7 +16,7 @@ from llem_ray.cli.output import INTERRUPTED, SOME_FAILED
 from llem_ray.cli.sweeps import RESULTS_DIR, SET, SWEEP, build_plan
 from llem_ray.config.resolved import dump_sweep
 from llem_ray.config.sweep import load_sweep
-from llem_ray.core.errors import EnergyGateError
+from llem_ray.core.errors import EnergyGateError, ResultsError
 from llem_ray.core.plan import Plan
 from llem_ray.core.spec import Sweep
 from llem_ray.execution.calls import Executor
@@ -32,6 +32,8 @@ from llem_ray.reporting.summary import summarise_run
 from llem_ray.reporting.tables import run_table
 from llem_ray.results.reader import read_table, settled_state
 from llem_ray.results.rundir import RunDirectory, latest_run
+from llem_ray.results.segments import list_segments
+from llem_ray.results.writer import DatasetWriter
 
 LOG = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ def submit(
     existing = None if again else latest_run(results_dir, plan.run_name)
     if existing is not None and _is_settled(RunDirectory.open(existing), plan, retry_failed):
         click.echo(f"{existing.name} is finished; --again starts a new run of the same sweep", err=True)
+        _compact(RunDirectory.open(existing))
         return _report(RunDirectory.open(existing), plan, None, require_energy)
     cache_dir = _cache_dir()
     check_plan(plan, gpus, str(cache_dir))
@@ -113,6 +116,17 @@ def _is_settled(rundir: RunDirectory, plan: Plan, retry_failed: bool) -> bool:
     if retry_failed:
         return all(trial.trial_id in state.done for trial in plan.trials)
     return all(state.is_settled(trial.trial_id) for trial in plan.trials)
+
+
+def _compact(rundir: RunDirectory) -> None:
+    """A run driver that was killed after its last trial, or ran out of disk, left rows that are not in the Parquet tables yet."""
+    if not list_segments(rundir.segments_path):
+        return
+    try:
+        with rundir.lock():
+            DatasetWriter(rundir).finish()
+    except ResultsError as error:
+        click.echo(f"its last rows could not be moved into its Parquet tables: {error}", err=True)
 
 
 class _RunLog(logging.FileHandler):

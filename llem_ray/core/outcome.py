@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from llem_ray.core.backend import RequestRecord, StepEvent
+from llem_ray.core.backend import RequestRecord
 from llem_ray.core.energy import PhaseSpan, Window
 from llem_ray.core.errors import (
     BackendError,
@@ -45,7 +45,8 @@ class Completed:
     """Adjoining spans of the attempt: warmup, guard, measured, guard, cooldown."""
     requests: tuple[RequestRecord, ...]
     """Every request of the window, all passes; ids are ``<pass>-<index>``."""
-    steps: tuple[StepEvent, ...]
+    steps: int
+    """Forward steps of the engine in the window."""
     passes: int
     notes: Mapping[str, str] = field(default_factory=dict)
 

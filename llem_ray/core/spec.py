@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt, Le, MinLen
+try:
+    from annotated_types import Ge, Gt, Le, MinLen
+except ModuleNotFoundError:  # an engine's own interpreter: bounds were checked where the sweep file was read
+    Ge = Gt = Le = MinLen = lambda bound: bound  # type: ignore[assignment, misc, return-value]
 
 _STRICT: Mapping[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 
@@ -63,6 +66,8 @@ class EngineSpec:
     """Groups of layers, each on its own GPUs."""
     data_parallel: Annotated[int, Ge(1)] = 1
     """Replicas of the whole model."""
+    python: str | None = None
+    """Interpreter, or command, that runs the engine in a process of its own; default: this process."""
     gpus: Annotated[int, Ge(0)] | None = None
     """Whole GPUs the gang holds; default: tensor x pipeline x data parallel, 0 when `device` is `cpu`."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)

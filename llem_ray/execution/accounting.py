@@ -77,7 +77,7 @@ class Accounts:
         row |= _host_columns([*held, *context]) | _net_columns(gang, held, window)
         succeeded = sum(request.finish_reason != "abort" and request.output_tokens > 0 for request in outcome.requests)
         row |= _per_token(total.energy_j if valid else None, *tokens, succeeded)
-        return row | _estimate_columns(context, tokens[1])
+        return row | _estimate_columns(context, tokens[1], gpus=gang.group.gpus)
 
     def phase_energies(self, added: SpansAdded) -> Iterable[tuple[str, list[PhaseEnergy]]]:
         """Energy of every device over the new spans, by node: the ledger's next lines."""
@@ -232,7 +232,7 @@ def _total_columns(total: EnergyTotal, held: Sequence[EnergyReading], gang: Gang
     if total.sensor_j is not None and energy_j > 0:
         row["sensor_rel"] = total.sensor_j / energy_j
     row["energy_delay_product_js"] = metrics.energy_delay_product_js(energy_j, window_s)
-    row["avg_power_w"] = metrics.avg_power_w(energy_j, window_s, len(held))
+    row["avg_power_w"] = metrics.avg_power_w(energy_j, window_s, len(held)) if gang.group.gpus else None
     row["avg_total_gpu_power_w"] = metrics.avg_total_gpu_power_w(energy_j, window_s) if gang.group.gpus else None
     return row
 
@@ -245,14 +245,14 @@ def _host_columns(readings: Sequence[EnergyReading]) -> Row:
     }
 
 
-def _estimate_columns(context: Sequence[EnergyReading], output_tokens: int) -> Row:
+def _estimate_columns(context: Sequence[EnergyReading], output_tokens: int, *, gpus: int) -> Row:
     cpu_j, dram_j = (_sum_scope(context, scope, estimated=True) for scope in ("cpu_package", "dram"))
     known_j = [part_j for part_j in (cpu_j, dram_j) if part_j is not None]
     row: Row = {"est_cpu_energy_j": cpu_j, "est_dram_energy_j": dram_j}
     if not known_j:
         return row | {"est_reason": "no power source estimates on this host"}
     row |= {"est_energy_j": sum(known_j), "est_reason": ESTIMATE_NOTE}
-    if output_tokens:
+    if output_tokens and not gpus:  # of a gang on GPUs the estimate lacks the most: no J/token
         row["est_joules_per_output_token"] = sum(known_j) / output_tokens
     return row
 

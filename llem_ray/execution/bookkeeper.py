@@ -29,6 +29,8 @@ LOG = logging.getLogger(__name__)
 PUMP_S: Final = 1.0
 PATIENCE_S: Final = 10.0
 """Samples that have not come by then are counted as lost; what is there decides."""
+END_TIMEOUT_S: Final = 90.0
+"""A sampler that does not answer, or is being started anew, holds the thread for so long at most."""
 KEEP_S: Final = 30.0
 """Samples kept behind what is still to be accounted for: sensors' averages look back."""
 
@@ -58,7 +60,8 @@ class Bookkeeper:
         self._accounted_ns = 0
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._idle = threading.Event()
+        self._caught_up = threading.Event()
+        self._added = self._handled = 0
         self._ending = False
         self._error: BaseException | None = None
         self._joules_per_token: list[float] = []
@@ -79,7 +82,7 @@ class Bookkeeper:
 
     def add(self, event: Event) -> None:
         """Tell what happened."""
-        self._idle.clear()
+        self._added += 1
         self._inbox.put(event)
 
     def next_attempt(self, trial_id: str) -> int:
@@ -129,24 +132,29 @@ class Bookkeeper:
             ResultsError: Bookkeeping broke.
         """
         deadline_ns = self._clock.monotonic_ns() + ns_from_s(timeout_s)
-        while not self._idle.is_set() and self._clock.monotonic_ns() < deadline_ns:
+        while self._handled < self._added and self._clock.monotonic_ns() < deadline_ns:
+            self._caught_up.clear()
             self._wake.set()
-            self._idle.wait(0.05)
+            self._caught_up.wait(0.05)
             self.raise_if_broken()
-        return self._idle.is_set()
+        return self._handled == self._added
 
     def end(self) -> None:
         """Stop the thread."""
         self._ending = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=PATIENCE_S)
+            self._thread.join(timeout=END_TIMEOUT_S)
 
     def write_last_spans(self, last: SpansAdded) -> None:
-        """After ``end``: account for what was left, whether its samples came or not, and make all phases durable."""
+        """After ``end``: account for what was left, whether its samples came or not, and make all phases durable.
+
+        Once bookkeeping broke, attempts that were left get no row: a resumed run repeats them.
+        """
+        self._take_inbox()
         for event in [*self._waiting, last]:
-            if isinstance(event, SpansAdded):
-                self._phases.extend(self._phase_rows(event))
+            if isinstance(event, SpansAdded) or self._error is None:
+                self._handle(event)
         self._waiting.clear()
         self._writer.write_phases(self._phases)
         self._phases = []
@@ -179,17 +187,21 @@ class Bookkeeper:
 
     def _step(self) -> None:
         self._writer.write_power(self._meter.pump())
+        self._take_inbox()
+        while self._waiting and self._is_ready(self._waiting[0]):
+            self._handle(self._waiting.popleft())
+            self._handled += 1
+        if self._handled == self._added:
+            self._caught_up.set()
+        needed_ns = min([self._accounted_ns, *map(_begin_ns, self._waiting)])
+        self._meter.trim(needed_ns - ns_from_s(KEEP_S))
+
+    def _take_inbox(self) -> None:
         while True:
             try:
                 self._waiting.append(self._inbox.get_nowait())
             except queue.Empty:
-                break
-        while self._waiting and self._is_ready(self._waiting[0]):
-            self._handle(self._waiting.popleft())
-        if not self._waiting and self._inbox.empty():
-            self._idle.set()
-        needed_ns = min([self._accounted_ns, *map(_begin_ns, self._waiting)])
-        self._meter.trim(needed_ns - ns_from_s(KEEP_S))
+                return
 
     def _is_ready(self, event: Event) -> bool:
         overdue = self._clock.monotonic_ns() > event.needs_ns + PATIENCE_S * NS_PER_S

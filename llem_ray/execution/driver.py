@@ -36,6 +36,7 @@ LOG = logging.getLogger(__name__)
 
 DRAIN_TIMEOUT_S = 60.0
 PROGRESS_S = 1.0
+ASK_AGAIN_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,11 +97,13 @@ class RunDriver:
         self._plan, self._rundir, self._executor = plan, rundir, executor
         self._options, self._progress = options, progress
         self._clock = clock or SystemClock()
-        self._interrupts = Interrupts(on_first=self._announce_stop)
+        self._interrupts = Interrupts()
         self._meter = Meter(executor, plan.measure.sources, plan.measure.sample_hz, self._clock, self._on_sampler)
         self._versions: dict[str, str] = {}
         self._timeline = Timeline(options.begin_ns)
         self._shown_ns = 0
+        self._stop_announced = False
+        self._phase_seen: tuple[str, int] = ("", 0)
         self._context: RunContext | None = None
 
     def run(self) -> RunResult:
@@ -113,6 +116,8 @@ class RunDriver:
         """
         self._rundir.check_writable()
         self._state = settled_state(self._rundir)
+        if self._options.retry_failed:
+            self._state.given_up.clear()
         with Journal.open(self._rundir.journal_path) as journal:
             self._writer = DatasetWriter(self._rundir)
             self._book = Bookkeeper(self._plan, self._meter, journal, self._writer, self._state, self._clock)
@@ -199,9 +204,7 @@ class RunDriver:
         return None
 
     def _is_open(self, trial: Trial) -> bool:
-        if trial.trial_id in self._state.done:
-            return False
-        return self._options.retry_failed or trial.trial_id not in self._state.given_up
+        return not self._state.is_settled(trial.trial_id)
 
     def _record_cut_short(self) -> None:
         """An attempt that an earlier session was killed in is a row too."""
@@ -225,6 +228,7 @@ class RunDriver:
         self._timeline.close_at("shutdown", self._clock.monotonic_ns())
         self._book.write_last_spans(SpansAdded(gang=None, spans=self._timeline.take()))
         self._writer.finish()
+        self._book.raise_if_broken()
 
     def _cover(self, phase: Phase) -> None:
         self._timeline.close_at(phase, self._clock.monotonic_ns())
@@ -233,6 +237,9 @@ class RunDriver:
     def _tick(self) -> None:
         """Somebody waits: a chance to look at the bookkeeper and to show progress."""
         self._book.raise_if_broken()
+        if self._interrupts.stop_requested and not self._stop_announced:
+            self._stop_announced = True
+            self._progress.message("stopping after the running trial; Ctrl-C again aborts it")
         now_ns = self._clock.monotonic_ns()
         if now_ns - self._shown_ns < PROGRESS_S * NS_PER_S:
             return
@@ -258,12 +265,15 @@ class RunDriver:
         )
 
     def _phase(self) -> str:
-        """What the run does; within a trial, what its gang says, if somebody looks every second."""
+        """What the run does; within a trial what its gang says, which is seldom asked while it measures."""
         gang = self._context.gang if self._context is not None and self._progress.live else None
-        return (gang.phase() if gang is not None else None) or self._book.phase
-
-    def _announce_stop(self) -> None:
-        self._progress.message("stopping after the running trial; Ctrl-C again aborts it")
+        if gang is None:
+            self._phase_seen = ("", 0)
+            return self._book.phase
+        seen, seen_ns = self._phase_seen
+        if seen != "measured" or self._clock.monotonic_ns() - seen_ns > ASK_AGAIN_S * NS_PER_S:
+            self._phase_seen = (gang.phase() or self._book.phase, self._clock.monotonic_ns())
+        return self._phase_seen[0]
 
 
 def _cut_short(group: LoadGroup, trial: Trial, attempt: int, now_ns: int) -> AttemptEnded:

@@ -12,14 +12,17 @@ from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadReport, R
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Window
 from llem_ray.core.errors import GenerationError, LlemRayError, LoadError
-from llem_ray.core.outcome import Completed, Outcome, failed_from
-from llem_ray.core.plugins import load_plugin
+from llem_ray.core.outcome import Completed, Failed, Outcome, failed_from
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WorkloadSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.execution.calls import Leased, Loaded, TrialOrder
+from llem_ray.execution.engines import make_backend
 from llem_ray.execution.spans import SpanLog
 from llem_ray.power.host import host_id
 from llem_ray.workloads.prompts import batches, build_requests, load_prompts
+
+KEPT_TOKENS = 2_000_000
+"""Prompt tokens of other cells that are kept for their repeats; about 36 bytes each."""
 
 
 class EngineHost:
@@ -61,8 +64,7 @@ class EngineHost:
         """
         self._phase = "load"
         try:
-            backend: InferenceBackend = load_plugin("llem_ray.backends", self._config.engine.backend)(self._config)
-            self._backend = backend
+            backend = self._backend = make_backend(self._config)
             backend.check()
             self._report = backend.load()
             return Loaded(report=self._report, ranks=backend.identity())
@@ -79,8 +81,7 @@ class EngineHost:
         try:
             return self._run(order, spans)
         except Exception as error:  # noqa: BLE001 - the one border where an engine's error becomes a Failed
-            self._forget_failure()
-            return failed_from(error, spans.finish())
+            return self._forget_failure(failed_from(error, spans.finish()))
         finally:
             self._phase = None
 
@@ -117,21 +118,20 @@ class EngineHost:
 
     def _measure(
         self, backend: InferenceBackend, work: tuple[tuple[Request, ...], ...], sampling: SamplingSpec, until_ns: int
-    ) -> tuple[tuple[RequestRecord, ...], tuple[StepEvent, ...], int]:
+    ) -> tuple[tuple[RequestRecord, ...], int, int]:
         """Whole passes over the workload until the window is long enough."""
         requests: list[RequestRecord] = []
-        steps: list[StepEvent] = []
-        passes = 0
+        steps = passes = 0
         while True:
             for batch in work:
                 for event in backend.run(batch, sampling):
                     if isinstance(event, StepEvent):
-                        steps.append(event)
+                        steps += 1
                     else:
                         requests.append(replace(event, request_id=f"{passes}-{event.request_id}"))
             passes += 1
             if self._clock.monotonic_ns() >= until_ns:
-                return tuple(requests), tuple(steps), passes
+                return tuple(requests), steps, passes
 
     def _work(self, workload: WorkloadSpec) -> tuple[tuple[Request, ...], ...]:
         """The workload's batches as token ids; repeats of a cell reuse them."""
@@ -147,6 +147,8 @@ class EngineHost:
                 prompts=load_prompts(workload.prompts, self._base_dir),
                 special_token_ids=self._report.special_token_ids,
             )
+            if sum(map(_tokens, self._requests.values())) > KEPT_TOKENS:
+                self._requests.clear()
             self._requests[key] = tuple(batches(requests, workload.batch_size))
         return self._requests[key]
 
@@ -159,7 +161,16 @@ class EngineHost:
         self._phase = phase
         return spans.enter(phase)
 
-    def _forget_failure(self) -> None:
-        """Free what a failed batch left on the device, so that the next trial starts clean."""
-        if self._backend is not None:
-            self._backend.reset()
+    def _forget_failure(self, failed: Failed) -> Failed:
+        """Free what a failed batch left on the device, so that the next trial starts clean; an engine that cannot is done for."""
+        try:
+            if self._backend is not None:
+                self._backend.reset()
+        except Exception as error:  # noqa: BLE001 - the same border: the first failure must not be hidden by the second
+            message = f"{failed.message}; the engine could not be reset afterwards: {type(error).__name__}: {error}"
+            return replace(failed, kind="engine_died", message=message)
+        return failed
+
+
+def _tokens(work: tuple[tuple[Request, ...], ...]) -> int:
+    return sum(len(request.prompt_token_ids) for batch in work for request in batch)

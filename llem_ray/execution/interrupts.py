@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -15,15 +14,16 @@ class Aborted(BaseException):
 class Interrupts:
     """Counts what the user asked for. Install it after Ray has started: Ray replaces the SIGTERM handler."""
 
-    def __init__(self, on_first: Callable[[], None] | None = None) -> None:
-        self._on_first = on_first
+    def __init__(self) -> None:
         self._asked = 0
         self._aborted = False
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Take over SIGINT, SIGTERM and SIGHUP."""
+        """Take over SIGINT, SIGTERM and SIGHUP; under ``nohup`` SIGHUP stays ignored."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._on_signal)
 
     def restore(self) -> None:
@@ -46,5 +46,3 @@ class Interrupts:
         self._asked += 1
         if number != signal.SIGINT or self._asked > 1:
             self._aborted = True
-        elif self._on_first is not None:
-            self._on_first()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
 
 from llem_ray.core.clock import Clock
 from llem_ray.core.energy import Phase, PhaseSpan
@@ -88,35 +89,40 @@ class GangLane:
                     return stop
                 if stop is not None:
                     return stop
+        except BaseException:
+            self._close_gang(force=True)  # it may be busy for long: nobody waits for its answer any more
+            raise
+        else:
             return None
         finally:
             self._close_gang()
 
     def _run_trial(self, trial: Trial) -> tuple[str | None, Failed | None]:
         """Attempt after attempt. Returns why the run should stop, and the failure that dooms the rest of the group."""
-        while True:
+        for tried in count(1):  # attempts that earlier sessions were killed in are no reason to give up sooner
             attempt = self._run.book.next_attempt(trial.trial_id)
-            started_utc, begin_ns = datetime.now(UTC), self._run.timeline.end_ns
+            started_utc = datetime.now(UTC)
             loading = self._gang is None
             outcome: Outcome | None = self._open_gang() if loading else None
             if outcome is None:
                 loading = False
-                begin_ns = self._run.clock.monotonic_ns()
                 outcome = self._attempt(trial, attempt)
-            decision = self._settle(trial, attempt, outcome, started_utc, begin_ns)
+            decision = self._settle(trial, attempt, tried, outcome, started_utc)
+            if loading:
+                self._close_gang(force=True)
             if decision == "retry":
                 continue
             if isinstance(outcome, Failed) and outcome.kind == "interrupted":
                 raise Aborted
-            lost = outcome if loading and isinstance(outcome, Failed) and outcome.kind in _GROUP_IS_LOST else None
             if decision == "abort":
-                return f"{self._run.consecutive_failures} attempts failed in a row", lost
-            return None, lost
+                return f"{self._run.consecutive_failures} attempts failed in a row", None
+            return None, outcome if loading and isinstance(outcome, Failed) and outcome.kind in _GROUP_IS_LOST else None
+        raise AssertionError("count() never ends")
 
-    def _settle(self, trial: Trial, attempt: int, outcome: Outcome, started_utc: datetime, begin_ns: int) -> str:
+    def _settle(self, trial: Trial, attempt: int, tried: int, outcome: Outcome, started_utc: datetime) -> str:
         run = self._run
         run.consecutive_failures = 0 if isinstance(outcome, Completed) else run.consecutive_failures + 1
-        decision = run.policy.decide(outcome, attempt, run.consecutive_failures)
+        decision = run.policy.decide(outcome, tried, run.consecutive_failures)
         gap_begin_ns = run.timeline.end_ns
         if isinstance(outcome, Completed):
             LOG.info("%s attempt %d: %d passes in %.3f s", trial.trial_id, attempt, outcome.passes, outcome.window.duration_s)
@@ -133,7 +139,7 @@ class GangLane:
                 trial=trial,
                 attempt=attempt,
                 outcome=outcome,
-                begin_ns=begin_ns,
+                begin_ns=gap_begin_ns,
                 end_ns=run.timeline.end_ns,
                 started_utc=started_utc,
                 gap_s=gap_s,
@@ -230,6 +236,7 @@ class GangLane:
             )
 
     def _failed(self, error: LlemRayError) -> Failed:
+        self._run.book.raise_if_broken()  # that error comes through every wait, and is no failure of the attempt
         failure = failed_from(error)
         words = self._gang.last_words() if isinstance(error, EngineDied) and self._gang is not None else None
         if not words:

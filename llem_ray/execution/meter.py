@@ -18,6 +18,8 @@ LOG = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
 FETCH_TIMEOUT_S = 10.0
+SILENT_FETCHES = 3
+"""A sampler that does not answer so often is taken for dead."""
 
 
 @dataclass(slots=True)
@@ -26,6 +28,8 @@ class _Node:
     info: SamplerInfo
     buffer: TraceBuffer = field(default_factory=TraceBuffer)
     after_seq: int = 0
+    silent: int = 0
+    """Fetches in a row that were not answered."""
 
 
 class Meter:
@@ -81,8 +85,12 @@ class Meter:
                 self._restart(name, node)
                 continue
             except TimeoutError:
+                node.silent += 1
                 LOG.warning("the sampler of %s did not answer within %s s", name, FETCH_TIMEOUT_S)
+                if node.silent >= SILENT_FETCHES:
+                    self._restart(name, node)
                 continue
+            node.silent = 0
             for batch in batches:
                 node.buffer.append(batch)
                 node.after_seq = max(node.after_seq, batch.seq)
@@ -161,7 +169,11 @@ class Meter:
     def _adopt(self, sampler: Sampler) -> _Node:
         try:
             info = sampler.describe().result(START_TIMEOUT_S)
+        except LlemRayError:
+            sampler.close()
+            raise
         except TimeoutError as error:
+            sampler.close()
             raise HangError(f"the power sampler did not start within {START_TIMEOUT_S:g} s") from error
         node = _Node(sampler, info)
         if info.node in self._nodes:

@@ -13,6 +13,7 @@ from llem_ray.execution.records import GangRecord
 
 GPU_SCOPES = frozenset({"gpu", "module"})
 HOST_SCOPES = frozenset({"cpu_package", "dram", "host"})
+CPU_SCOPES = frozenset({"cpu_package", "host"})
 GUARD_TICKS = 3
 
 
@@ -40,9 +41,20 @@ def gang_devices(
             )
         reason = None
     else:
-        held = tuple(device for device in devices if device.scope in HOST_SCOPES and is_measured(device))
+        held = _host_meters(devices)
         reason = None if held else f"nothing on {leased.hostname} measures the CPU's energy"
     return held, tuple(device for device in devices if device not in held), reason
+
+
+def _host_meters(devices: Sequence[Device]) -> tuple[Device, ...]:
+    """What measures the host: all of each scope that is measured at all, so that a silent socket makes the total partial.
+
+    None without the CPU: the memory's energy alone is not the gang's.
+    """
+    scopes = {device.scope for device in devices if device.scope in HOST_SCOPES and is_measured(device)}
+    if not scopes & CPU_SCOPES:
+        return ()
+    return tuple(device for device in devices if device.scope in scopes and device.method != "estimated_model")
 
 
 def _leased_gpu(gpu_id: str, leased: Leased, devices: Sequence[Device]) -> Device:

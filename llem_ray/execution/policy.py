@@ -29,11 +29,11 @@ class FailurePolicy:
     max_consecutive_failures: int
 
     def decide(self, outcome: Outcome, attempt: int, consecutive_failures: int) -> Decision:
-        """The next step after attempt number ``attempt`` (from 1).
+        """The next step after an attempt.
 
         Args:
             outcome: How it ended.
-            attempt: Its number, from 1.
+            attempt: Its number in this session, from 1.
             consecutive_failures: Failed attempts in a row, this one included.
         """
         if isinstance(outcome, Completed):

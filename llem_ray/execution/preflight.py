@@ -6,11 +6,11 @@ import os
 import time
 from pathlib import Path
 
-from llem_ray.core.backend import BackendConfig, InferenceBackend
+from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import PlacementError
 from llem_ray.core.plan import Plan
-from llem_ray.core.plugins import load_plugin
 from llem_ray.core.units import NS_PER_S
+from llem_ray.execution.engines import make_backend
 from llem_ray.power.host import host_id
 from llem_ray.workloads.prompts import load_prompts
 
@@ -25,7 +25,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str) -> None:
 
     Raises:
         PluginError: An engine is unknown or not installed; the hint is the pip command.
-        ConfigError: An engine argument, a model or a prompts file is wrong.
+        ConfigError: An engine argument, a model, a prompts file or an interpreter is wrong.
         PlacementError: A gang needs more GPUs than there are.
     """
     for spec in dict.fromkeys(trial.experiment.workload.prompts for trial in plan.trials):
@@ -47,8 +47,11 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str) -> None:
             base_dir=plan.base_dir,
             cache_dir=cache_dir,
         )
-        backend: InferenceBackend = load_plugin("llem_ray.backends", engine.backend)(config)
-        backend.check()
+        backend = make_backend(config)
+        try:
+            backend.check()
+        finally:
+            backend.close()
 
 
 def process_start_ns() -> int:

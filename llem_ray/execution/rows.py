@@ -33,7 +33,7 @@ def attempt_row(ended: AttemptEnded) -> Row:
     if isinstance(outcome, Failed):
         return row | columns.failure_columns(outcome)
     row |= columns.window_columns(outcome.window)
-    row |= columns.count_columns(outcome.requests, passes=outcome.passes, steps=len(outcome.steps))
+    row |= columns.count_columns(outcome.requests, passes=outcome.passes, steps=outcome.steps)
     return row | latency_columns(outcome, ended.group.experiment.engine.world_size if ended.group.gpus else 0)
 
 

@@ -43,6 +43,7 @@ class SamplerHost:
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
         self._loop: SamplerLoop | None = None
+        self._closed = False
 
     def describe(self) -> SamplerInfo:
         """Who samples, which devices, how their sensors behave. The first call opens the sources and starts to poll.
@@ -57,13 +58,20 @@ class SamplerHost:
             return self._loop.info()
 
     def fetch(self, after_seq: int) -> list[SampleBatch]:
-        """All batches after ``after_seq``, up to now; acknowledges those up to it."""
-        return self._loop.fetch(after_seq, flush=True, epoch=self._epoch) if self._loop else []
+        """All batches after ``after_seq``, up to now; acknowledges those up to it. Polling that ended with its lease goes on."""
+        with self._lock:
+            if self._loop is None:
+                return []
+            if not self._closed:
+                self._loop.start()
+            return self._loop.fetch(after_seq, flush=True, epoch=self._epoch)
 
     def close(self) -> None:
         """Stop polling and release the meters."""
-        if self._loop is not None:
-            self._loop.close()
+        with self._lock:
+            self._closed = True
+            if self._loop is not None:
+                self._loop.close()
 
     def _open(self) -> SamplerLoop:
         opened, unavailable = open_sources(self._sources)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Final, Literal
 
 from llem_ray.core.errors import PluginError, PowerError
@@ -59,17 +61,23 @@ def measures_cpu(sources: Sequence[PowerSource]) -> bool:
 
 
 def count_gpus() -> int:
-    """Whole GPUs that NVML shows on this host; 0 without a working NVML."""
+    """Whole GPUs that NVML shows on this host and ``CUDA_VISIBLE_DEVICES`` leaves to us; 0 without NVML."""
     try:
         source = _open("nvml")
     except (PowerError, PluginError):
         return 0
     try:
-        return sum(device.scope in {"gpu", "module"} for device in source.devices())
-    except PowerError:
-        return 0
+        present = sum(device.scope in {"gpu", "module"} for device in source.devices())
     finally:
         source.close()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return present if visible is None else min(present, _count_visible(visible))
+
+
+def _count_visible(visible: str) -> int:
+    """Entries of ``CUDA_VISIBLE_DEVICES``; as in CUDA, one that names no device (-1, NoDevFiles, none) hides all after it."""
+    names = (name.strip() for name in visible.split(","))
+    return sum(1 for _ in takewhile(lambda name: name.isdecimal() or name.startswith(("GPU-", "MIG-")), names))
 
 
 def _open_auto() -> tuple[list[PowerSource], dict[str, str]]:

@@ -151,7 +151,7 @@ _ENERGY = (
     Column("joules_per_total_token", _F64, "J/token", "total_energy_j / total_tokens."),
     Column("joules_per_successful_query", _F64, "J", "total_energy_j / requests that succeeded."),
     Column("output_tokens_per_joule", _F64, "token/J", "output_tokens / total_energy_j."),
-    Column("avg_power_w", _F64, "W", "Mean power of one leased device."),
+    Column("avg_power_w", _F64, "W", "Mean power of one leased GPU; null on the CPU."),
     Column("avg_total_gpu_power_w", _F64, "W", "Mean power of all leased GPUs together."),
     Column("energy_delay_product_js", _F64, "J s", "total_energy_j x window_s."),
     Column("est_cpu_energy_j", _F64, "J", "Estimated by a model of the CPU, not measured; never in a measured total."),

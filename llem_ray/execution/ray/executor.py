@@ -46,6 +46,8 @@ def _import_ray() -> Any:
     if "ray" not in sys.modules:
         os.environ.update(_EMBEDDED)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # Ray names GPUs by number; CUDA's own order is the fastest first, which is not NVML's.
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     import ray  # noqa: PLC0415 - the settings above must come first
 
     return ray
@@ -70,7 +72,7 @@ class RayCall(Generic[T]):
             if isinstance(cause, LlemRayError):
                 raise cause from error
             raise LlemRayError(f"{self._what} failed: {cause!r}", str(error)) from error
-        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+        except ray.exceptions.RayError as error:  # its actor died, or Ray killed it because the host's memory was nearly full
             raise EngineDied(f"the process died during {self._what}: {_first_line(error)}") from error
         return answer
 
@@ -190,8 +192,12 @@ class EmbeddedRayExecutor:
         """Start Ray.
 
         Raises:
-            PlacementError: It did not start.
+            PlacementError: It did not start, or something imported Ray before us, so that our settings came too late.
         """
+        if "ray" in sys.modules and any(os.environ.get(name) != value for name, value in _EMBEDDED.items()):
+            raise PlacementError(
+                "Ray was imported before llem-ray could bind it to this host alone", "an engine plug-in imports it"
+            )
         ray = _import_ray()
         self._temp_dir = Path(tempfile.mkdtemp(prefix="llem-ray-", dir="/tmp"))
         # What Ray starts inherits the mark, so that the reaper knows it; the reaper itself must not.
@@ -273,7 +279,7 @@ class EmbeddedRayExecutor:
 def _start_reaper(folder: Path) -> subprocess.Popen[bytes]:
     """The process that cleans up after us however we end."""
     script = Path(__file__).with_name("reaper.py")
-    command = [sys.executable, "-I", "-S", str(script), f"{MARK}={folder}", str(folder)]
+    command = [sys.executable, "-I", "-S", str(script), f"{MARK}={folder}", str(folder), str(os.getpid())]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

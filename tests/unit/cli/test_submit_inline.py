@@ -10,7 +10,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from llem_ray.core.errors import ResultsError
 from llem_ray.results.rundir import RunDirectory
+from llem_ray.results.writer import DatasetWriter
 
 
 def only_run(folder: Path = Path("runs")) -> Path:
@@ -75,6 +77,24 @@ def test_a_run_from_submit_to_dataset_and_after(llem, sweep: Path, recording: Pa
     ambiguous = llem("show", "tin")
     assert ambiguous.code == 5
     assert "may be any of 2 runs" in ambiguous.err
+
+
+def test_a_finished_run_whose_driver_died_before_its_last_compaction_is_compacted(
+    llem, sweep: Path, recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(self: DatasetWriter) -> None:
+        raise ResultsError("killed here")
+
+    with monkeypatch.context() as killed:
+        killed.setattr(DatasetWriter, "compact", die)
+        assert llem("submit", "--inline", sweep, "--set", "repeats=1").code == 5
+    assert list(only_run().glob("segments/*.arrows"))
+    assert not list(only_run().glob("trials/*.parquet"))
+    again = llem("submit", "--inline", sweep, "--set", "repeats=1")
+    assert again.code == 0
+    assert "is finished" in again.err
+    assert len(pq.read_table(only_run() / "trials")) == 2
+    assert not list(only_run().glob("segments/*.arrows"))
 
 
 def test_require_energy_fails_where_nothing_measures(llem, sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

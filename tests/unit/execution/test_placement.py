@@ -38,6 +38,27 @@ def test_a_cpu_gang_answers_for_what_measures_its_host() -> None:
     assert reason is None
 
 
+def test_a_socket_that_cannot_be_read_is_the_gang_s_all_the_same() -> None:
+    """Its energy is missing then, and the total says so: half of a host is not its energy."""
+    silent = device("rapl:1", scope="cpu_package", method="unavailable")
+    held, _, reason = gang_devices(leased(), 0, (CPU, silent, DRAM, ESTIMATE))
+    assert held == (CPU, silent, DRAM)
+    assert reason is None
+
+
+def test_memory_that_no_counter_counts_is_outside_the_boundary() -> None:
+    masked = device("rapl:0:dram", scope="dram", method="unavailable")
+    assert gang_devices(leased(), 0, (CPU, masked))[0] == (CPU,)
+
+
+def test_memory_alone_is_not_the_energy_of_a_gang_on_the_cpu() -> None:
+    silent = device("rapl:0", scope="cpu_package", method="unavailable")
+    held, context, reason = gang_devices(leased(), 0, (silent, DRAM, ESTIMATE))
+    assert held == ()
+    assert context == (silent, DRAM, ESTIMATE)
+    assert reason is not None
+
+
 def test_an_estimate_is_never_the_gang_s() -> None:
     held, context, reason = gang_devices(leased(), 0, (ESTIMATE,))
     assert held == ()

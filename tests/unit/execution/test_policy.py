@@ -11,7 +11,7 @@ from llem_ray.core.outcome import Completed, Failed, FailureKind
 from llem_ray.execution.policy import FailurePolicy
 
 POLICY = FailurePolicy(max_attempts=2, max_consecutive_failures=5)
-DONE = Completed(window=Window(node="n", begin_ns=0, end_ns=1), spans=(), requests=(), steps=(), passes=1)
+DONE = Completed(window=Window(node="n", begin_ns=0, end_ns=1), spans=(), requests=(), steps=0, passes=1)
 
 
 def failed(kind: FailureKind) -> Failed:

@@ -109,3 +109,17 @@ def test_signals_are_given_back() -> None:
     made.restore()
     assert signal.getsignal(signal.SIGTERM) is before
     assert threading.current_thread() is threading.main_thread()
+
+
+def test_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    made = Interrupts()
+    made.install()
+    try:
+        send(signal.SIGHUP)
+        made.raise_if_aborted()
+        assert not made.stop_requested
+    finally:
+        made.restore()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, before)

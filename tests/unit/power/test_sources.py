@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from llem_ray.core.errors import ConfigError, PluginError, PowerError, SourceUnavailable
-from llem_ray.power.sources import close_sources, measures_cpu, open_sources
+from llem_ray.power.sources import close_sources, count_gpus, measures_cpu, open_sources
+from llem_ray.testing.nvml import Gpu, Scenario, Waveform, fake_nvml
 
 
 @pytest.fixture
@@ -68,3 +69,18 @@ def test_bad_settings_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("LLEM_RAY_REPLAY", str(tmp_path / "missing.csv"))
     with pytest.raises(ConfigError, match="cannot be read"):
         open_sources(["replay"])
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [(None, 3), ("", 0), ("-1", 0), ("2", 1), ("0,1,2,3,4", 3), ("GPU-0,GPU-1", 2), ("1,-1,2", 1), ("none", 0)],
+)
+def test_gpus_that_the_user_hid_are_not_there(visible: str | None, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray leases no others, so a plan must not count on them."""
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    wave = Waveform(((0.0, 100.0, "step"),))
+    with fake_nvml(Scenario(gpus=tuple(Gpu(uuid=f"GPU-{i}", waveform=wave) for i in range(3)))):
+        assert count_gpus() == gpus

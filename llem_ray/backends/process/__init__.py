@@ -1,0 +1,1 @@
+"""Runs an engine in a child process of any interpreter, over a Unix socket."""
