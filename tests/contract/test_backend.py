@@ -1,38 +1,25 @@
-"""What every engine behind the seam must do. A new engine joins by a line in ENGINES."""
+"""The engines of this environment against the contract. vLLM, in an environment of its own, has tests/vllm."""
 
 from __future__ import annotations
 
 import atexit
 import dataclasses
 import functools
-import pickle
 import shutil
 import sys
 import tempfile
-import time
 import venv
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from backend_contract import BackendContract, Engine
 
 from llem_ray.backends.process.proxy import ProcessBackend
 from llem_ray.backends.transformers.backend import TransformersBackend
-from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadReport, Request, RequestRecord, StepEvent
-from llem_ray.core.errors import BackendError, ConfigError, GenerationError, LlemRayError
-from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
+from llem_ray.core.backend import BackendConfig, InferenceBackend
+from llem_ray.core.spec import ModelSpec
 from llem_ray.testing.backend import FakeBackend
-
-GREEDY = SamplingSpec()
-
-
-@dataclass(frozen=True)
-class Engine:
-    factory: Callable[[BackendConfig], InferenceBackend]
-    model: ModelSpec
-    args: dict[str, Any]
 
 
 @functools.cache
@@ -62,196 +49,8 @@ ENGINES = {
 }
 
 
-@dataclass(frozen=True)
-class Loaded:
-    backend: InferenceBackend
-    report: LoadReport
-    config: BackendConfig
-
-
-@pytest.fixture(scope="module", params=list(ENGINES))
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return ENGINES[request.param]
-
-
-@pytest.fixture(scope="module")
-def make_config(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BackendConfig]:
-    folder = tmp_path_factory.mktemp("engine")
-
-    def make(**args: Any) -> BackendConfig:
-        return BackendConfig(
-            model=engine.model,
-            engine=EngineSpec(backend="any", device="cpu", engine_args=engine.args | args),
-            device="cpu",
-            host="host-1",
-            base_dir=str(folder),
-            cache_dir=str(folder / "cache"),
-        )
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def loaded(engine: Engine, make_config: Callable[..., BackendConfig]) -> Iterator[Loaded]:
-    config = make_config()
-    backend = engine.factory(config)
-    backend.check()
-    yield Loaded(backend, backend.load(), config)
-    backend.close()
-
-
-def requests_of(loaded: Loaded, lengths: list[int], new_tokens: list[int]) -> list[Request]:
-    first = len(loaded.report.special_token_ids)
-    ordinary = loaded.report.vocab_size - first
-    return [
-        Request(
-            request_id=f"r{row}",
-            prompt_token_ids=tuple(first + (31 * row + 7 * column) % ordinary for column in range(length)),
-            max_new_tokens=count,
-        )
-        for row, (length, count) in enumerate(zip(lengths, new_tokens, strict=True))
-    ]
-
-
-def serve(
-    loaded: Loaded, requests: list[Request], sampling: SamplingSpec = GREEDY
-) -> tuple[list[StepEvent], list[RequestRecord]]:
-    events = list(loaded.backend.run(requests, sampling))
-    return [e for e in events if isinstance(e, StepEvent)], [e for e in events if isinstance(e, RequestRecord)]
-
-
-SHAPES = [([5], [1]), ([7], [9]), ([4, 4, 4], [6, 6, 6]), ([3, 12, 1, 8], [5, 5, 5, 5]), ([6, 2, 9], [1, 7, 3])]
-
-
-@pytest.mark.parametrize(("lengths", "new_tokens"), SHAPES)
-def test_serves_every_request_in_full(loaded: Loaded, lengths: list[int], new_tokens: list[int]) -> None:
-    requests = requests_of(loaded, lengths, new_tokens)
-    steps, records = serve(loaded, requests)
-
-    assert [record.request_id for record in records] == [request.request_id for request in requests]
-    assert [record.output_tokens for record in records] == new_tokens
-    assert [record.prompt_tokens for record in records] == lengths
-    assert all(record.padded_tokens >= record.prompt_tokens for record in records)
-    assert {record.finish_reason for record in records} == {"length"}
-    assert all(0 <= token < loaded.report.vocab_size for record in records for token in record.output_token_ids)
-    assert sum(step.prefill_tokens for step in steps) == sum(lengths)
-    assert sum(step.decode_tokens for step in steps) == sum(new_tokens)
-    assert all(
-        step.computed_tokens >= max(step.prefill_tokens, step.decode_tokens if step.kind == "decode" else 0) for step in steps
-    )
-
-
-@pytest.mark.parametrize(("lengths", "new_tokens"), SHAPES)
-def test_times_ascend_inside_the_run(loaded: Loaded, lengths: list[int], new_tokens: list[int]) -> None:
-    begin_ns = time.monotonic_ns()
-    steps, records = serve(loaded, requests_of(loaded, lengths, new_tokens))
-    end_ns = time.monotonic_ns()
-
-    edges = [edge for step in steps for edge in (step.begin_ns, step.end_ns)]
-    assert edges == sorted(edges)
-    assert begin_ns <= edges[0]
-    assert edges[-1] <= end_ns
-    for record in records:
-        assert len(record.token_times_ns) == record.output_tokens
-        assert begin_ns <= record.scheduled_ns <= record.queued_ns <= record.sent_ns <= record.token_times_ns[0]
-        assert list(record.token_times_ns) == sorted(record.token_times_ns)
-        assert record.token_times_ns[-1] <= end_ns
-
-
-def test_greedy_is_repeatable_across_runs_and_reset(loaded: Loaded) -> None:
-    requests = requests_of(loaded, [5, 9], [8, 8])
-    _, first = serve(loaded, requests)
-    _, second = serve(loaded, requests)
-    loaded.backend.reset()
-    _, third = serve(loaded, requests)
-    outputs = [[record.output_token_ids for record in records] for records in (first, second, third)]
-    assert outputs[0] == outputs[1] == outputs[2]
-
-
-def test_sampling_follows_its_seed(loaded: Loaded) -> None:
-    requests = requests_of(loaded, [5, 9], [12, 12])
-    drawn = [serve(loaded, requests, SamplingSpec(temperature=1.0, seed=seed))[1] for seed in (1, 1, 2)]
-    outputs = [[record.output_token_ids for record in records] for records in drawn]
-    assert outputs[0] == outputs[1]
-    assert outputs[0] != outputs[2]
-
-
-def test_encode_yields_ids_of_the_vocabulary(loaded: Loaded) -> None:
-    texts = ["Hello", "Why is the sky blue?", "naïve Grüße 你好 ∑"]
-    encoded = loaded.backend.encode(texts)
-    assert len(encoded) == len(texts)
-    assert all(encoded)
-    assert all(0 <= token < loaded.report.vocab_size for ids in encoded for token in ids)
-    assert encoded == loaded.backend.encode(texts)
-
-
-def test_too_long_prompt_is_refused_and_the_next_run_works(loaded: Loaded) -> None:
-    context = loaded.report.context_tokens
-    with pytest.raises(GenerationError, match=str(context)) as caught:
-        serve(loaded, requests_of(loaded, [context], [1]))
-    assert "r0" in str(caught.value)
-    _, records = serve(loaded, requests_of(loaded, [4], [3]))
-    assert records[0].output_tokens == 3
-
-
-def test_abandoned_run_leaves_the_engine_usable(loaded: Loaded) -> None:
-    run = loaded.backend.run(requests_of(loaded, [4], [50]), GREEDY)
-    assert isinstance(next(run), StepEvent)
-    del run
-    _, records = serve(loaded, requests_of(loaded, [4], [3]))
-    assert records[0].output_tokens == 3
-
-
-def test_identity_names_this_host(loaded: Loaded) -> None:
-    ranks = loaded.backend.identity()
-    assert [rank.rank for rank in ranks] == list(range(loaded.config.engine.world_size))
-    assert {rank.host for rank in ranks} == {"host-1"}
-    assert all(rank.pid > 0 and rank.gpu_uuid is None for rank in ranks)
-
-
-def test_report_is_complete(loaded: Loaded) -> None:
-    report = loaded.report
-    assert report.import_s >= 0
-    assert report.construct_s >= 0
-    assert report.context_tokens > 0
-    assert report.device == "cpu"
-    assert report.parameters == 1_000_576 or report.notes["engine"] == "fake"
-    assert report.random_weights
-    assert all(isinstance(text, str) for text in report.notes.values())
-    assert pickle.loads(pickle.dumps(report)) == report
-
-
-def test_unknown_argument_is_refused_before_loading(engine: Engine, make_config: Callable[..., BackendConfig]) -> None:
-    name = next(iter(engine.args))
-    with pytest.raises(ConfigError, match="unknown engine argument") as caught:
-        engine.factory(make_config(**{name + "x": 1})).check()
-    assert name in str(caught.value.hint)
-    assert caught.value.field == f"engine.engine_args.{name}x"
-
-
-def test_wrong_type_is_refused_before_loading(engine: Engine, make_config: Callable[..., BackendConfig]) -> None:
-    name = next(iter(engine.args))
-    with pytest.raises(ConfigError, match=name):
-        engine.factory(make_config(**{name: "many"})).check()
-
-
-def test_close_may_come_at_any_point_and_twice(engine: Engine, make_config: Callable[..., BackendConfig]) -> None:
-    backend = engine.factory(make_config())
-    backend.close()
-    backend.load()
-    backend.close()
-    backend.close()
-    request = Request(request_id="r0", prompt_token_ids=(5,), max_new_tokens=1)
-    with pytest.raises(BackendError, match="not loaded"):
-        list(backend.run([request], GREEDY))
-
-
-def test_empty_batch_is_a_typed_error(loaded: Loaded) -> None:
-    with pytest.raises(LlemRayError, match="no requests"):
-        serve(loaded, [])
-
-
-def test_records_and_steps_are_plain_data(loaded: Loaded) -> None:
-    steps, records = serve(loaded, requests_of(loaded, [4, 6], [2, 2]))
-    assert all(type(value) in (int, str, type(None)) for step in steps for value in dataclasses.asdict(step).values())
-    assert all(type(token) is int for record in records for token in record.output_token_ids)
+class TestBackend(BackendContract):
+    @pytest.fixture(scope="class", params=list(ENGINES))
+    @classmethod
+    def engine(cls, request: pytest.FixtureRequest) -> Engine:
+        return ENGINES[request.param]

@@ -9,8 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from llem_ray.backends.model_source import find_model
 from llem_ray.backends.transformers.arguments import check_arguments
-from llem_ray.backends.transformers.source import find_model
 from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec

@@ -6,27 +6,20 @@ import gc
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from llem_ray.backends.batch_checks import require_valid
+from llem_ray.backends.model_config import context_tokens, first_line, load_error, quieten, read_model_config
+from llem_ray.backends.model_source import ModelSource, model_commit
+from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
 from llem_ray.backends.transformers.arguments import TransformersArgs
 from llem_ray.backends.transformers.decoding import PaddedBatch, generate_batch
-from llem_ray.backends.transformers.loading import (
-    build_model,
-    context_tokens,
-    eos_token_ids,
-    first_line,
-    load_error,
-    read_model_config,
-)
+from llem_ray.backends.transformers.loading import build_model, eos_token_ids
 from llem_ray.backends.transformers.memory import BatchMemory, estimate_batch_memory, require_host_memory
 from llem_ray.backends.transformers.sampling import NOT_FINITE, TokenSelector
-from llem_ray.backends.transformers.source import ModelSource, git_commit
-from llem_ray.backends.transformers.tokenizer import read_tokenizer, special_token_ids, train_tokenizer
 from llem_ray.core.backend import BackendConfig, LoadReport, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, DeviceMemoryError, GenerationError, LoadError
 from llem_ray.core.spec import SamplingSpec
@@ -61,7 +54,7 @@ class Engine:
 
     def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
         """See ``InferenceBackend.run``."""
-        self._require_valid(requests)
+        require_valid(requests, vocab_size=self._vocab_size, context_tokens=self._context_tokens)
         need = self._memory(requests)
         if need is not None and self._model.device.type == "cpu":
             require_host_memory(need.total_bytes, f"a batch of {len(requests)} requests", need.arithmetic)
@@ -94,24 +87,6 @@ class Engine:
         torch.set_num_threads(self._threads_before)
         release_memory()
 
-    def _require_valid(self, requests: Sequence[Request]) -> None:
-        if not requests:
-            raise GenerationError("there are no requests")
-        for request in requests:
-            name, ids = f"request {request.request_id}", request.prompt_token_ids
-            if not ids or request.max_new_tokens < 1:
-                raise GenerationError(f"{name} asks for {request.max_new_tokens} tokens after a prompt of {len(ids)}")
-            if min(ids) < 0 or max(ids) >= self._vocab_size:
-                raise GenerationError(
-                    f"{name} has token ids from {min(ids)} to {max(ids)}, the model knows 0 to {self._vocab_size - 1}"
-                )
-            needed = len(request.prompt_token_ids) + request.max_new_tokens
-            if needed > self._context_tokens:
-                raise GenerationError(
-                    f"request {request.request_id}: {len(request.prompt_token_ids)} prompt + {request.max_new_tokens} new tokens"
-                    f" = {needed} exceed the model's context of {self._context_tokens}"
-                )
-
     def _memory(self, requests: Sequence[Request]) -> BatchMemory | None:
         return estimate_batch_memory(
             self._model.config.get_text_config(),
@@ -136,7 +111,7 @@ def load_engine(config: BackendConfig, source: ModelSource, args: TransformersAr
     threads_before = torch.get_num_threads()
     try:
         model_config = read_model_config(source, config.model)
-        tokenizer, origin = _tokenizer(config, source, model_config)
+        tokenizer, origin = find_tokenizer(config, source, model_config)
         model = build_model(source, config.model, args, model_config, device)
         engine = Engine(model, tokenizer, threads_before)
         if args.num_threads is not None:
@@ -165,7 +140,7 @@ def load_engine(config: BackendConfig, source: ModelSource, args: TransformersAr
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         device=device.type,
-        model_commit=_commit(source, model_config),
+        model_commit=model_commit(source, model_config),
         random_weights=source.random,
         special_token_ids=special_token_ids(tokenizer),
         notes=_notes(model, source, origin),
@@ -188,13 +163,6 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-def quieten() -> None:
-    """Progress bars and log lines of the libraries would drown our own."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -220,20 +188,6 @@ def _device(config: BackendConfig) -> torch.device:
     return torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
 
 
-def _tokenizer(config: BackendConfig, source: ModelSource, model_config: Any) -> tuple[Any, str]:
-    if source.tokenizer is not None:
-        revision = config.model.revision if source.tokenizer == source.location else None
-        try:
-            tokenizer = read_tokenizer(source.tokenizer, revision=revision, trust_remote_code=config.model.trust_remote_code)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            if not source.tokenizer_optional:
-                raise load_error(f"tokenizer {source.tokenizer!r}", error) from error
-        else:
-            return tokenizer, source.tokenizer
-    vocab_size = int(model_config.get_text_config().vocab_size)
-    return train_tokenizer(vocab_size, Path(config.cache_dir)), "trained locally"
-
-
 def _notes(model: Any, source: ModelSource, tokenizer_origin: str) -> dict[str, str]:
     return {
         "engine": f"transformers {transformers.__version__}",
@@ -243,12 +197,3 @@ def _notes(model: Any, source: ModelSource, tokenizer_origin: str) -> dict[str, 
         "tokenizer": tokenizer_origin,
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _commit(source: ModelSource, model_config: Any) -> str | None:
-    if source.kind == "hub":
-        return getattr(model_config, "_commit_hash", None)
-    if source.kind == "builtin":
-        return None
-    path = Path(source.location)
-    return git_commit(path if path.is_dir() else path.parent)

@@ -14,12 +14,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llem_ray.backends.builtin_models import BUILTIN_MODELS
+from llem_ray.backends.tokenizer import train_tokenizer
 from llem_ray.backends.transformers import memory
 from llem_ray.backends.transformers.backend import TransformersBackend
-from llem_ray.backends.transformers.builtin_models import BUILTIN_MODELS
 from llem_ray.backends.transformers.engine import is_out_of_memory
 from llem_ray.backends.transformers.memory import available_host_bytes, estimate_batch_memory
-from llem_ray.backends.transformers.tokenizer import train_tokenizer
 from llem_ray.core.backend import BackendConfig, Request, RequestRecord
 from llem_ray.core.errors import DeviceMemoryError, GenerationError, LoadError, NumericsError
 from llem_ray.core.spec import EngineSpec, ModelSpec, PromptSpec, SamplingSpec

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from llem_ray.backends.model_source import find_model, git_commit
 from llem_ray.backends.transformers import backend as backend_module
 from llem_ray.backends.transformers.backend import TransformersBackend
-from llem_ray.backends.transformers.source import find_model, git_commit
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import ConfigError, PluginError
 from llem_ray.core.spec import EngineSpec, ModelSpec

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.resources import files
@@ -16,6 +14,10 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llem_ray.backends.cache_file import write_atomically
+from llem_ray.backends.model_config import load_error
+from llem_ray.backends.model_source import ModelSource
+from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import LoadError
 
 UNKNOWN, BEGIN, END = SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
@@ -59,10 +61,29 @@ def train_tokenizer(vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerFast
     else:
         tokenizer = _train(corpus, vocab_size)
         with suppress(OSError):
-            _write_atomically(path, tokenizer.to_str())
+            write_atomically(path, tokenizer.to_str())
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token=UNKNOWN, bos_token=BEGIN, eos_token=END, padding_side="left"
     )
+
+
+def find_tokenizer(config: BackendConfig, source: ModelSource, model_config: Any) -> tuple[Any, str]:
+    """The model's tokenizer and where it came from; one trained locally where the model has none.
+
+    Raises:
+        LoadError: It cannot be read.
+    """
+    if source.tokenizer is not None:
+        revision = config.model.revision if source.tokenizer == source.location else None
+        try:
+            tokenizer = read_tokenizer(source.tokenizer, revision=revision, trust_remote_code=config.model.trust_remote_code)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            if not source.tokenizer_optional:
+                raise load_error(f"tokenizer {source.tokenizer!r}", error) from error
+        else:
+            return tokenizer, source.tokenizer
+    vocab_size = int(model_config.get_text_config().vocab_size)
+    return train_tokenizer(vocab_size, Path(config.cache_dir)), "trained locally"
 
 
 def special_token_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -88,15 +109,3 @@ def _train(corpus: Sequence[str], vocab_size: int) -> Tokenizer:
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, begin_id)]
     )
     return tokenizer
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from llem_ray.backends.transformers.builtin_models import BUILTIN_MODELS
+from llem_ray.backends.builtin_models import BUILTIN_MODELS
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.spec import ModelSpec
 
@@ -115,6 +115,16 @@ def git_commit(folder: Path) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return head.stdout.strip() or None
+
+
+def model_commit(source: ModelSource, model_config: Any) -> str | None:
+    """Commit of the hub snapshot that ``model_config`` was read from, or of the git folder the model lies in."""
+    if source.kind == "hub":
+        return getattr(model_config, "_commit_hash", None)
+    if source.kind == "builtin":
+        return None
+    path = Path(source.location)
+    return git_commit(path if path.is_dir() else path.parent)
 
 
 def _from_config(model: ModelSpec, config: str, base_dir: Path) -> ModelSource:

