@@ -301,11 +301,9 @@ def _read_estimate(
     if seen == 0:
         return _unavailable(device, calibration, window, "the model gave no estimate near the window", flags)
     energy_j = max(0.0, curve.energy_j(window.begin_ns, window.end_ns))
-    inside_w = column[(trace.t_ns >= window.begin_ns) & (trace.t_ns <= window.end_ns) & np.isfinite(column)] / MW_PER_W
-    n = len(inside_w)
-    u_j = float(inside_w.std(ddof=1) / np.sqrt(n)) * window.duration_s if n >= 2 else None
     flags = (*flags, *validity.check_coverage(seen, gates))
-    return _curve_reading(device, calibration, window, "estimated_model", energy_j, u_j, seen, flags)
+    # No u: the scatter of a model's output says nothing of the model's error.
+    return _curve_reading(device, calibration, window, "estimated_model", energy_j, None, seen, flags)
 
 
 def _curve_reading(

@@ -131,26 +131,6 @@ def _drift_w(series_w: Float64) -> float:
     return 2.0 * float(series_w[-half:].mean() - series_w[:half].mean())
 
 
-def combine_baselines(before: Baseline, after: Baseline) -> Baseline:
-    """The mean of a baseline before and one after, with at least half their difference as uncertainty.
-
-    Where one of them is missing the other is returned.
-    """
-    if before.power_w is None or before.u_w is None:
-        return after
-    if after.power_w is None or after.u_w is None:
-        return before
-    u_w = max(float(np.hypot(before.u_w, after.u_w)) / 2, abs(after.power_w - before.power_w) / 2)
-    return Baseline(
-        device_uuid=before.device_uuid,
-        kind=before.kind,
-        power_w=(before.power_w + after.power_w) / 2,
-        u_w=u_w,
-        begin_ns=before.begin_ns,
-        end_ns=after.end_ns,
-    )
-
-
 def net_energy(reading: EnergyReading, baseline: Baseline | None, window: Window) -> NetEnergy:
     """E - P_idle W, signed, with u_net^2 = u_E^2 + (W u_P)^2.
 

@@ -255,7 +255,8 @@ class DeviceLedger:
         energy_j = max(0.0, curve.energy_j(span.begin_ns, span.end_ns))
         method: Method = "estimated_model" if self.device.method == "estimated_model" else "measured_power_integral"
         notes = {"counter": reason} if reason and method != "estimated_model" else {}
-        return self._part(span, energy_j, curve.u_j(span.begin_ns, span.end_ns), method, notes=notes)
+        u_j = None if method == "estimated_model" else curve.u_j(span.begin_ns, span.end_ns)
+        return self._part(span, energy_j, u_j, method, notes=notes)
 
     def _nearly_sampled(self, trace: Trace, column: Float64, span: PhaseSpan) -> bool:
         """A span of a poll or two may hold no reading, yet readings within two polls on both sides tell its power."""

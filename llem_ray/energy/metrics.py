@@ -8,17 +8,7 @@ from math import atan, cos, pi, sin, sqrt
 from statistics import fmean, stdev
 from typing import Final
 
-from llem_ray.core.energy import EnergyTotal
-
 CONFIDENCE: Final = 0.95
-
-
-def gated_energy_j(total: EnergyTotal) -> tuple[float | None, str | None]:
-    """The energy that ``joules_per_*`` may use: None with a reason when the total is partial or a part is invalid."""
-    if total.energy_j is None:
-        return None, total.reason
-    codes = {f"{item.code} ({part.device_uuid})" for part in total.parts for item in part.flags if item.severity == "invalid"}
-    return (None, f"invalid: {', '.join(sorted(codes))}") if codes else (total.energy_j, None)
 
 
 def _per(energy_j: float | None, count: int | None) -> float | None:
@@ -64,11 +54,6 @@ def avg_power_w(energy_j: float | None, window_s: float, devices: int) -> float 
 def energy_delay_product_js(energy_j: float | None, window_s: float) -> float | None:
     """Energy x window duration, J s."""
     return None if energy_j is None else energy_j * window_s
-
-
-def u_per_token_j(u_j: float | None, tokens: int | None) -> float | None:
-    """One sigma of J/token from the energy's: the tokens are counted, not measured."""
-    return _per(u_j, tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from llem_ray.core.clock import Clock
 from llem_ray.core.energy import Phase, PhaseSpan
@@ -80,8 +79,3 @@ class Timeline:
         """The spans added since the last call."""
         fresh, self._fresh = tuple(self._fresh), []
         return fresh
-
-
-def wasted(spans: Iterable[PhaseSpan]) -> tuple[PhaseSpan, ...]:
-    """The same spans as ``waste``: what a failed attempt cost."""
-    return tuple(replace(span, phase="waste") for span in spans)

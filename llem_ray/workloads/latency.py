@@ -91,11 +91,6 @@ def normalized_tpot_s(record: RequestRecord) -> float | None:
     return None if e2e is None else e2e / record.output_tokens
 
 
-def inter_token_gaps_s(record: RequestRecord) -> npt.NDArray[np.float64]:
-    """Gaps between consecutive tokens, length output_tokens - 1. Tokens delivered in one chunk are 0 apart."""
-    return np.diff(np.asarray(record.token_times_ns, dtype=np.int64)).astype(np.float64) / NS_PER_S
-
-
 def inter_chunk_gaps_s(record: RequestRecord) -> npt.NDArray[np.float64]:
     """Gaps between consecutive chunks (vLLM's ITL): tokens delivered at the same instant are one chunk."""
     return np.diff(np.unique(np.asarray(record.token_times_ns, dtype=np.int64))).astype(np.float64) / NS_PER_S

@@ -2,9 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llem_ray.core.energy import EnergyReading, EnergyTotal
 from llem_ray.energy import metrics
-from llem_ray.energy.validity import flag
 
 
 def test_by_hand():
@@ -16,7 +14,6 @@ def test_by_hand():
     assert metrics.avg_total_gpu_power_w(120.0, 2.0) == 60.0
     assert metrics.avg_power_w(120.0, 2.0, 4) == 15.0
     assert metrics.energy_delay_product_js(120.0, 2.0) == 240.0
-    assert metrics.u_per_token_j(4.0, 40) == 0.1
 
 
 def test_missing_stays_missing():
@@ -59,33 +56,3 @@ def test_t_interval_covers_as_stated():
         result = metrics.t_interval(sample.tolist())
         inside += abs(result.mean - 10.0) <= result.half_width
     assert 0.935 <= inside / 2000 <= 0.965
-
-
-def test_invalid_energy_gives_no_joules_per_token():
-    part = EnergyReading(
-        node="n",
-        device_uuid="GPU-a",
-        name="",
-        source="nvml",
-        scope="gpu",
-        method="measured_counter",
-        energy_j=10.0,
-        u_j=1.0,
-        bound_j=None,
-        cross_check_j=None,
-        cross_check_ratio=None,
-        sensor_rel=None,
-        edge_step_w=None,
-        delta_s=0.0,
-        lag_s=0.0,
-        coverage=0.5,
-        mean_power_w=1.0,
-        flags=(flag("dropped_samples", ""), flag("short_window", "")),
-    )
-
-    def total(energy_j, parts, reason=None):
-        return EnergyTotal(energy_j=energy_j, u_j=1.0, sensor_j=None, covers=(), not_measured=(), parts=parts, reason=reason)
-
-    assert metrics.gated_energy_j(total(10.0, (part,))) == (None, "invalid: dropped_samples (GPU-a)")
-    assert metrics.gated_energy_j(total(10.0, ())) == (10.0, None)
-    assert metrics.gated_energy_j(total(None, (), "partial: x")) == (None, "partial: x")

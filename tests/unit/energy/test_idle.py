@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llem_ray.core.energy import Baseline
-from llem_ray.energy.idle import NetEnergy, combine_baselines, effective_count, idle_baseline, net_energy, sum_net
+from llem_ray.energy.idle import NetEnergy, effective_count, idle_baseline, net_energy, sum_net
 from llem_ray.testing.loads import Segment, SegmentLoad
 from llem_ray.testing.sensor import SensorModel
 
@@ -96,16 +96,6 @@ def test_effective_count():
 def make_baseline(power_w, u_w, **changes):
     whole = Baseline(device_uuid="GPU-sim", kind="bare", power_w=power_w, u_w=u_w, begin_ns=0, end_ns=1)
     return replace(whole, **changes)
-
-
-def test_before_and_after():
-    both = combine_baselines(make_baseline(90.0, 0.1), make_baseline(94.0, 0.1, begin_ns=5, end_ns=9))
-    assert (both.power_w, both.u_w, both.begin_ns, both.end_ns) == (92.0, 2.0, 0, 9)
-    steady = combine_baselines(make_baseline(90.0, 0.3), make_baseline(90.0, 0.4))
-    assert steady.u_w == pytest.approx(0.25)
-    missing = make_baseline(None, None, reason="no samples")
-    assert combine_baselines(missing, steady) is steady
-    assert combine_baselines(steady, missing) is steady
 
 
 def test_net_is_signed(case):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llem_ray.core.energy import PhaseSpan
 from llem_ray.energy.ledger import check_tiling
-from llem_ray.execution.spans import SpanLog, Timeline, wasted
+from llem_ray.execution.spans import SpanLog, Timeline
 from llem_ray.testing.clock import VirtualClock
 
 
@@ -67,7 +67,3 @@ def test_whatever_is_added_the_timeline_tiles(pieces: list[tuple[int, int]], las
     check_tiling(taken, 1000, timeline.end_ns)
     assert timeline.end_ns == at_ns + last
     assert all(a.end_ns == b.begin_ns for a, b in pairwise(taken))
-
-
-def test_a_failed_attempt_s_spans_are_waste() -> None:
-    assert [(s.phase, s.begin_ns) for s in wasted([span(1, 2), span(2, 3)])] == [("waste", 1), ("waste", 2)]

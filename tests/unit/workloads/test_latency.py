@@ -36,12 +36,10 @@ def test_one_request_by_hand() -> None:
     assert latency.e2e_from_schedule_s(r) == pytest.approx(0.200)
     assert latency.tpot_s(r) == pytest.approx(0.030)
     assert latency.normalized_tpot_s(r) == pytest.approx(0.035)
-    assert latency.inter_token_gaps_s(r) == pytest.approx([0.020, 0.010, 0.060])
 
 
 def test_tokens_of_one_chunk_are_one_gap() -> None:
     r = record([150, 170, 170, 230])
-    assert latency.inter_token_gaps_s(r) == pytest.approx([0.020, 0.0, 0.060])
     assert latency.inter_chunk_gaps_s(r) == pytest.approx([0.020, 0.060])
     assert latency.tpot_s(r) == pytest.approx(0.080 / 3)
 
@@ -50,7 +48,6 @@ def test_one_token_has_no_tpot() -> None:
     r = record([150])
     assert latency.ttft_s(r) == latency.e2e_latency_s(r) == pytest.approx(0.050)
     assert latency.tpot_s(r) is None
-    assert latency.inter_token_gaps_s(r).size == 0
 
 
 def test_no_token_has_no_latency() -> None:
