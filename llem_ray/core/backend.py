@@ -10,6 +10,8 @@ from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 FinishReason = Literal["length", "stop", "abort"]
 StepKind = Literal["prefill", "decode", "mixed"]
+WorkerLayout = Literal["host", "rank"]
+"""How many processes serve a gang: one on each of its hosts, or one for each rank (GPU)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +106,26 @@ class Rank:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Rendezvous:
+    """Where the processes of one gang meet, and which of them this one is. Rank 0 leads."""
+
+    rank: int
+    """Number of this process, from 0."""
+    world_size: int
+    """Processes of the gang."""
+    local_rank: int
+    """Number of this process among those on its host, from 0."""
+    hosts: tuple[str, ...]
+    """Stable host id of every process, by rank."""
+    master_addr: str
+    """IP address of rank 0, as the others reach it."""
+    master_port: int
+    """A port that was free there a moment ago; engines may use some of those that follow, too."""
+    node_addr: str
+    """IP address of this process's host, on the network that the others reach it by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BackendConfig:
     """All an engine needs to load: handed to the plug-in's factory."""
 
@@ -116,10 +138,16 @@ class BackendConfig:
     """Folder that relative paths start from."""
     cache_dir: str
     """Writable folder for what we build ourselves: locally trained tokenizers, random checkpoints."""
+    rendezvous: Rendezvous | None = None
+    """None where one process serves the whole gang."""
 
 
 class InferenceBackend(Protocol):
     """A loaded model that answers requests. The plug-in's factory is ``(BackendConfig) -> InferenceBackend``.
+
+    A gang on several hosts, or of an engine whose factory has the attribute ``worker_layout = "rank"``, is served by several
+    processes. Each has a backend of its own, whose ``load`` meets the others at ``BackendConfig.rendezvous``. Rank 0 leads: it
+    alone is asked to ``encode``, ``run`` and ``reset``. The others are ``FollowerBackend``: they are left in ``follow``.
 
     The constructor is cheap and touches no device. Calls come from one thread, in the order check, load, (encode | run |
     reset)*, close. ``close`` may be called at any point and more than once.
@@ -144,7 +172,7 @@ class InferenceBackend(Protocol):
         ...
 
     def identity(self) -> tuple[Rank, ...]:
-        """The gang's workers, by rank."""
+        """The workers that this process serves, by rank: all of the gang's where one process serves it."""
         ...
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -171,4 +199,16 @@ class InferenceBackend(Protocol):
 
     def close(self) -> None:
         """Free the device and end every process the engine started."""
+        ...
+
+
+class FollowerBackend(InferenceBackend, Protocol):
+    """A backend of a rank above 0, which does what rank 0 orders, over the engine's own network."""
+
+    def follow(self) -> None:
+        """Serve rank 0 until it closes. Blocks; may be called in every rank but 0, after ``load``.
+
+        Raises:
+            GenerationError: The engine failed; rank 0 learns of it by itself.
+        """
         ...

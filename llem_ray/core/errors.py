@@ -12,6 +12,7 @@
     |  |- NumericsError                   because it produced NaN or Inf logits
     |  |- HangError                       because it answered nothing before its deadline
     |  '- EngineDied                      its process ended
+    |     '- NodeLost                     with the node it ran on
     |- PowerError                     4   a power source failed
     |  |- SourceUnavailable               the source does not exist on this host
     |  |- PowerPermissionDenied           it exists, but this user may not read it
@@ -135,6 +136,10 @@ class HangError(BackendError):
 
 class EngineDied(BackendError):
     """The engine's process ended without being asked to."""
+
+
+class NodeLost(EngineDied):
+    """A node of the gang is gone, or cannot be reached."""
 
 
 class PowerError(LlemRayError):

@@ -16,6 +16,7 @@ from llem_ray.core.errors import (
     EngineDied,
     HangError,
     LoadError,
+    NodeLost,
     NumericsError,
     PluginError,
 )
@@ -70,6 +71,7 @@ def failure_kind(error: BaseException) -> FailureKind:
         (DeviceMemoryError, "out_of_memory"),
         (NumericsError, "numerics"),
         (HangError, "hang"),
+        (NodeLost, "node_died"),
         (EngineDied, "engine_died"),
         (LoadError, "load"),
         (BackendError, "generation"),

@@ -20,6 +20,7 @@ _STRICT: Mapping[str, Any] = {"extra": "forbid", "use_attribute_docstrings": Tru
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Order = Literal["interleaved", "shuffled", "sequential"]
+Exclusive = Literal["node", "cluster", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +71,10 @@ class EngineSpec:
     """Interpreter, or command, that runs the engine in a process of its own; default: this process."""
     gpus: Annotated[int, Ge(0)] | None = None
     """Whole GPUs the gang holds; default: tensor x pipeline x data parallel, 0 when `device` is `cpu`."""
+    nodes: Annotated[int, Ge(1)] | None = None
+    """Nodes the gang is spread over, evenly; default: as few as hold its GPUs."""
+    gpu_type: str | None = None
+    """GPU type the gang must run on, as Ray names it (`H100`, `A100`); default: any, the same on all its nodes."""
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     """Passed to the engine as they are; the engine validates them before it loads weights."""
 
@@ -199,6 +204,13 @@ class MeasureSpec:
     """Attempts at a trial whose engine died; failures of the trial itself (memory, numerics) are not retried."""
     max_consecutive_failures: Annotated[int, Ge(1)] = 10
     """A sweep that fails this often in a row stops."""
+    exclusive: Exclusive = "node"
+    """What a gang has to itself: its nodes, the whole cluster, or only its GPUs. Neighbours on a node share CPU, fans and
+    power supply: under `none` such windows are flagged."""
+    placement_timeout_s: Annotated[float, Gt(0)] = 300.0
+    """Deadline for the cluster to grant a gang its GPUs."""
+    wait_for_nodes_s: Annotated[float, Ge(0)] = 0.0
+    """How long an autoscaler may take to add nodes that the sweep needs and the cluster lacks; 0 refuses such a sweep at once."""
     gates: GateSpec = GateSpec()
     """When a window's energy is invalid."""
 

@@ -78,6 +78,7 @@ class FakeBackend:
         self._args: FakeArgs | None = None
         self._loaded = False
         self._runs = 0
+        self._closed = threading.Event()
 
     def check(self) -> None:
         """Validate ``engine_args``."""
@@ -116,11 +117,14 @@ class FakeBackend:
         )
 
     def identity(self) -> tuple[Rank, ...]:
-        """One rank for each worker of the gang, all in this process."""
-        uuids = self._checked().gpu_uuids
+        """One rank for each worker of the gang that this process stands for: an equal share of them."""
+        uuids, place = self._checked().gpu_uuids, self._config.rendezvous
+        mine = range(self._config.engine.world_size)
+        if place is not None:
+            share = len(mine) // place.world_size
+            mine = mine[place.rank * share : (place.rank + 1) * share]
         return tuple(
-            Rank(rank=rank, host=self._config.host, pid=os.getpid(), gpu_uuid=uuids[rank] if uuids else None)
-            for rank in range(self._config.engine.world_size)
+            Rank(rank=rank, host=self._config.host, pid=os.getpid(), gpu_uuid=uuids[rank] if uuids else None) for rank in mine
         )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -181,9 +185,15 @@ class FakeBackend:
     def reset(self) -> None:
         """Nothing is cached."""
 
+    def follow(self) -> None:
+        """Wait until ``close``: rank 0 needs no help to pretend."""
+        self._closed.clear()
+        self._closed.wait()
+
     def close(self) -> None:
         """Forget the model."""
         self._loaded = False
+        self._closed.set()
 
     def _checked(self) -> FakeArgs:
         if self._args is None:

@@ -22,6 +22,7 @@ CODES = {
     "NumericsError": 3,
     "HangError": 3,
     "EngineDied": 3,
+    "NodeLost": 3,
     "PowerError": 4,
     "SourceUnavailable": 4,
     "PowerPermissionDenied": 4,
