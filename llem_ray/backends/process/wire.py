@@ -236,6 +236,8 @@ def _converter(hint: Any) -> Callable[[Any], Any]:
     if origin is Literal:
         return _one_of(frozenset(arguments))
     if origin in (Union, types.UnionType):
+        if (inner := next(filter(is_dataclass, arguments), None)) is not None:
+            return lambda row: None if row is None else unpack(inner, row)  # type: ignore[arg-type]
         return _of(frozenset().union(*(_scalars(argument) for argument in arguments)))
     if origin is tuple:
         return _tuple_of(_scalars(arguments[0]))
