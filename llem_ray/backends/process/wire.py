@@ -231,13 +231,13 @@ def _converters(cls: Any) -> tuple[tuple[str, Callable[[Any], Any]], ...]:
 
 def _converter(hint: Any) -> Callable[[Any], Any]:
     origin, arguments = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        return lambda row: unpack(hint, row)  # type: ignore[arg-type]
+    optional = origin in (Union, types.UnionType)
+    inner = next(filter(is_dataclass, arguments if optional else (hint,)), None)
+    if inner is not None:
+        return lambda row: None if row is None and optional else unpack(inner, row)  # type: ignore[arg-type]
     if origin is Literal:
         return _one_of(frozenset(arguments))
-    if origin in (Union, types.UnionType):
-        if (inner := next(filter(is_dataclass, arguments), None)) is not None:
-            return lambda row: None if row is None else unpack(inner, row)  # type: ignore[arg-type]
+    if optional:
         return _of(frozenset().union(*(_scalars(argument) for argument in arguments)))
     if origin is tuple:
         return _tuple_of(_scalars(arguments[0]))
