@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Final
 
@@ -23,7 +24,7 @@ PROMOTIONS: Final = 24
 """Times that the gang which ends last is moved to the front, at most."""
 SIMULATED: Final = 6_000_000
 """Gangs x nodes to simulate at most, so that the largest sweeps take seconds; where this allows one order, it is taken unseen."""
-TINY: Final = 1e-9
+TINY_S: Final = 1e-9
 SAME: Final = 1e-6
 """Makespans that differ by less are equal."""
 
@@ -33,11 +34,11 @@ def order_requests(
 ) -> tuple[GangRequest, ...]:
     """Priority order by which the gangs should be started: of several, the one with the smallest simulated makespan.
 
-    Tried are: sorted by GPUs ** exponent x duration, for some exponents; most GPUs first, then longest; shuffles of near-equal ones
-    of these; shuffled wholly. Of orders that take the same time the most mixed counts, so that nothing is sorted without need. Then
-    the gang that ends last is moved to the front, as long as that helps. Gangs that a rule holds equal are ordered by a hash of
-    seed and key: cells that cost the same do not run in the order of their axis values, and a drift over time is not taken for the
-    effect of an axis. Equal arguments give equal orders.
+    Tried are: sorted by GPUs ** exponent x duration, for some exponents; most GPUs first, then longest; shuffles of near-equal
+    ones of these; shuffled wholly. Of orders that take the same time the most mixed counts, so that nothing is sorted without
+    need. Then the gang that ends last is moved to the front, as long as that helps. Gangs that a rule holds equal are ordered by
+    a hash of seed and key: cells that cost the same do not run in the order of their axis values, and a drift over time is not
+    taken for the effect of an axis. Equal arguments give equal orders, whatever the order of ``requests``.
 
     Gangs that the nodes could never hold come last.
     """
@@ -46,7 +47,7 @@ def order_requests(
     unable = [request for request in requests if rooms.need(request) is None]
     trials = max(1, SIMULATED // max(1, len(able) * len(nodes)))
     orders = list(islice(_orders(able, seed), trials))
-    if len(orders) == 1:
+    if len(orders) == 1 or not able:
         return (*orders[0], *_shuffled(unable, f"{seed}"))
     done = [simulate(order, nodes, exclusive) for order in orders]
     shortest_s = min(schedule.makespan_s for schedule in done)
@@ -58,9 +59,9 @@ def order_requests(
 def lower_bound_s(requests: Sequence[GangRequest], nodes: Sequence[NodeRoom], exclusive: Exclusive) -> float:
     """A makespan that no schedule can beat.
 
-    The nodes are cut into places of a size, and each gang that fits nowhere else takes one or more of them. The largest counts of:
-    the longest gang; place-seconds over places; and, as whole gangs follow each other on a place, the ``k + 1`` shortest of the
-    ``k x places + 1`` longest takings, since some place sees ``k + 1`` of these.
+    The nodes are cut into places of a size, of which each gang that fits nowhere else takes one or more. The bound is the largest
+    of: the longest gang; place-seconds over places; and, as whole gangs follow each other on a place, the sum of the ``k + 1``
+    shortest of the ``k x places + 1`` longest takings, since some place sees ``k + 1`` of these.
 
     Raises:
         PlacementError: The nodes could never hold one of them.
@@ -95,6 +96,10 @@ def _places_s(taken: Sequence[tuple[float, int]], places: int) -> float:
     return max([math.fsum(lengths_s) / places, *stacks_s])
 
 
+def _is_other(request: GangRequest, key: str) -> bool:
+    return request.key != key
+
+
 def _nodes_of(need: Need) -> frozenset[int]:
     return frozenset(chain.from_iterable(need.groups))
 
@@ -109,19 +114,22 @@ def _need(rooms: Rooms, request: GangRequest) -> Need:
 def _orders(requests: Sequence[GangRequest], seed: int) -> Iterator[list[GangRequest]]:
     """The rules' orders, from the one to take where only one is tried to the most mixed ones."""
     mixed = _shuffled(requests, f"{seed}")
-    yield sorted(mixed, key=lambda one: -_weight(one, 0.5))
-    yield sorted(mixed, key=lambda one: (-one.gpus, -one.duration_s))
+    yield sorted(mixed, key=partial(_rank, exponent=0.5))
+    yield sorted(mixed, key=lambda request: (-request.gpus, -request.duration_s))
     for exponent in EXPONENTS:
-        yield sorted(mixed, key=lambda one, exponent=exponent: -_weight(one, exponent))
+        yield sorted(mixed, key=partial(_rank, exponent=exponent))
     for exponent in EXPONENTS:
         for number in range(SHUFFLES):
-            again = _shuffled(requests, f"{seed}/{number}")
-            yield sorted(again, key=lambda one, exponent=exponent: -round(math.log(max(_weight(one, exponent), TINY), NEAR)))
+            yield sorted(_shuffled(requests, f"{seed}/{number}"), key=partial(_near_rank, exponent=exponent))
     yield mixed
 
 
-def _weight(request: GangRequest, exponent: float) -> float:
-    return max(request.gpus, 1) ** exponent * request.duration_s
+def _rank(request: GangRequest, exponent: float) -> float:
+    return -math.pow(max(request.gpus, 1), exponent) * request.duration_s
+
+
+def _near_rank(request: GangRequest, exponent: float) -> int:
+    return -round(math.log(max(-_rank(request, exponent), TINY_S), NEAR))
 
 
 def _shuffled(requests: Sequence[GangRequest], seed: str) -> list[GangRequest]:
@@ -138,7 +146,7 @@ def _promote(
         if last.start_s == 0 or last.key in moved:
             break
         moved.add(last.key)
-        order = sorted(order, key=lambda request, key=last.key: request.key != key)
+        order = sorted(order, key=partial(_is_other, key=last.key))
         schedule = simulate(order, nodes, exclusive)
         if schedule.makespan_s < best_s * (1 - SAME):
             best, best_s = order, schedule.makespan_s

@@ -189,7 +189,7 @@ class Agenda:
         started: list[tuple[GangRequest, tuple[Seat, ...]]] = []
         heads, kept = queue.heads(), None
         while heads:
-            rank, shape = heapq.heappop(heads)
+            _, shape = heapq.heappop(heads)
             line = queue.lines[shape]
             need = self.rooms.need(line[-1][1])
             if need is None:
