@@ -178,7 +178,8 @@ def cleanup_stale() -> tuple[str, ...]:
             continue
         mark, _, rest = arguments[arguments.index(str(_INIT)) + 1].partition(":")
         creator, _, lab = rest.partition(":")
-        if mark == _MARK and creator.split("/")[2] == _namespace(os.getpid()) and not _lives(creator):
+        here = _inode(_namespace(os.getpid()))
+        if mark == _MARK and creator.endswith(f"/{here}") and not _lives(creator):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             stale.append(lab)
@@ -247,7 +248,7 @@ def _nsenter(pid: int, *namespaces: str) -> list[str]:
 def _creator() -> str:
     """This process, such that it is not mistaken for another with the same pid."""
     pid = os.getpid()
-    return f"{pid}/{_started(pid)}/{_namespace(pid)}"
+    return f"{pid}/{_started(pid)}/{_inode(_namespace(pid))}"
 
 
 def _lives(creator: str) -> bool:
@@ -280,6 +281,11 @@ def _namespace(pid: int) -> str:
         return str(Path(f"/proc/{pid}/ns/pid").readlink())
     except OSError:
         return ""
+
+
+def _inode(namespace: str) -> str:
+    """The number in ``pid:[4026531836]``."""
+    return namespace.rpartition("[")[2].rstrip("]")
 
 
 def _read(path: str) -> str:
