@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -189,6 +190,26 @@ print(status({}), status({"Authorization": "Bearer " + os.environ.get("RAY_AUTH_
         done = made.run("client", [sys.executable, "-c", script], env={"JOBS": made.jobs_address}, timeout_s=60)
         assert done.stdout.split() == [str(status), "200"], done.stderr
         assert not made.hosts["client"].raylet_alive
+
+
+def scripts_lab(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(Path(__file__).parents[2] / "scripts" / "lab"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_the_command_gives_address_and_exit_code() -> None:
+    require_lab()
+    script = "import os, socket, sys; print(socket.gethostname(), os.environ['RAY_ADDRESS']); sys.exit(7)"
+    done = scripts_lab("--hosts", "1", "--gpus", "2", "--", sys.executable, "-c", script)
+    assert done.returncode == 7, done.stderr
+    assert re.fullmatch(r"h1 10\.77\.\d+\.1:6379\n", done.stdout)
+    assert re.match(r"h1  10\.77\.\d+\.1  2 GPUs  clock \+3600 s\n", done.stderr)
+
+
+def test_the_command_refuses_an_empty_lab() -> None:
+    done = scripts_lab("--hosts", "0")
+    assert done.returncode == 2
+    assert "--hosts is 1 to 200" in done.stderr
 
 
 class TestHosts:

@@ -15,13 +15,13 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Final, Self
 
 from llem_ray.testing.lab import machine as machines
-from llem_ray.testing.lab.machine import END_S, Entered, Machine, Process, cleanup_stale, read_to_end, tail
+from llem_ray.testing.lab.host import Host
+from llem_ray.testing.lab.machine import END_S, Entered, Process, cleanup_stale, read_to_end, tail
 from llem_ray.testing.lab.network import MAX_HOSTS, Switch
 from llem_ray.testing.lab.ray_node import (
     FAST_HEALTH,
     GCS_PORT,
     JOBS_PORT,
-    OBJECT_STORE_BYTES,
     STARTED,
     host_environment,
     ray_command,
@@ -34,75 +34,6 @@ START_S: Final = 120.0
 """Deadline for a raylet to start, on a busy machine."""
 _POLL_S: Final = 0.05
 _DRIVER_NOT_LOADED: Final = 9
-
-
-class Host:
-    """A host of a running lab."""
-
-    def __init__(self, spec: HostSpec, *, number: int, ip: str, folder: Path, scenario: Scenario, environment: Mapping[str, str]):
-        self.spec = spec
-        self.name = spec.name
-        self.ip = ip
-        self.folder = folder
-        self.scenario = scenario
-        """What its fake NVML pretends; its clock is CLOCK_REALTIME."""
-        self.environment: Mapping[str, str] = MappingProxyType(dict(environment))
-        """Environment of everything on this host."""
-        self._number = number
-        self._machine: Machine | None = None
-        self._ray: Entered | None = None
-        self._boots = 0
-        self._starts = 0
-
-    @property
-    def host_id(self) -> str:
-        """Its LLEM_RAY_HOST_ID, which stays the same when it restarts."""
-        return self.environment["LLEM_RAY_HOST_ID"]
-
-    @property
-    def alive(self) -> bool:
-        """Whether it is switched on."""
-        return self._machine is not None and self._machine.alive
-
-    @property
-    def pid(self) -> int:
-        """Its init process, as the creator of the lab sees it.
-
-        Raises:
-            RuntimeError: It is switched off.
-        """
-        return self._booted().pid
-
-    @property
-    def raylet_alive(self) -> bool:
-        """Whether a raylet runs on it."""
-        return any(process.name == "raylet" for process in self.processes())
-
-    def processes(self) -> tuple[Process, ...]:
-        """What runs on it; nothing when it is switched off."""
-        return self._machine.processes() if self._machine is not None else ()
-
-    def _booted(self) -> Machine:
-        if self._machine is None or not self._machine.alive:
-            raise RuntimeError(f"{self.name} is switched off")
-        return self._machine
-
-    def _boot(self, lab: str, hosts_file: Path, monotonic_offset_s: int) -> Machine:
-        self._boots += 1
-        scratch = self.folder / f"tmp-ray-{self._boots}"
-        scratch.mkdir()
-        shm_bytes = OBJECT_STORE_BYTES + 64 * 2**20
-        mounts = (
-            ("--bind", str(scratch), "/tmp/ray"),  # noqa: S108
-            ("-t", "tmpfs", "-o", f"size={shm_bytes}", "tmpfs", "/dev/shm"),  # noqa: S108
-            ("--bind", str(hosts_file), "/etc/hosts"),
-        )
-        log = self.folder / "init.log"
-        self._machine = Machine(lab, log=log, hostname=self.name, mounts=mounts, monotonic_offset_s=monotonic_offset_s)
-        return self._machine
-
-    def _ray_log(self) -> Path:
-        return self.folder / f"ray-{self._starts}.log"
 
 
 class Lab:
@@ -225,8 +156,9 @@ class Lab:
             options: Further options of Popen.
         """
         target = self._hosts[host]
+        options.setdefault("stdin", subprocess.DEVNULL)
         merged = {**target.environment, **(env or {})}
-        process = target._booted().enter(command, env=merged, cwd=cwd or Path.cwd(), stdin=subprocess.DEVNULL, **options)
+        process = target.machine.enter(command, env=merged, cwd=cwd or Path.cwd(), **options)
         self._entered = [known for known in self._entered if known.poll() is None] + [process]
         return process
 
@@ -263,10 +195,10 @@ class Lab:
         """
         target, switch = self._hosts[host], self._wired()
         if silent:
-            switch.cut(target._number)
-        there = [process for process in self._entered if process.machine is target._machine]
-        target._booted().kill()
-        switch.disconnect(target._number)
+            switch.cut(target.number)
+        there = [process for process in self._entered if process.machine is target.machine]
+        target.off()
+        switch.disconnect(target.number)
         _reap(there)
 
     def restart_host(self, host: str, *, monotonic_offset_s: int | None = None) -> None:
@@ -286,11 +218,11 @@ class Lab:
 
     def cut_link(self, host: str) -> None:
         """Pull a host's network cable."""
-        self._wired().cut(self._hosts[host]._number)
+        self._wired().cut(self._hosts[host].number)
 
     def heal_link(self, host: str) -> None:
         """Plug a host's network cable in again."""
-        self._wired().heal(self._hosts[host]._number)
+        self._wired().heal(self._hosts[host].number)
 
     def truth_j(self, host: str, uuid: str, begin_realtime_ns: int, end_realtime_ns: int) -> float:
         """True energy of one GPU between two stamps of CLOCK_REALTIME, J.
@@ -321,7 +253,7 @@ class Lab:
     def _start_cluster(self) -> None:
         head = self._head()
         self._start_ray(head)
-        self._await_ray(head, ready=lambda: head._booted().listens(GCS_PORT))
+        self._await_ray(head, ready=lambda: head.machine.listens(GCS_PORT))
         for host in self._joining():
             if host is not head:
                 self._start_ray(host)
@@ -353,23 +285,24 @@ class Lab:
         return Host(spec, number=number, ip=ip, folder=folder, scenario=scenario, environment=environment)
 
     def _boot(self, host: Host, monotonic_offset_s: int) -> None:
-        self._wired().connect(host._number, host._boot(self.name, self._folder / "hosts", monotonic_offset_s))
+        host.boot(self.name, self._folder / "hosts", monotonic_offset_s)
+        self._wired().connect(host.number, host.machine)
 
     def _start_ray(self, host: Host) -> None:
-        if host._ray is not None:
-            _await(lambda: host._ray is None or host._ray.poll() is not None, START_S, f"{host.name}: the end of its old Ray")
-        host._starts += 1
+        if host.ray is not None:
+            _await(lambda: host.ray is None or host.ray.poll() is not None, START_S, f"{host.name}: the end of its old Ray")
+        host.ray_starts += 1
         head = self._head()
         env = {"PYTHONUNBUFFERED": "1"} | (FAST_HEALTH if self._fast_health and host is head else {})
         command = start_command(host.spec, host.ip, head_ip=head.ip, dashboard=self._dashboard)
-        with host._ray_log().open("wb") as log:
-            host._ray = self.popen(host.name, command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        with host.ray_log.open("wb") as log:
+            host.ray = self.popen(host.name, command, env=env, stdout=log, stderr=subprocess.STDOUT)
 
     def _await_ray(self, host: Host, ready: Callable[[], bool] | None = None) -> None:
-        log, deadline = host._ray_log(), time.monotonic() + START_S
+        log, deadline = host.ray_log, time.monotonic() + START_S
         ready = ready or (lambda: STARTED in log.read_text(encoding="utf-8", errors="replace"))
         while not ready():
-            if host._ray is None or host._ray.poll() is not None:
+            if host.ray is None or host.ray.poll() is not None:
                 raise RuntimeError(f"{host.name}: `ray start` ended; the end of what it said:\n{tail(log)}")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{host.name}: Ray is not up after {START_S:g} s; the end of its log:\n{tail(log)}")
@@ -395,8 +328,7 @@ class Lab:
                 steps.callback(self._switch.close)
             steps.callback(_reap, self._entered)
             for host in self._hosts.values():
-                if host._machine is not None:
-                    steps.callback(host._machine.kill)
+                steps.callback(host.off)
 
 
 def _real_driver() -> bool:
