@@ -114,6 +114,8 @@ class Baseline:
     begin_ns: int
     end_ns: int
     reason: str | None = None
+    peak_w: float | None = None
+    """Highest power reading of the stretch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

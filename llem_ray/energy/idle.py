@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -59,7 +59,8 @@ def idle_baseline(
         mean_w = float(series_w.mean())
     u_energy_w = (reading.u_j or 0.0) / window.duration_s
     u_w = u_energy_w if len(series_w) < 3 else max(u_energy_w, _scatter_w(series_w), abs(_drift_w(series_w)) / 2)
-    return _baseline(device, kind, window, mean_w, u_w, None)
+    peak_w = float(series_w.max()) if len(series_w) else None
+    return replace(_baseline(device, kind, window, mean_w, u_w, None), peak_w=peak_w)
 
 
 def _unusable(reading: EnergyReading) -> str | None:

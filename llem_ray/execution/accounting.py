@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from llem_ray.core.energy import Baseline, EnergyReading, EnergyTotal, Flag, PhaseEnergy, PhaseSpan, Window
+from llem_ray.core.energy import Baseline, EnergyReading, EnergyTotal, Flag, PhaseSpan, Window
 from llem_ray.core.outcome import Completed
-from llem_ray.core.power import Device, Trace
+from llem_ray.core.power import Trace
 from llem_ray.core.spec import MeasureSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.energy import metrics
+from llem_ray.energy.balance import idle_bubble_share, rank_imbalance
 from llem_ray.energy.estimator import read_window
 from llem_ray.energy.idle import idle_baseline, net_energy, sum_net
-from llem_ray.energy.ledger import DeviceLedger
 from llem_ray.energy.total import sum_readings
 from llem_ray.energy.validity import check_errors, check_foreign_load, flag
-from llem_ray.execution.meter import Meter
-from llem_ray.execution.placement import GPU_SCOPES
-from llem_ray.execution.records import AttemptEnded, GangRecord, IdleTaken, LoadEnded, SpansAdded
+from llem_ray.execution.completeness import cluster_columns, node_columns
+from llem_ray.execution.meter import GPU_SCOPES, Meter
+from llem_ray.execution.records import AttemptEnded, DeviceKey, GangRecord, HostDevice, IdleTaken, LoadEnded
 from llem_ray.results.rows import device_columns, flag_columns
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ ESTIMATE_NOTE: Final = "modelled from CPU load and memory size, not measured"
 
 
 class Accounts:
-    """What a run's devices spent, by window and by phase.
+    """What a run's gangs spent, by window.
 
     Args:
         measure: Gates and settings.
@@ -39,22 +39,24 @@ class Accounts:
     def __init__(self, measure: MeasureSpec, meter: Meter) -> None:
         self._gates = measure.gates
         self._meter = meter
-        self._ledgers: dict[tuple[str, str], DeviceLedger] = {}
-        self._foreign: dict[str, tuple[Flag, ...]] = {}
-        self._bare_power_w: dict[tuple[str, str], float] = {}
+        self._foreign: dict[DeviceKey, tuple[Flag, ...]] = {}
+        self._bare_power_w: dict[DeviceKey, float] = {}
 
     def take_idle(self, idle: IdleTaken) -> None:
-        """Idle power of every device of the gang's node; before the load also whether somebody else uses it."""
+        """Idle power of every device of the gang's hosts; before the load also whether somebody else uses it."""
         gang, span = idle.gang, idle.span
-        for device in (*gang.devices, *gang.context):
-            baseline = self._baseline(gang.node, device, span, resident=idle.resident)
-            (gang.resident if idle.resident else gang.bare)[device.uuid] = baseline
+        for item in (*gang.devices, *gang.context):
+            window = self._window_on(item.host, span.begin_ns, span.end_ns)
+            if window is None:
+                continue
+            baseline = self._baseline(item, window, resident=idle.resident)
+            (gang.resident if idle.resident else gang.bare)[item.key] = baseline
             if not idle.resident:
-                self._check_foreign(gang.node, device, span, baseline)
+                self._check_foreign(item, window, baseline)
 
     def take_load(self, load: LoadEnded) -> None:
         """Energy of loading the model."""
-        load.gang.load_energy_j = self._sum(load.gang, load.span.begin_ns, load.span.end_ns).energy_j
+        load.gang.load_energy_j = self._sum(load.gang, load.span).energy_j
 
     def energy_columns(self, ended: AttemptEnded) -> Row:
         """Every energy column of one attempt's row."""
@@ -62,14 +64,14 @@ class Accounts:
         if gang is None:
             return {"energy_reason": "no gang ran", "power_valid": False, "est_reason": "no gang ran"}
         if not isinstance(outcome, Completed):
-            waste = self._sum(gang, ended.begin_ns, ended.end_ns)
+            waste = self._sum(gang, PhaseSpan(phase="waste", begin_ns=ended.begin_ns, end_ns=ended.end_ns))
             reason = "the attempt failed: its energy is waste"
             return {"waste_energy_j": waste.energy_j, "energy_reason": reason, "power_valid": False, "est_reason": reason}
         window = outcome.window
-        held = [self._read(gang, device, window) for device in gang.devices]
-        context = [self._read(gang, device, window) for device in gang.context]
+        held = self._read_all(gang, gang.devices, window)
+        context = self._read_all(gang, gang.context, window)
         total = self._total(gang, held)
-        flags = [*_flags(held), *self._trial_flags(ended, gang, outcome)]
+        flags = [*_flags(held), *self._trial_flags(ended, gang, outcome, held)]
         tokens = (sum(r.prompt_tokens for r in outcome.requests), sum(r.output_tokens for r in outcome.requests))
         valid = total.energy_j is not None and not any(item.severity == "invalid" for item in flags)
         row = _total_columns(total, held, gang, window.duration_s)
@@ -77,105 +79,168 @@ class Accounts:
         row |= _host_columns([*held, *context]) | _net_columns(gang, held, window)
         succeeded = sum(request.finish_reason != "abort" and request.output_tokens > 0 for request in outcome.requests)
         row |= _per_token(total.energy_j if valid else None, *tokens, succeeded)
+        row |= node_columns(gang, self._meter, window, held, context)
+        row |= cluster_columns(gang, self._meter, window, held, context)
+        row |= self._balance_columns(gang, held, window)
+        if total.energy_j is None and len(gang.hosts) > 1 and any(reading.energy_j is not None for reading in held):
+            row["status"] = "partial"
         return row | _estimate_columns(context, tokens[1], gpus=gang.group.gpus)
 
-    def phase_energies(self, added: SpansAdded) -> Iterable[tuple[str, list[PhaseEnergy]]]:
-        """Energy of every device over the new spans, by node: the ledger's next lines."""
-        for info in self._meter.infos:
-            energies: list[PhaseEnergy] = []
-            for device in info.devices:
-                spans = added.spans if _follows(device, info.node, added.gang) else _unleased(added.spans)
-                energies.extend(self._ledger(info.node, device, spans))
-            yield info.node, energies
+    def _read_all(self, gang: GangRecord, items: Iterable[HostDevice], window: Window) -> list[EnergyReading]:
+        return [self._read(gang, item, window) for item in items]
 
-    def _ledger(self, node: str, device: Device, spans: Sequence[PhaseSpan]) -> Sequence[PhaseEnergy]:
-        if not spans:
-            return ()
-        key = (node, device.uuid)
-        if key not in self._ledgers:
-            self._ledgers[key] = DeviceLedger(
-                device=device,
-                calibration=self._meter.calibration(node, device),
-                sample_period_s=self._meter.period_s(node, device),
-                begin_ns=spans[0].begin_ns,
-            )
-        ledger = self._ledgers[key]
-        return ledger.add(self._trace(node, device, ledger.end_ns, spans[-1].end_ns), spans)
-
-    def _read(self, gang: GangRecord, device: Device, window: Window) -> EnergyReading:
-        idle = gang.resident.get(device.uuid) or gang.bare.get(device.uuid)
-        errors = self._meter.errors(gang.node, device.uuid, window.begin_ns, window.end_ns)
+    def _read(self, gang: GangRecord, item: HostDevice, window: Window) -> EnergyReading:
+        """One device over a window that may have been marked on another host."""
+        device, host = item.device, item.host
+        local = self._moved(window, host)
+        if local is None:
+            return _unread(item, window, f"the clock of {self._meter.hostname(host)} is not known")
+        idle = gang.resident.get(item.key) or gang.bare.get(item.key)
+        errors = self._meter.errors(host, device.uuid, local.begin_ns, local.end_ns)
         reading = read_window(
             device=device,
-            calibration=self._meter.calibration(gang.node, device),
-            trace=self._trace(gang.node, device, window.begin_ns, window.end_ns),
-            window=window,
-            sample_period_s=self._meter.period_s(gang.node, device),
+            calibration=self._meter.calibration(host, device),
+            trace=self._trace(item, local),
+            window=local,
+            sample_period_s=self._meter.period_s(host, device),
             gates=self._gates,
             idle_power_w=idle.power_w if idle else None,
-            states=self._meter.states(gang.node, device.uuid, window.begin_ns - ns_from_s(2.0), window.end_ns),
+            states=self._meter.states(host, device.uuid, local.begin_ns - ns_from_s(2.0), local.end_ns),
         )
-        return replace(reading, flags=(*reading.flags, *check_errors(errors, window.begin_ns, window.end_ns)))
+        return replace(reading, flags=(*reading.flags, *check_errors(errors, local.begin_ns, local.end_ns)))
 
-    def _trace(self, node: str, device: Device, begin_ns: int, end_ns: int) -> Trace:
-        margin_ns = ns_from_s(self._meter.margin_s(node, device))
-        return self._meter.trace(node, device.uuid, begin_ns - margin_ns, end_ns + margin_ns)
+    def _moved(self, window: Window, host: str) -> Window | None:
+        """The window on another host's clock, with what is known of both offsets; None when one is not known."""
+        return moved_window(window, host, self._meter)
+
+    def _window_on(self, host: str, begin_ns: int, end_ns: int) -> Window | None:
+        """A stretch of the run driver's time on a host's clock."""
+        begin, end = self._meter.clocks.offset(host, begin_ns), self._meter.clocks.offset(host, end_ns)
+        if begin is None or end is None:
+            return None
+        return Window(
+            node=host,
+            begin_ns=begin_ns + begin.offset_ns,
+            end_ns=end_ns + end.offset_ns,
+            delta_ns=max(begin.delta_ns, end.delta_ns),
+        )
+
+    def _trace(self, item: HostDevice, window: Window) -> Trace:
+        margin_ns = ns_from_s(self._meter.margin_s(item.host, item.device))
+        return self._meter.trace(item.host, item.device.uuid, window.begin_ns - margin_ns, window.end_ns + margin_ns)
 
     def _total(self, gang: GangRecord, readings: Sequence[EnergyReading]) -> EnergyTotal:
-        return sum_readings(readings, {(gang.node, device.uuid) for device in gang.devices})
+        return sum_readings(readings, {item.key for item in gang.devices})
 
-    def _sum(self, gang: GangRecord, begin_ns: int, end_ns: int) -> EnergyTotal:
-        window = Window(node=gang.node, begin_ns=begin_ns, end_ns=end_ns)
-        return self._total(gang, [self._read(gang, device, window) for device in gang.devices])
+    def _sum(self, gang: GangRecord, span: PhaseSpan) -> EnergyTotal:
+        """Energy of the gang over a stretch of the run driver's time."""
+        readings = []
+        for item in gang.devices:
+            window = self._window_on(item.host, span.begin_ns, span.end_ns)
+            if window is not None:
+                readings.append(self._read(gang, item, window))
+        return self._total(gang, readings)
 
-    def _baseline(self, node: str, device: Device, span: PhaseSpan, *, resident: bool) -> Baseline:
+    def _baseline(self, item: HostDevice, window: Window, *, resident: bool) -> Baseline:
         return idle_baseline(
-            device=device,
-            calibration=self._meter.calibration(node, device),
-            trace=self._trace(node, device, span.begin_ns, span.end_ns),
-            window=Window(node=node, begin_ns=span.begin_ns, end_ns=span.end_ns),
-            sample_period_s=self._meter.period_s(node, device),
+            device=item.device,
+            calibration=self._meter.calibration(item.host, item.device),
+            trace=self._trace(item, window),
+            window=window,
+            sample_period_s=self._meter.period_s(item.host, item.device),
             kind="resident" if resident else "bare",
         )
 
-    def _check_foreign(self, node: str, device: Device, span: PhaseSpan, baseline: Baseline) -> None:
+    def _check_foreign(self, item: HostDevice, window: Window, baseline: Baseline) -> None:
         """Before our model is loaded: memory in use, or idle power above the lowest seen on this device in this run."""
-        if device.scope not in GPU_SCOPES:
+        if item.device.scope not in GPU_SCOPES:
             return
-        states = self._meter.states(node, device.uuid, span.begin_ns, span.end_ns)
+        states = self._meter.states(item.host, item.device.uuid, window.begin_ns, window.end_ns)
         used = [state.memory_used_bytes for state in states if state.memory_used_bytes is not None]
-        key = (node, device.uuid)
-        self._foreign[device.uuid] = check_foreign_load(
+        self._foreign[item.key] = check_foreign_load(
             memory_used_bytes=max(used) if used else None,
             idle_power_w=baseline.power_w,
-            baseline_power_w=self._bare_power_w.get(key),
+            baseline_power_w=self._bare_power_w.get(item.key),
         )
         if baseline.power_w is not None:
-            self._bare_power_w[key] = min(baseline.power_w, self._bare_power_w.get(key, baseline.power_w))
+            self._bare_power_w[item.key] = min(baseline.power_w, self._bare_power_w.get(item.key, baseline.power_w))
 
-    def _trial_flags(self, ended: AttemptEnded, gang: GangRecord, outcome: Completed) -> Iterable[Flag]:
-        for device in gang.devices:
-            yield from self._foreign.get(device.uuid, ())
+    def _trial_flags(
+        self, ended: AttemptEnded, gang: GangRecord, outcome: Completed, held: Sequence[EnergyReading]
+    ) -> Iterable[Flag]:
+        for item in gang.devices:
+            yield from self._foreign.get(item.key, ())
         if gang.loaded is not None and gang.loaded.report.random_weights:
             yield flag("random_weights", "weights drawn at random")
+        if gang.neighbours:
+            yield flag("shared_node", f"beside {', '.join(sorted(gang.neighbours))}")
+        for host in gang.hosts if len(gang.hosts) > 1 else ():
+            mine = [reading for reading in held if reading.node == host]
+            if mine and all(reading.energy_j is None for reading in mine):
+                yield flag("node_missing", f"{self._meter.hostname(host)}: {mine[0].reason or 'no energy'}")
         workload = ended.trial.experiment.workload
         wrong = [r for r in outcome.requests if workload.ignore_eos and r.output_tokens != workload.output_tokens]
         if wrong:
             detail = f"{len(wrong)} of {len(outcome.requests)} requests, the first gave {wrong[0].output_tokens}"
             yield flag("token_count_mismatch", f"{detail} tokens instead of {workload.output_tokens}")
 
+    def _balance_columns(self, gang: GangRecord, held: Sequence[EnergyReading], window: Window) -> Row:
+        """How evenly the gang's GPUs worked."""
+        if not gang.group.gpus:
+            return {}
+        shares = []
+        for item in gang.devices:
+            local, idle = self._moved(window, item.host), gang.resident.get(item.key) or gang.bare.get(item.key)
+            if local is None or idle is None or idle.power_w is None:
+                continue
+            trace = self._meter.trace(item.host, item.device.uuid, local.begin_ns, local.end_ns)
+            share = idle_bubble_share(trace.power_mw, idle.power_w)
+            if share is not None:
+                shares.append(share)
+        energies_j = [reading.energy_j for reading in held if reading.energy_j is not None]
+        return {
+            "idle_bubble_share": sum(shares) / len(shares) if shares and len(shares) == len(held) else None,
+            "rank_imbalance": rank_imbalance(energies_j) if len(energies_j) == len(held) else None,
+        }
 
-def _follows(device: Device, node: str, gang: GangRecord | None) -> bool:
-    """The device goes through the gang's phases: it is the gang's, or its host's, or no gang is meant."""
-    if gang is None or (node == gang.node and device.scope not in GPU_SCOPES):
-        return True
-    return node == gang.node and device in gang.devices
+
+def moved_window(window: Window, host: str, meter: Meter) -> Window | None:
+    """A window on another host's clock, with the error of both offsets; None when one is not known."""
+    if window.node == host:
+        return window
+    clocks = meter.clocks
+    edges = []
+    for stamp_ns in (window.begin_ns, window.end_ns):
+        ours_ns = clocks.to_own(window.node, stamp_ns)
+        there, here = (None, None) if ours_ns is None else (clocks.offset(window.node, ours_ns), clocks.offset(host, ours_ns))
+        if ours_ns is None or there is None or here is None:
+            return None
+        edges.append((ours_ns + here.offset_ns, window.delta_ns + there.delta_ns + here.delta_ns))
+    (begin_ns, begin_delta_ns), (end_ns, end_delta_ns) = edges
+    return Window(node=host, begin_ns=begin_ns, end_ns=end_ns, delta_ns=max(begin_delta_ns, end_delta_ns))
 
 
-def _unleased(spans: Sequence[PhaseSpan]) -> tuple[PhaseSpan, ...]:
-    if not spans:
-        return ()
-    return (PhaseSpan(phase="unleased", begin_ns=spans[0].begin_ns, end_ns=spans[-1].end_ns),)
+def _unread(item: HostDevice, window: Window, reason: str) -> EnergyReading:
+    return EnergyReading(
+        node=item.host,
+        device_uuid=item.device.uuid,
+        name=item.device.name,
+        source=item.device.source,
+        scope=item.device.scope,
+        method="unavailable",
+        energy_j=None,
+        u_j=None,
+        bound_j=None,
+        cross_check_j=None,
+        cross_check_ratio=None,
+        sensor_rel=item.device.sensor_rel,
+        edge_step_w=None,
+        delta_s=window.delta_ns / 1e9,
+        lag_s=0.0,
+        coverage=0.0,
+        mean_power_w=None,
+        reason=reason,
+    )
 
 
 def _flags(readings: Iterable[EnergyReading]) -> Iterable[Flag]:
@@ -186,7 +251,7 @@ def _flags(readings: Iterable[EnergyReading]) -> Iterable[Flag]:
 def _net_columns(gang: GangRecord, held: Sequence[EnergyReading], window: Window) -> Row:
     """Energy above the idle power of the gang's devices with the model loaded; never without the gross beside it."""
     idle_w = _sum_power(gang.resident, gang.devices)
-    net = sum_net([net_energy(reading, gang.resident.get(reading.device_uuid), window) for reading in held])
+    net = sum_net([net_energy(reading, gang.resident.get((reading.node, reading.device_uuid)), window) for reading in held])
     return {
         "bare_idle_power_w": _sum_power(gang.bare, gang.devices),
         "idle_power_w": idle_w,
@@ -197,8 +262,8 @@ def _net_columns(gang: GangRecord, held: Sequence[EnergyReading], window: Window
     }
 
 
-def _sum_power(baselines: dict[str, Baseline], devices: Collection[Device]) -> float | None:
-    powers_w = [line.power_w if (line := baselines.get(device.uuid)) else None for device in devices]
+def _sum_power(baselines: dict[DeviceKey, Baseline], items: Sequence[HostDevice]) -> float | None:
+    powers_w = [line.power_w if (line := baselines.get(item.key)) else None for item in items]
     known_w = [power_w for power_w in powers_w if power_w is not None]
     return sum(known_w) if known_w and len(known_w) == len(powers_w) else None
 
@@ -238,7 +303,7 @@ def _total_columns(total: EnergyTotal, held: Sequence[EnergyReading], gang: Gang
 
 
 def _host_columns(readings: Sequence[EnergyReading]) -> Row:
-    """Measured CPU and memory of the gang's node, whether or not the total covers them."""
+    """Measured CPU and memory of the gang's hosts, whether or not the total covers them."""
     return {
         "host_cpu_energy_j": _sum_scope(readings, "cpu_package", estimated=False),
         "dram_energy_j": _sum_scope(readings, "dram", estimated=False),

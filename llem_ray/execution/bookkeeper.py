@@ -12,16 +12,26 @@ from collections import deque
 from typing import Final
 
 from llem_ray.core.clock import Clock
-from llem_ray.core.energy import PhaseEnergy
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.plan import Plan, Trial
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.execution.accounting import Accounts
+from llem_ray.execution.ledgers import RunLedger
 from llem_ray.execution.meter import Meter
-from llem_ray.execution.records import AttemptEnded, Event, GangRecord, IdleTaken, LoadEnded, SpansAdded
+from llem_ray.execution.records import (
+    AttemptEnded,
+    Event,
+    GangPlaced,
+    GangRecord,
+    IdleTaken,
+    LaneClosed,
+    LaneOpened,
+    LoadEnded,
+    SpansAdded,
+)
 from llem_ray.execution.rows import Row, attempt_row, request_rows
 from llem_ray.results.journal import Journal, JournalEvent, JournalState
-from llem_ray.results.rows import phase_row
+from llem_ray.results.rows import clock_row
 from llem_ray.results.writer import DatasetWriter
 
 LOG = logging.getLogger(__name__)
@@ -29,6 +39,12 @@ LOG = logging.getLogger(__name__)
 PUMP_S: Final = 1.0
 PATIENCE_S: Final = 10.0
 """Samples that have not come by then are counted as lost; what is there decides."""
+SILENT_PATIENCE_S: Final = 60.0
+"""The same where a host is silent but not given up: a link that heals brings them after all."""
+ADVANCE_S: Final = 30.0
+"""Devices outside any gang are accounted for this often."""
+CLOCKS_S: Final = 30.0
+"""Clock offsets are recorded this often."""
 END_TIMEOUT_S: Final = 90.0
 """A sampler that does not answer, or is being started anew, holds the thread for so long at most."""
 KEEP_S: Final = 30.0
@@ -45,19 +61,31 @@ class Bookkeeper:
         writer: Takes the rows.
         state: What the journal says so far; kept up to date.
         clock: The run driver's clock.
+        begin_ns: Start of the run on it.
     """
 
     def __init__(
-        self, plan: Plan, meter: Meter, journal: Journal, writer: DatasetWriter, state: JournalState, clock: Clock
+        self,
+        plan: Plan,
+        meter: Meter,
+        journal: Journal,
+        writer: DatasetWriter,
+        state: JournalState,
+        clock: Clock,
+        begin_ns: int,
     ) -> None:
         self._plan, self._meter, self._journal, self._writer = plan, meter, journal, writer
         self._state, self._clock = state, clock
         self._accounts = Accounts(plan.measure, meter)
+        self._ledger = RunLedger(meter, begin_ns)
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._waiting: deque[Event] = deque()
+        self._waiting: dict[str, deque[Event]] = {}
+        """Lane -> what it told and is not handled yet. Lanes do not wait for each other's hosts."""
+        self._lane_hosts: dict[str, frozenset[str]] = {}
+        """Open lane -> its hosts, in the order they were opened."""
         self._phases: list[Row] = []
         self._given: dict[str, int] = {}
-        self._accounted_ns = 0
+        self._advanced_ns = self._clocks_ns = clock.monotonic_ns()
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._caught_up = threading.Event()
@@ -82,8 +110,9 @@ class Bookkeeper:
 
     def add(self, event: Event) -> None:
         """Tell what happened."""
-        self._added += 1
-        self._inbox.put(event)
+        with self._lock:
+            self._added += 1
+            self._inbox.put(event)
 
     def next_attempt(self, trial_id: str) -> int:
         """Number of the trial's next attempt, from 1; every call gives another."""
@@ -105,8 +134,8 @@ class Bookkeeper:
                 repeat=trial.repeat,
                 attempt=attempt,
                 load_key=gang.group.load_key,
-                host=gang.leased.hostname,
-                pid=gang.leased.pid,
+                host=",".join(dict.fromkeys(worker.hostname for worker in gang.workers)),
+                pid=gang.lead.pid,
             )
         )
 
@@ -152,10 +181,11 @@ class Bookkeeper:
         Once bookkeeping broke, attempts that were left get no row: a resumed run repeats them.
         """
         self._take_inbox()
-        for event in [*self._waiting, last]:
-            if isinstance(event, SpansAdded) or self._error is None:
+        for event in [*(event for events in self._waiting.values() for event in events), last]:
+            if not isinstance(event, AttemptEnded) or self._error is None:
                 self._handle(event)
         self._waiting.clear()
+        self._phases.extend(self._ledger.finish())
         self._writer.write_phases(self._phases)
         self._phases = []
 
@@ -186,44 +216,117 @@ class Bookkeeper:
         return 0.1 if self._wake.is_set() else PUMP_S
 
     def _step(self) -> None:
-        self._writer.write_power(self._meter.pump())
+        self._writer.write_power(self._meter.pump(hurry=self._wake.is_set() or self._ending))
         self._take_inbox()
-        while self._waiting and self._is_ready(self._waiting[0]):
-            self._handle(self._waiting.popleft())
-            self._handled += 1
+        while self._handle_ready():
+            pass
         if self._handled == self._added:
             self._caught_up.set()
-        needed_ns = min([self._accounted_ns, *map(_begin_ns, self._waiting)])
-        self._meter.trim(needed_ns - ns_from_s(KEEP_S))
+        now_ns = self._clock.monotonic_ns()
+        if now_ns - self._advanced_ns > ADVANCE_S * NS_PER_S:
+            self._advance(now_ns)
+        if now_ns - self._clocks_ns > CLOCKS_S * NS_PER_S:
+            self._clocks_ns = now_ns
+            self._record_clocks()
+        self._trim()
+
+    def _handle_ready(self) -> bool:
+        """Handle every event whose samples are there; True when there was one."""
+        handled = False
+        for lane in list(self._waiting):
+            events = self._waiting[lane]
+            while events and not self._is_behind(lane) and self._is_ready(events[0]):
+                self._handle(events.popleft())
+                self._handled += 1
+                handled = True
+            if not events:
+                del self._waiting[lane]
+        return handled
+
+    def _is_behind(self, lane: str) -> bool:
+        """Devices pass from a lane that has closed to one that was opened later: the first must have been accounted for by then.
+
+        What no lane tells comes when there is none, before all and after all.
+        """
+        if not lane:
+            return any(self._waiting.keys() - {""})
+        order = list(self._lane_hosts)
+        for other, events in self._waiting.items():
+            if other in {lane, ""} or not isinstance(events[-1], LaneClosed):
+                continue
+            shared = self._lane_hosts[other] & self._lane_hosts[lane]
+            if shared and order.index(other) < order.index(lane):
+                return True
+        return False
+
+    def _advance(self, now_ns: int) -> None:
+        """Account for devices that are in no gang, so that their samples need not be kept."""
+        self._advanced_ns = now_ns
+        self._phases.extend(self._ledger.advance(now_ns - ns_from_s(PATIENCE_S)))
+
+    def _record_clocks(self) -> None:
+        """What the hosts' clocks show beside ours."""
+        now_ns = self._clock.monotonic_ns()
+        rows = []
+        for host in self._meter.hosts:
+            offset = self._meter.clocks.offset(host, now_ns)
+            if offset is not None:
+                rows.append(
+                    clock_row(
+                        host, self._meter.generation(host), run_ns=now_ns, offset_ns=offset.offset_ns, delta_ns=offset.delta_ns
+                    )
+                )
+        self._writer.write_clocks(rows)
+
+    def _trim(self) -> None:
+        """Forget samples that are accounted for, and that no event waits for."""
+        waiting_ns = min((_begin_ns(event) for events in self._waiting.values() for event in events), default=None)
+        for host in self._meter.hosts:
+            needed_ns = self._ledger.accounted_ns(host)
+            if needed_ns is None:
+                continue
+            if waiting_ns is not None:
+                needed_ns = min(needed_ns, self._meter.clocks.to_host(host, waiting_ns) or needed_ns)
+            self._meter.trim(host, needed_ns - ns_from_s(KEEP_S))
 
     def _take_inbox(self) -> None:
         while True:
             try:
-                self._waiting.append(self._inbox.get_nowait())
+                event = self._inbox.get_nowait()
             except queue.Empty:
                 return
+            if isinstance(event, LaneOpened):
+                self._lane_hosts[event.lane] = frozenset(event.hosts)
+            self._waiting.setdefault(event.lane, deque()).append(event)
 
     def _is_ready(self, event: Event) -> bool:
-        overdue = self._clock.monotonic_ns() > event.needs_ns + PATIENCE_S * NS_PER_S
-        return overdue or self._meter.is_sampled_until(event.needs_ns)
+        if isinstance(event, (LaneOpened, GangPlaced, LaneClosed)):
+            return True
+        hosts = None if event.gang is None else event.gang.hosts
+        if isinstance(event, AttemptEnded) and event.gang is None:
+            return True
+        silent = any(self._meter.is_silent(host) for host in hosts or ())
+        patience_s = SILENT_PATIENCE_S if silent else PATIENCE_S
+        overdue = self._clock.monotonic_ns() > event.needs_ns + patience_s * NS_PER_S
+        return overdue or self._meter.is_sampled_until(event.needs_ns, hosts)
 
     def _handle(self, event: Event) -> None:
         match event:
+            case LaneOpened():
+                self._ledger.open_lane(event)
+            case GangPlaced():
+                self._ledger.place_gang(event)
+            case LaneClosed():
+                self._ledger.close_lane(event)
+                del self._lane_hosts[event.lane]
             case SpansAdded():
-                self._phases.extend(self._phase_rows(event))
-                self._accounted_ns = max(self._accounted_ns, event.needs_ns)
+                self._phases.extend(self._ledger.add(event))
             case IdleTaken():
                 self._accounts.take_idle(event)
             case LoadEnded():
                 self._accounts.take_load(event)
             case AttemptEnded():
                 self._record(event)
-
-    def _phase_rows(self, event: SpansAdded) -> list[Row]:
-        rows: list[Row] = []
-        for node, energies in self._accounts.phase_energies(event):
-            rows.extend(phase_row(energy, gang=_gang_name(event, energy), node=node) for energy in energies)
-        return rows
 
     def _record(self, ended: AttemptEnded) -> None:
         row = attempt_row(ended) | self._accounts.energy_columns(ended)
@@ -260,21 +363,22 @@ def _attempt_event(ended: AttemptEnded, name: str, kind: str | None) -> JournalE
         repeat=trial.repeat,
         attempt=ended.attempt,
         load_key=ended.group.load_key,
-        host=gang.leased.hostname if gang else None,
+        host=gang.lead.hostname if gang else None,
         kind=kind,
         final=ended.final if kind else None,
     )
 
 
-def _gang_name(event: SpansAdded, energy: PhaseEnergy) -> str | None:
-    return None if event.gang is None or energy.span.phase == "unleased" else event.gang.name
-
-
 def _begin_ns(event: Event) -> int:
+    """Samples from here on are needed for it, on the run driver's clock."""
     match event:
         case SpansAdded():
             return min((span.begin_ns for span in event.spans), default=event.needs_ns)
-        case AttemptEnded():
-            return event.outcome.window.begin_ns if isinstance(event.outcome, Completed) else event.begin_ns
+        case AttemptEnded() | LaneOpened():
+            return event.begin_ns
+        case GangPlaced():
+            return event.gang.begin_ns
+        case LaneClosed():
+            return event.end_ns
         case _:
             return event.span.begin_ns

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from llem_ray.core.backend import LoadReport, Rank
 from llem_ray.core.outcome import Outcome
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import SampleBatch, SamplerInfo
 from llem_ray.core.spec import Experiment
+from llem_ray.planning.packing import Seat
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -54,21 +55,64 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Leased:
-    """What a gang holds: known from its placement, before anything is loaded."""
+    """What one process of a gang holds: known from its placement, before anything is loaded."""
 
     node: str
-    """Stable host id, as the sampler of that node reports it."""
+    """Stable host id, as the sampler of that host reports it."""
     hostname: str
     pid: int
     gpu_ids: tuple[str, ...]
     """As the scheduler names them: NVML indices or UUIDs; empty on the CPU."""
+    gpu_uuids: tuple[str, ...] = ()
+    """The same as UUIDs, resolved where the process runs; empty on the CPU, and where NVML does not answer there."""
+    rank: int = 0
+    """Number of the process in its gang."""
+    address: str = "127.0.0.1"
+    """IP address of its host, as the others of the gang reach it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """A machine, or a part of one, that gangs can be placed on."""
+
+    node_id: str
+    """The scheduler's name of it; another one after every restart."""
+    hostname: str
+    address: str
+    gpus: int
+    """Whole GPUs it has."""
+    gpus_elsewhere: int = 0
+    """Those of them that somebody who is not of this run holds."""
+    gpu_type: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fetched:
+    """Samples, and when the sampler was asked for them: an exchange that tells its clock."""
+
+    batches: tuple[SampleBatch, ...]
+    received_ns: int
+    """When the question arrived, on the sampler's clock."""
+    replied_ns: int
+    """When the answer left, same clock."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplerSettings:
+    """How every sampler of a run works."""
+
+    run: str
+    """The run's name: a run driver that resumes it finds its samplers again."""
+    sources: tuple[str, ...] | str
+    """Names of power sources, or ``auto``."""
+    sample_hz: float
 
 
 class Gang(Protocol):
-    """One engine on its devices."""
+    """One engine on its devices: one process, or several that meet."""
 
-    def lease(self) -> Call[Leased]:
-        """Answered once the gang's process runs where it was placed."""
+    def lease(self) -> Call[tuple[Leased, ...]]:
+        """Answered once all of the gang's processes run where they were placed; by rank, the leading one first."""
         ...
 
     def load(self) -> Call[Loaded]:
@@ -95,12 +139,29 @@ class Gang(Protocol):
 class Sampler(Protocol):
     """The power sampler of one node."""
 
-    def describe(self) -> Call[SamplerInfo]:
-        """Answered when the sampler has calibrated and polls."""
+    def host(self) -> Call[str]:
+        """Stable id of the host it runs on. Answered before it samples."""
         ...
 
-    def fetch(self, after_seq: int) -> Call[list[SampleBatch]]:
-        """All batches after ``after_seq``, up to now; those up to it are acknowledged and forgotten."""
+    def describe(self, skip: Sequence[str] = (), min_epoch: int = 1) -> Call[SamplerInfo]:
+        """Answered when the sampler has calibrated and polls; the first call starts it.
+
+        Args:
+            skip: UUIDs of devices that another sampler of the same host reads.
+            min_epoch: Its epoch is this or a later one.
+        """
+        ...
+
+    def fetch(self, after_seq: int, epoch: int) -> Call[Fetched]:
+        """All batches of ``epoch`` after ``after_seq``, up to now; those up to it are acknowledged and forgotten."""
+        ...
+
+    def probe(self) -> Call[tuple[int, int]]:
+        """Its clock when the question arrived and when the answer left, ns."""
+        ...
+
+    def alive(self, pids: Sequence[int]) -> Call[tuple[int, ...]]:
+        """Those of the processes that still exist on its host."""
         ...
 
     def close(self) -> None:
@@ -115,20 +176,40 @@ class Executor(Protocol):
         """Reach or start the machine. Raises PlacementError within a deadline."""
         ...
 
-    def gpus_free(self) -> int:
-        """Whole GPUs that a gang could hold now."""
-        ...
-
-    def open_samplers(self, sources: Sequence[str] | str, sample_hz: float, epoch: int) -> tuple[Sampler, ...]:
-        """Start one sampler per node; ``epoch`` counts restarts, from 1."""
-        ...
-
-    def open_gang(self, group: LoadGroup, base_dir: str, cache_dir: str) -> Gang:
-        """Place a gang for the group.
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes that are alive now.
 
         Raises:
-            PlacementError: Its resources can never be met; names what is needed and what there is.
+            PlacementError: Whoever knows them does not answer.
         """
+        ...
+
+    def open_sampler(self, node: Node, settings: SamplerSettings) -> Sampler:
+        """The sampler of a node: a fresh one, or the one that an earlier run driver of the same run left there."""
+        ...
+
+    def check(self, groups: Sequence[LoadGroup], base_dir: str, cache_dir: str) -> None:
+        """Refuse engines, engine arguments and models that cannot work, before anything is measured.
+
+        Raises:
+            PluginError, ConfigError: What the engine's own check raises.
+        """
+        ...
+
+    def open_gang(self, group: LoadGroup, seats: Sequence[Seat], base_dir: str, cache_dir: str) -> Gang:
+        """Place a gang for the group on the seats, whose ``node`` is a ``Node.node_id``."""
+        ...
+
+    def quarantine(self, node_id: str, gpu_uuid: str) -> None:
+        """Keep every gang off a GPU from now on. Never raises."""
+        ...
+
+    def ask_for_nodes(self, groups: Sequence[LoadGroup]) -> None:
+        """Tell an autoscaler, where there is one, what is needed."""
+        ...
+
+    def wait(self, calls: Sequence[Call[Any]], timeout_s: float) -> Sequence[Call[Any]]:
+        """Those of the calls that are answered; returns when all are, or after ``timeout_s``."""
         ...
 
     def facts(self) -> Mapping[str, str]:

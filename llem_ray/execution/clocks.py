@@ -128,6 +128,17 @@ class ClockTable:
         middle_ns = (nearest.lo_ns + nearest.hi_ns) // 2
         return Offset(offset_ns=middle_ns, delta_ns=(nearest.width_ns + 1) // 2 + drift_ns)
 
+    def latest(self, host: str) -> Offset | None:
+        """The offset of the newest exchange, as it was then."""
+        if self.is_own(host):
+            return _SAME
+        with self._lock:
+            known = self._known.get(host)
+            if not known:
+                return None
+            newest = known[-1]
+        return Offset(offset_ns=(newest.lo_ns + newest.hi_ns) // 2, delta_ns=(newest.width_ns + 1) // 2)
+
     def to_host(self, host: str, at_ns: int) -> int | None:
         """``at_ns`` of our clock on the host's clock, ns; None when its offset is not known."""
         found = self.offset(host, at_ns)

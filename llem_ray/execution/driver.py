@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,14 +18,17 @@ from llem_ray.core.power import SamplerInfo
 from llem_ray.core.progress import Progress, ProgressEvent
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.bookkeeper import Bookkeeper
-from llem_ray.execution.calls import Executor
+from llem_ray.execution.calls import Executor, SamplerSettings
+from llem_ray.execution.dispatch import Dispatcher
+from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.interrupts import Aborted, Interrupts
-from llem_ray.execution.lane import GangLane, RunContext
+from llem_ray.execution.lane import RunContext
 from llem_ray.execution.meter import Meter
 from llem_ray.execution.policy import FailurePolicy
 from llem_ray.execution.records import AttemptEnded, SpansAdded
 from llem_ray.execution.spans import Timeline
 from llem_ray.execution.waits import Waits
+from llem_ray.power.host import host_id
 from llem_ray.results.environment import describe_environment, record_session
 from llem_ray.results.journal import Journal, JournalEvent
 from llem_ray.results.reader import settled_state
@@ -98,7 +102,10 @@ class RunDriver:
         self._options, self._progress = options, progress
         self._clock = clock or SystemClock()
         self._interrupts = Interrupts()
-        self._meter = Meter(executor, plan.measure.sources, plan.measure.sample_hz, self._clock, self._on_sampler)
+        settings = SamplerSettings(run=rundir.name, sources=plan.measure.sources, sample_hz=plan.measure.sample_hz)
+        self._meter = Meter(executor, settings, self._clock, host_id(), self._on_sampler)
+        self._fleet = Fleet(executor, self._meter, self._clock, progress.message)
+        self._tick_lock = threading.Lock()
         self._versions: dict[str, str] = {}
         self._timeline = Timeline(options.begin_ns)
         self._shown_ns = 0
@@ -120,7 +127,9 @@ class RunDriver:
             self._state.given_up.clear()
         with Journal.open(self._rundir.journal_path) as journal:
             self._writer = DatasetWriter(self._rundir)
-            self._book = Bookkeeper(self._plan, self._meter, journal, self._writer, self._state, self._clock)
+            self._book = Bookkeeper(
+                self._plan, self._meter, journal, self._writer, self._state, self._clock, self._options.begin_ns
+            )
             try:
                 interrupted, stopped = self._run_session(journal)
             finally:
@@ -146,7 +155,7 @@ class RunDriver:
         try:
             self._executor.start()
             self._interrupts.install()
-            infos = self._meter.open()
+            infos = self._meter.open(self._fleet.start())
             backends = dict.fromkeys(group.experiment.engine.backend for group in self._plan.groups)
             environment = describe_environment(backends, infos, {**self._executor.facts(), **self._options.facts})
             record_session(self._rundir, environment, datetime.now(UTC).isoformat(), allow_mixed=self._options.allow_mixed)
@@ -157,6 +166,7 @@ class RunDriver:
             self._book.start()
             self._cover("startup")
             self._record_cut_short()
+            self._executor.check(self._open_groups(), self._plan.base_dir, self._options.cache_dir)
             stopped = self._run_groups()
         except Aborted:
             interrupted = True
@@ -186,22 +196,19 @@ class RunDriver:
             plan=self._plan,
             executor=self._executor,
             meter=self._meter,
+            fleet=self._fleet,
             book=self._book,
-            timeline=self._timeline,
             waits=waits,
             progress=self._progress,
             clock=self._clock,
             policy=FailurePolicy(max_attempts=measure.max_attempts, max_consecutive_failures=measure.max_consecutive_failures),
             cache_dir=self._options.cache_dir,
         )
-        for group in self._plan.groups:
-            trials = [trial for trial in group.trials if self._is_open(trial)]
-            if not trials or waits.stop_requested:
-                continue
-            stopped = GangLane(context, group, trials).run()
-            if stopped is not None:
-                return stopped
-        return None
+        work = [(group, [trial for trial in group.trials if self._is_open(trial)]) for group in self._plan.groups]
+        return Dispatcher(context, [(group, trials) for group, trials in work if trials]).run()
+
+    def _open_groups(self) -> list[LoadGroup]:
+        return [group for group in self._plan.groups if any(map(self._is_open, group.trials))]
 
     def _is_open(self, trial: Trial) -> bool:
         return not self._state.is_settled(trial.trial_id)
@@ -235,8 +242,16 @@ class RunDriver:
         self._book.add(SpansAdded(gang=None, spans=self._timeline.take()))
 
     def _tick(self) -> None:
-        """Somebody waits: a chance to look at the bookkeeper and to show progress."""
+        """Somebody waits: a chance to look at the bookkeeper and to show progress. Lanes wait in threads of their own."""
         self._book.raise_if_broken()
+        if not self._tick_lock.acquire(blocking=False):
+            return
+        try:
+            self._show()
+        finally:
+            self._tick_lock.release()
+
+    def _show(self) -> None:
         if self._interrupts.stop_requested and not self._stop_announced:
             self._stop_announced = True
             self._progress.message("stopping after the running trial; Ctrl-C again aborts it")

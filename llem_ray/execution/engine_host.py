@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, cast
 
-from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadReport, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import (
+    BackendConfig,
+    FollowerBackend,
+    InferenceBackend,
+    LoadReport,
+    Rendezvous,
+    Request,
+    RequestRecord,
+    StepEvent,
+)
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Window
 from llem_ray.core.errors import GenerationError, LlemRayError, LoadError
 from llem_ray.core.outcome import Completed, Failed, Outcome, failed_from
-from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WorkloadSpec
+from llem_ray.core.plan import LoadGroup
+from llem_ray.core.spec import EngineSpec, ModelSpec, PromptSpec, SamplingSpec, WorkloadSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.execution.calls import Leased, Loaded, TrialOrder
 from llem_ray.execution.engines import make_backend
@@ -33,36 +45,54 @@ class EngineHost:
         engine: The engine to load it with.
         gpus: Whole GPUs that were leased for it.
         base_dir: Folder that relative paths of the sweep start from.
-        cache_dir: Writable folder for what we build ourselves.
+        cache_dir: Writable folder for what we build ourselves; None: this host's own, see ``host_cache_dir``.
         clock: The node's monotonic clock.
+        prompts: Texts of prompt files that were read elsewhere; others are read here.
     """
 
     def __init__(
-        self, model: ModelSpec, engine: EngineSpec, gpus: int, base_dir: str, cache_dir: str, clock: Clock | None = None
+        self,
+        model: ModelSpec,
+        engine: EngineSpec,
+        gpus: int,
+        base_dir: str,
+        cache_dir: str | None,
+        clock: Clock | None = None,
+        prompts: Mapping[PromptSpec, Sequence[str]] | None = None,
     ) -> None:
         self._clock = clock or SystemClock()
         self._base_dir = base_dir
+        self._prompts = dict(prompts or {})
         on_gpu = engine.device == "cuda" or (engine.device == "auto" and gpus > 0)
         device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
         self._config = BackendConfig(
-            model=model, engine=engine, device=device, host=host_id(), base_dir=base_dir, cache_dir=cache_dir
+            model=model,
+            engine=engine,
+            device=device,
+            host=host_id(),
+            base_dir=base_dir,
+            cache_dir=cache_dir or str(host_cache_dir()),
         )
         self._backend: InferenceBackend | None = None
         self._report: LoadReport | None = None
         self._requests: dict[str, tuple[tuple[Request, ...], ...]] = {}
         self._phase: str | None = None
 
-    def lease(self, gpu_ids: tuple[str, ...] = ()) -> Leased:
-        """Where this host runs and which GPUs the scheduler gave it."""
-        return Leased(node=self._config.host, hostname=socket.gethostname(), pid=os.getpid(), gpu_ids=gpu_ids)
+    def lease(self) -> Leased:
+        """Where this host runs."""
+        return Leased(node=self._config.host, hostname=socket.gethostname(), pid=os.getpid(), gpu_ids=())
 
-    def load(self) -> Loaded:
+    def load(self, rendezvous: Rendezvous | None = None) -> Loaded:
         """Check the engine's arguments, load the model and say who serves it.
+
+        Args:
+            rendezvous: Where this process meets the others of its gang; None when it is alone.
 
         Raises:
             LlemRayError: What the engine raised; any other exception becomes a LoadError with its text.
         """
         self._phase = "load"
+        self._config = replace(self._config, rendezvous=rendezvous)
         try:
             backend = self._backend = make_backend(self._config)
             backend.check()
@@ -74,6 +104,12 @@ class EngineHost:
             raise LoadError(f"{self._config.engine.backend} failed to load: {type(error).__name__}: {error}") from error
         finally:
             self._phase = None
+
+    def follow(self) -> None:
+        """Serve the leading process of the gang until it closes."""
+        if self._backend is None:
+            raise GenerationError("no model is loaded")
+        cast("FollowerBackend", self._backend).follow()
 
     def run(self, order: TrialOrder) -> Outcome:
         """Run one attempt; whatever goes wrong in it comes back as Failed with the spans so far."""
@@ -144,13 +180,16 @@ class EngineHost:
                 encode=self._backend.encode,
                 vocab_size=self._report.vocab_size,
                 context_tokens=self._report.context_tokens,
-                prompts=load_prompts(workload.prompts, self._base_dir),
+                prompts=self._texts(workload.prompts),
                 special_token_ids=self._report.special_token_ids,
             )
             if sum(map(_tokens, self._requests.values())) > KEPT_TOKENS:
                 self._requests.clear()
             self._requests[key] = tuple(batches(requests, workload.batch_size))
         return self._requests[key]
+
+    def _texts(self, spec: PromptSpec) -> Sequence[str]:
+        return self._prompts[spec] if spec in self._prompts else load_prompts(spec, self._base_dir)
 
     def _guard(self, spans: SpanLog, guard_s: float) -> int:
         entered_ns = self._enter(spans, "guard")
@@ -170,6 +209,37 @@ class EngineHost:
             message = f"{failed.message}; the engine could not be reset afterwards: {type(error).__name__}: {error}"
             return replace(failed, kind="engine_died", message=message)
         return failed
+
+
+def host_cache_dir() -> Path:
+    """Where this host keeps tokenizers and checkpoints that are built here: ``LLEM_RAY_CACHE``, or the user's cache folder."""
+    if named := os.environ.get("LLEM_RAY_CACHE"):
+        return Path(named).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llem-ray"
+
+
+def check_group(group: LoadGroup, base_dir: str, cache_dir: str | None) -> None:
+    """Refuse an engine, its arguments or its model that cannot work here. Loads nothing.
+
+    Raises:
+        PluginError: The engine is unknown or not installed; the hint is the pip command.
+        ConfigError: An engine argument, a model or an interpreter is wrong.
+    """
+    engine = group.experiment.engine
+    on_gpu = engine.device == "cuda" or (engine.device == "auto" and group.gpus > 0)
+    config = BackendConfig(
+        model=group.experiment.model,
+        engine=engine,
+        device="cuda" if on_gpu else "cpu",
+        host=host_id(),
+        base_dir=base_dir,
+        cache_dir=cache_dir or str(host_cache_dir()),
+    )
+    backend = make_backend(config)
+    try:
+        backend.check()
+    finally:
+        backend.close()
 
 
 def _tokens(work: tuple[tuple[Request, ...], ...]) -> int:

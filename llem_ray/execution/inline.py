@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import socket
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from llem_ray.core.outcome import Outcome
 from llem_ray.core.plan import LoadGroup
-from llem_ray.core.power import SampleBatch, SamplerInfo
-from llem_ray.execution.calls import Gang, Leased, Loaded, Sampler, TrialOrder
+from llem_ray.core.power import SamplerInfo
+from llem_ray.execution.calls import Call, Fetched, Gang, Leased, Loaded, Node, Sampler, SamplerSettings, TrialOrder
 from llem_ray.execution.engine_host import EngineHost
 from llem_ray.execution.sampler_host import SamplerHost
+from llem_ray.planning.packing import Seat
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -32,6 +35,10 @@ class _Answer(Generic[T]):
 
     def result(self, timeout_s: float) -> T:
         return self._future.result(timeout_s)
+
+    @property
+    def done(self) -> bool:
+        return self._future.done()
 
 
 class _Worker:
@@ -68,9 +75,9 @@ class InlineGang:
         self._host = host
         self._worker = _Worker("llem-ray-engine")
 
-    def lease(self) -> _Answer[Leased]:
+    def lease(self) -> _Answer[tuple[Leased, ...]]:
         """Answered at once."""
-        return self._worker.ask(self._host.lease)
+        return self._worker.ask(lambda: (self._host.lease(),))
 
     def load(self) -> _Answer[Loaded]:
         """Load the model."""
@@ -98,17 +105,29 @@ class InlineGang:
 class InlineSampler:
     """The sampler's own thread, in this process."""
 
-    def __init__(self, sources: Sequence[str] | str, sample_hz: float, epoch: int) -> None:
+    def __init__(self, settings: SamplerSettings) -> None:
         self._worker = _Worker("llem-ray-sampler-calls")
-        self._host = SamplerHost(sources, sample_hz, epoch)
+        self._host = SamplerHost(settings.sources, settings.sample_hz)
 
-    def describe(self) -> _Answer[SamplerInfo]:
+    def host(self) -> _Answer[str]:
+        """This host."""
+        return self._worker.ask(self._host.host)
+
+    def describe(self, skip: Sequence[str] = (), min_epoch: int = 1) -> _Answer[SamplerInfo]:
         """Answered when calibrated."""
-        return self._worker.ask(self._host.describe)
+        return self._worker.ask(self._host.describe, skip, min_epoch)
 
-    def fetch(self, after_seq: int) -> _Answer[list[SampleBatch]]:
+    def fetch(self, after_seq: int, epoch: int) -> _Answer[Fetched]:
         """Batches after ``after_seq``."""
-        return self._worker.ask(self._host.fetch, after_seq)
+        return self._worker.ask(self._host.fetch, after_seq, epoch)
+
+    def probe(self) -> _Answer[tuple[int, int]]:
+        """This host's clock."""
+        return self._worker.ask(self._host.probe)
+
+    def alive(self, pids: Sequence[int]) -> _Answer[tuple[int, ...]]:
+        """Processes that still exist."""
+        return self._worker.ask(self._host.alive, pids)
 
     def close(self) -> None:
         """Stop polling."""
@@ -123,18 +142,34 @@ class InlineExecutor:
     def start(self) -> None:
         """Nothing to reach."""
 
-    def gpus_free(self) -> int:
-        """0: a gang in this process leases no GPU."""
-        return 0
+    def nodes(self) -> tuple[Node, ...]:
+        """This process, without GPUs."""
+        return (Node(node_id="inline", hostname=socket.gethostname(), address="127.0.0.1", gpus=0),)
 
-    def open_samplers(self, sources: Sequence[str] | str, sample_hz: float, epoch: int) -> tuple[Sampler, ...]:
-        """One sampler, on a thread."""
-        return (InlineSampler(sources, sample_hz, epoch),)
+    def open_sampler(self, node: Node, settings: SamplerSettings) -> Sampler:
+        """A sampler on a thread."""
+        return InlineSampler(settings)
 
-    def open_gang(self, group: LoadGroup, base_dir: str, cache_dir: str) -> Gang:
+    def check(self, groups: Sequence[LoadGroup], base_dir: str, cache_dir: str) -> None:
+        """Nothing: whoever submits has checked in this very process."""
+
+    def open_gang(self, group: LoadGroup, seats: Sequence[Seat], base_dir: str, cache_dir: str) -> Gang:
         """One engine, on a thread."""
         experiment = group.experiment
         return InlineGang(EngineHost(experiment.model, experiment.engine, 0, base_dir, cache_dir))
+
+    def quarantine(self, node_id: str, gpu_uuid: str) -> None:
+        """Nothing: there is no GPU."""
+
+    def ask_for_nodes(self, groups: Sequence[LoadGroup]) -> None:
+        """Nothing: there are no others."""
+
+    def wait(self, calls: Sequence[Call[Any]], timeout_s: float) -> Sequence[Call[Any]]:
+        """Those that are answered."""
+        until = time.monotonic() + timeout_s
+        while not all(call.done for call in calls if isinstance(call, _Answer)) and time.monotonic() < until:
+            time.sleep(min(0.005, timeout_s))
+        return [call for call in calls if isinstance(call, _Answer) and call.done]
 
     def facts(self) -> Mapping[str, str]:
         """For the environment record."""

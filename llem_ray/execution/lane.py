@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import count
 
 from llem_ray.core.clock import Clock
 from llem_ray.core.energy import Phase, PhaseSpan
-from llem_ray.core.errors import EngineDied, LlemRayError, PlacementError
+from llem_ray.core.errors import EngineDied, HangError, LlemRayError, NodeLost, PlacementError
 from llem_ray.core.outcome import Completed, Failed, Outcome, failed_from
 from llem_ray.core.plan import LoadGroup, Plan, Trial
 from llem_ray.core.progress import Progress
+from llem_ray.core.units import NS_PER_MS
 from llem_ray.execution.bookkeeper import Bookkeeper
 from llem_ray.execution.calls import Executor, Gang, Leased, Loaded, TrialOrder
+from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.interrupts import Aborted
 from llem_ray.execution.meter import Meter
-from llem_ray.execution.placement import gang_devices, guard_s
+from llem_ray.execution.placement import guard_s, place_gang
 from llem_ray.execution.policy import FailurePolicy
-from llem_ray.execution.records import AttemptEnded, GangRecord, IdleTaken, LoadEnded, SpansAdded
+from llem_ray.execution.records import (
+    AttemptEnded,
+    GangPlaced,
+    GangRecord,
+    IdleTaken,
+    LaneClosed,
+    LaneOpened,
+    LoadEnded,
+    SpansAdded,
+)
 from llem_ray.execution.spans import Timeline
 from llem_ray.execution.waits import Waits
+from llem_ray.planning.packing import Seat
 
 LOG = logging.getLogger(__name__)
 
-LEASE_TIMEOUT_S = 120.0
 CLOSE_TIMEOUT_S = 30.0
+CLOCK_SLACK_NS = 20 * NS_PER_MS
+"""Times of another host are known to better than this, or its clock is not known at all."""
 
 _GROUP_IS_LOST = frozenset({"load", "out_of_memory", "bad_request"})
 """A load that failed so will fail again: no trial of the group can run."""
@@ -40,8 +53,8 @@ class RunContext:
     plan: Plan
     executor: Executor
     meter: Meter
+    fleet: Fleet
     book: Bookkeeper
-    timeline: Timeline
     waits: Waits
     progress: Progress
     clock: Clock
@@ -49,57 +62,101 @@ class RunContext:
     cache_dir: str
     consecutive_failures: int = 0
     gangs_opened: int = 0
+    tried: dict[str, int] = field(default_factory=dict)
+    """Trial -> attempts of this session."""
     gang: Gang | None = None
-    """The gang that runs a trial now."""
+    """A gang that runs a trial now."""
+    records: list[GangRecord] = field(default_factory=list)
+    """Gangs that are open now."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count_attempt(self, trial: Trial) -> int:
+        """Number of the attempt in this session, from 1; attempts that earlier sessions were killed in do not count."""
+        with self.lock:
+            self.tried[trial.trial_id] = self.tried.get(trial.trial_id, 0) + 1
+            return self.tried[trial.trial_id]
+
+    def count_outcome(self, outcome: Outcome) -> int:
+        """Failed attempts in a row over all lanes, this one included."""
+        with self.lock:
+            self.consecutive_failures = 0 if isinstance(outcome, Completed) else self.consecutive_failures + 1
+            return self.consecutive_failures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneResult:
+    """How a lane ended."""
+
+    left: tuple[Trial, ...] = ()
+    """Trials of the group that are to be tried elsewhere."""
+    lost: str | None = None
+    """The node it lost."""
+    stop: str | None = None
+    """Why the whole run should stop."""
 
 
 class GangLane:
-    """One load group's way through a run.
+    """One load group's way through a run, on the same seats from begin to end.
 
     Args:
         context: What the lanes share.
         group: The group.
         trials: Its trials that are still to do, in order.
+        name: Of the lane.
+        seats: Where its gangs are placed.
     """
 
-    def __init__(self, context: RunContext, group: LoadGroup, trials: Iterable[Trial]) -> None:
+    def __init__(self, context: RunContext, group: LoadGroup, trials: Iterable[Trial], name: str, seats: Sequence[Seat]) -> None:
         self._run = context
         self._group = group
         self._trials = list(trials)
+        self._name, self._seats = name, tuple(seats)
         self._gang: Gang | None = None
         self._record: GangRecord | None = None
+        self._lost: str | None = None
+        begin_ns = context.clock.monotonic_ns()
+        self._timeline = Timeline(begin_ns)
+        context.book.add(LaneOpened(lane=name, hosts=context.fleet.hosts_of(seats), begin_ns=begin_ns))
 
-    def run(self) -> str | None:
+    def run(self) -> LaneResult:
         """Run all trials.
-
-        Returns:
-            Why the whole run should stop, or None.
 
         Raises:
             Aborted: The user wants out; the gang is closed.
-            PlacementError: The gang can never be placed.
+            PlacementError: The gang cannot be placed, or not measured.
         """
         try:
-            for index, trial in enumerate(self._trials):
-                if self._run.waits.stop_requested:
-                    return None
-                stop, group_lost = self._run_trial(trial)
-                if group_lost is not None:
-                    self._give_up(self._trials[index + 1 :], group_lost)
-                    return stop
-                if stop is not None:
-                    return stop
+            return self._run_trials()
         except BaseException:
             self._close_gang(force=True)  # it may be busy for long: nobody waits for its answer any more
             raise
-        else:
-            return None
         finally:
             self._close_gang()
+            self._run.book.add(LaneClosed(lane=self._name, end_ns=self._run.clock.monotonic_ns()))
 
-    def _run_trial(self, trial: Trial) -> tuple[str | None, Failed | None]:
-        """Attempt after attempt. Returns why the run should stop, and the failure that dooms the rest of the group."""
-        for tried in count(1):  # attempts that earlier sessions were killed in are no reason to give up sooner
+    def _run_trials(self) -> LaneResult:
+        for index, trial in enumerate(self._trials):
+            if self._run.waits.stop_requested:
+                break
+            stop, group_lost, again = self._run_trial(trial)
+            if self._lost is not None:
+                left = self._trials[index if again else index + 1 :]
+                return LaneResult(left=tuple(left), lost=self._lost, stop=stop)
+            if group_lost is not None:
+                self._give_up(self._trials[index + 1 :], group_lost)
+                return LaneResult(stop=stop)
+            if stop is not None:
+                return LaneResult(stop=stop)
+        return LaneResult()
+
+    def _run_trial(self, trial: Trial) -> tuple[str | None, Failed | None, bool]:
+        """Attempt after attempt.
+
+        Returns:
+            Why the run should stop; the failure that dooms the rest of the group; whether the trial is to be tried elsewhere.
+        """
+        while True:
+            tried = self._run.count_attempt(trial)
             attempt = self._run.book.next_attempt(trial.trial_id)
             started_utc = datetime.now(UTC)
             loading = self._gang is None
@@ -110,28 +167,27 @@ class GangLane:
             decision = self._settle(trial, attempt, tried, outcome, started_utc)
             if loading:
                 self._close_gang(force=True)
-            if decision == "retry":
+            if decision == "retry" and self._lost is None:
                 continue
             if isinstance(outcome, Failed) and outcome.kind == "interrupted":
                 raise Aborted
             if decision == "abort":
-                return f"{self._run.consecutive_failures} attempts failed in a row", None
-            return None, outcome if loading and isinstance(outcome, Failed) and outcome.kind in _GROUP_IS_LOST else None
-        raise AssertionError("count() never ends")
+                return f"{self._run.consecutive_failures} attempts failed in a row", None, False
+            doomed = outcome if loading and isinstance(outcome, Failed) and outcome.kind in _GROUP_IS_LOST else None
+            return None, doomed, decision == "retry"
 
     def _settle(self, trial: Trial, attempt: int, tried: int, outcome: Outcome, started_utc: datetime) -> str:
         run = self._run
-        run.consecutive_failures = 0 if isinstance(outcome, Completed) else run.consecutive_failures + 1
-        decision = run.policy.decide(outcome, tried, run.consecutive_failures)
-        gap_begin_ns = run.timeline.end_ns
+        decision = run.policy.decide(outcome, tried, run.count_outcome(outcome))
+        gap_begin_ns = self._timeline.end_ns
+        spans = self._on_our_clock(outcome.spans)
         if isinstance(outcome, Completed):
             LOG.info("%s attempt %d: %d passes in %.3f s", trial.trial_id, attempt, outcome.passes, outcome.window.duration_s)
-            self._add_spans(outcome.spans)
+            self._add_spans(spans)
         else:
             LOG.error("%s attempt %d: %s: %s\n%s", trial.trial_id, attempt, outcome.kind, outcome.message, outcome.traceback)
             run.progress.message(f"{trial.trial_id} attempt {attempt}: {outcome.kind}: {_first_line(outcome.message)}")
             self._cover("waste", trial.trial_id, attempt)
-        gap_s = (outcome.spans[0].begin_ns - gap_begin_ns) / 1e9 if outcome.spans else None
         run.book.add(
             AttemptEnded(
                 gang=self._record,
@@ -140,15 +196,29 @@ class GangLane:
                 attempt=attempt,
                 outcome=outcome,
                 begin_ns=gap_begin_ns,
-                end_ns=run.timeline.end_ns,
+                end_ns=self._timeline.end_ns,
                 started_utc=started_utc,
-                gap_s=gap_s,
+                gap_s=max(0.0, (spans[0].begin_ns - gap_begin_ns) / 1e9) if spans else None,
                 final=decision == "skip",
+                lane=self._name,
             )
         )
         if not run.policy.gang_survives(outcome):
             self._close_gang(force=True)
         return decision
+
+    def _on_our_clock(self, spans: Sequence[PhaseSpan]) -> tuple[PhaseSpan, ...]:
+        """The engine's spans, stamped on its host, on the run driver's clock; adjoining ones still adjoin."""
+        if not spans or self._record is None or self._run.meter.clocks.is_own(self._record.node):
+            return tuple(spans)
+        stamps = {stamp for span in spans for stamp in (span.begin_ns, span.end_ns)}
+        ours = {stamp: self._run.meter.clocks.to_own(self._record.node, stamp) for stamp in stamps}
+        moved = []
+        for span in spans:
+            begin_ns, end_ns = ours[span.begin_ns], ours[span.end_ns]
+            if begin_ns is not None and end_ns is not None:
+                moved.append(replace(span, begin_ns=begin_ns, end_ns=max(begin_ns, end_ns)))
+        return tuple(moved)
 
     def _attempt(self, trial: Trial, attempt: int) -> Outcome:
         run, measure = self._run, self._run.plan.measure
@@ -166,7 +236,8 @@ class GangLane:
         run.book.measuring(trial, attempt, self._record)
         run.gang = self._gang
         try:
-            outcome = run.waits.answer(self._gang.run(order), measure.trial_timeout_s, f"trial {trial.trial_id}")
+            call = self._gang.run(order)
+            outcome = run.waits.answer(call, measure.trial_timeout_s, f"trial {trial.trial_id}", check=self._check_nodes)
         except LlemRayError as error:
             outcome = self._failed(error)
         except Aborted:
@@ -175,26 +246,34 @@ class GangLane:
             run.gang = None
         return outcome if isinstance(outcome, Completed) else replace(outcome, spans=())
 
+    def _check_nodes(self) -> None:
+        self._run.fleet.raise_if_lost(self._seats)
+
     def _open_gang(self) -> Failed | None:
         """Place a gang and load its model, with both idle baselines; a Failed says why there is none."""
         run, measure = self._run, self._run.plan.measure
-        run.gangs_opened += 1
-        gang = run.executor.open_gang(self._group, run.plan.base_dir, run.cache_dir)
-        self._gang, self._record = gang, None
+        with run.lock:
+            run.gangs_opened += 1
+            name = f"gang-{run.gangs_opened}"
         try:
-            leased = run.waits.answer(gang.lease(), LEASE_TIMEOUT_S, "placement", may_stop=True)
-            record = self._record = self._make_record(leased)
+            gang = run.executor.open_gang(self._group, self._seats, run.plan.base_dir, run.cache_dir)
+            self._gang, self._record = gang, None
+            workers = self._lease(gang)
+            record = self._record = self._make_record(name, workers)
+            run.book.add(GangPlaced(lane=self._name, gang=record))
             self._cover("startup")
             self._idle(record, "bare_idle", measure.idle_baseline_s)
             begin_ns = run.clock.monotonic_ns()
             run.book.phase = "load"
-            loaded: Loaded = run.waits.answer(gang.load(), measure.load_timeout_s, "model load", may_stop=True)
+            loaded: Loaded = run.waits.answer(
+                gang.load(), measure.load_timeout_s, "model load", may_stop=True, check=self._check_nodes
+            )
             self._check_identity(record, loaded)
             record.loaded = loaded
-            LOG.info("%s on %s loaded %s", record.name, leased.hostname, loaded.report)
+            LOG.info("%s on %s loaded %s", record.name, record.lead.hostname, loaded.report)
             span = PhaseSpan(phase="load", begin_ns=begin_ns, end_ns=run.clock.monotonic_ns())
             self._add_spans([span])
-            run.book.add(LoadEnded(gang=record, span=span))
+            run.book.add(LoadEnded(gang=record, span=span, lane=self._name))
             self._idle(record, "resident_idle", measure.idle_baseline_s)
         except PlacementError:
             raise
@@ -202,16 +281,37 @@ class GangLane:
             return self._failed(error)
         return None
 
-    def _make_record(self, leased: Leased) -> GangRecord:
-        devices, context, reason = gang_devices(leased, self._group.gpus, self._run.meter.devices(leased.node))
-        return GangRecord(
-            name=f"gang-{self._run.gangs_opened}",
+    def _lease(self, gang: Gang) -> tuple[Leased, ...]:
+        timeout_s = self._run.plan.measure.placement_timeout_s
+        try:
+            return self._run.waits.answer(gang.lease(), timeout_s, "placement", may_stop=True, check=self._check_nodes)
+        except HangError as error:
+            wanted = ", ".join(f"{seat.gpus} GPUs on node {seat.node[:12]}" for seat in self._seats)
+            raise PlacementError(
+                f"the cluster did not grant a gang its place within {timeout_s:g} s: {wanted}",
+                "does somebody else hold GPUs there? measure.placement_timeout_s is the deadline; ray status tells more",
+            ) from error
+
+    def _make_record(self, name: str, workers: tuple[Leased, ...]) -> GangRecord:
+        devices, context, reason = place_gang(workers, self._group.gpus, self._run.meter)
+        record = GangRecord(
+            name=name,
             group=self._group,
-            leased=leased,
+            workers=workers,
             devices=devices,
             context=context,
             reason=reason,
+            begin_ns=self._timeline.end_ns,
         )
+        with self._run.lock:
+            for other in self._run.records:
+                if set(other.hosts) & set(record.hosts):
+                    other.neighbours.add(name)
+                    record.neighbours.add(other.name)
+            self._run.records.append(record)
+        if len(record.hosts) > 1:
+            self._run.meter.watch_closely(name, record.hosts)
+        return record
 
     def _idle(self, record: GangRecord, phase: Phase, duration_s: float) -> None:
         if duration_s <= 0:
@@ -223,12 +323,12 @@ class GangLane:
         self._add_spans([span])
         if not slept:
             raise Aborted
-        self._run.book.add(IdleTaken(gang=record, resident=phase == "resident_idle", span=span))
+        self._run.book.add(IdleTaken(gang=record, resident=phase == "resident_idle", span=span, lane=self._name))
 
     def _check_identity(self, record: GangRecord, loaded: Loaded) -> None:
         """The GPUs that the workers see from inside must be the ones that were leased."""
         seen = {rank.gpu_uuid for rank in loaded.ranks if rank.gpu_uuid}
-        held = {device.uuid for device in record.devices}
+        held = {item.device.uuid for item in record.devices}
         if seen and held and not seen <= held:
             raise PlacementError(
                 f"the engine runs on {', '.join(sorted(seen - held))}, which its gang does not hold ({', '.join(sorted(held))})",
@@ -237,6 +337,10 @@ class GangLane:
 
     def _failed(self, error: LlemRayError) -> Failed:
         self._run.book.raise_if_broken()  # that error comes through every wait, and is no failure of the attempt
+        if isinstance(error, (EngineDied, HangError)):
+            self._lost = self._run.fleet.lost_node(self._seats)
+            if self._lost is not None and not isinstance(error, NodeLost):
+                error = NodeLost(f"node {self._lost[:12]} does not answer any more: {error.message}")
         failure = failed_from(error)
         words = self._gang.last_words() if isinstance(error, EngineDied) and self._gang is not None else None
         if not words:
@@ -259,6 +363,7 @@ class GangLane:
                     started_utc=datetime.now(UTC),
                     gap_s=None,
                     final=True,
+                    lane=self._name,
                 )
             )
 
@@ -268,20 +373,30 @@ class GangLane:
         gang, self._gang = self._gang, None
         self._run.book.phase = "shutdown"
         gang.close(0.0 if force else CLOSE_TIMEOUT_S)
-        LOG.info("%s closed%s", self._record.name if self._record else "a gang without a lease", " by force" if force else "")
+        record = self._record
+        LOG.info("%s closed%s", record.name if record else "a gang without a lease", " by force" if force else "")
+        if record is not None and self._lost is None:
+            self._run.fleet.settle(record)
         self._cover("shutdown")
+        if record is not None:
+            record.end_ns = self._timeline.end_ns
+            with self._run.lock:
+                self._run.records.remove(record)
+            self._run.meter.watch_no_more(record.name)
         self._record = None
 
     def _add_spans(self, spans: Iterable[PhaseSpan]) -> None:
-        self._run.timeline.add(spans)
+        self._timeline.add(spans, slack_ns=CLOCK_SLACK_NS)
         self._report()
 
     def _cover(self, phase: Phase, trial_id: str | None = None, attempt: int | None = None) -> None:
-        self._run.timeline.close_at(phase, self._run.clock.monotonic_ns(), trial_id, attempt)
+        self._timeline.close_at(phase, self._run.clock.monotonic_ns(), trial_id, attempt)
         self._report()
 
     def _report(self) -> None:
-        self._run.book.add(SpansAdded(gang=self._record, spans=self._run.timeline.take()))
+        """Tell the bookkeeper; what happened before a gang was placed waits until one is."""
+        if self._record is not None:
+            self._run.book.add(SpansAdded(gang=self._record, spans=self._timeline.take(), lane=self._name))
 
 
 def _first_line(text: str) -> str:

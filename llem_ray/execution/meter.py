@@ -3,139 +3,332 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 from llem_ray.core.clock import Clock
-from llem_ray.core.errors import EngineDied, HangError, LlemRayError
+from llem_ray.core.errors import EngineDied, HangError, LlemRayError, PlacementError
 from llem_ray.core.power import Calibration, Device, DeviceState, SampleBatch, SamplerInfo, Trace
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy.estimator import edge_margin_s
-from llem_ray.execution.calls import Executor, Sampler
+from llem_ray.execution.calls import Call, Executor, Fetched, Node, Sampler, SamplerSettings
+from llem_ray.execution.clocks import ClockTable, Exchange
+from llem_ray.execution.probing import ClockProber
 from llem_ray.power.traces import TraceBuffer
 
 LOG = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 60.0
-FETCH_TIMEOUT_S = 10.0
-SILENT_FETCHES = 3
-"""A sampler that does not answer so often is taken for dead."""
+START_TIMEOUT_S: Final = 90.0
+FETCH_TIMEOUT_S: Final = 10.0
+SILENT_S: Final = 30.0
+"""A sampler that does not answer for so long is taken for dead."""
+COLLECT_S: Final = 0.5
+GLANCE_S: Final = 0.05
+NODES_PER_S: Final = 50
+MAX_PERIOD_S: Final = 5.0
+RESTARTED_NS: Final = NS_PER_S
+"""A host whose clock is off by more than this from what it showed before was restarted."""
+
+GPU_SCOPES: Final = frozenset({"gpu", "module"})
 
 
 @dataclass(slots=True)
-class _Node:
+class _Link:
+    """One sampler that polls."""
+
+    node: Node
     sampler: Sampler
     info: SamplerInfo
-    buffer: TraceBuffer = field(default_factory=TraceBuffer)
     after_seq: int = 0
-    silent: int = 0
-    """Fetches in a row that were not answered."""
+    pending: Call[Fetched] | None = None
+    sent_ns: int = 0
+    due_ns: int = 0
+    fresh: bool = True
+    """Nothing has been fetched from it yet."""
+
+    @property
+    def host(self) -> str:
+        return self.info.node
+
+
+@dataclass(slots=True)
+class _Opening:
+    """A sampler that is being started."""
+
+    node: Node
+    sampler: Sampler
+    call: Call[str] | Call[SamplerInfo]
+    begun_ns: int
+    host: str | None = None
 
 
 class Meter:
-    """All samplers of a run.
+    """All samplers of a run. Its methods may be called from any thread; ``pump`` from one at a time.
 
     Args:
         executor: Where samplers are started.
-        sources: Names of power sources, or ``auto``.
-        sample_hz: Polls per second.
+        settings: How they work.
         clock: The run driver's clock.
+        own_host: Stable id of the run driver's host.
         on_sampler: Told of every sampler that starts, again too.
     """
 
     def __init__(
         self,
         executor: Executor,
-        sources: Sequence[str] | str,
-        sample_hz: float,
+        settings: SamplerSettings,
         clock: Clock,
+        own_host: str,
         on_sampler: Callable[[SamplerInfo], None],
     ) -> None:
+        self._executor, self._settings, self._clock = executor, settings, clock
         self._on_sampler = on_sampler
-        self._executor = executor
-        self._sources = sources
-        self._sample_hz = sample_hz
-        self._clock = clock
-        self._nodes: dict[str, _Node] = {}
+        self.clocks = ClockTable(own_host)
+        self._prober = ClockProber(self.clocks, clock, self.sampler_of)
+        self._lock = threading.RLock()
+        self._links: dict[str, _Link] = {}
+        self._openings: dict[str, _Opening] = {}
+        self._buffers: dict[str, TraceBuffer] = {}
+        self._hosts: dict[str, str] = {}
+        self._generations: dict[str, int] = {}
+        self._epochs: dict[str, int] = {}
+        self._infos: dict[str, dict[str, SamplerInfo]] = {}
+        self.problems: dict[str, str] = {}
+        """Node id -> why it has no sampler."""
 
-    def open(self) -> tuple[SamplerInfo, ...]:
-        """Start the samplers and wait until they poll.
+    def open(self, nodes: Iterable[Node]) -> tuple[SamplerInfo, ...]:
+        """Start the samplers of all nodes and wait until they poll.
 
         Raises:
-            PowerError: A source asked for by name cannot work.
-            HangError: A sampler did not start in time.
+            PowerError: A source asked for by name works on none of the nodes.
+            PlacementError: Two hosts report the same GPU.
+            HangError: No sampler started in time.
         """
-        for sampler in self._executor.open_samplers(self._sources, self._sample_hz, 1):
-            self._adopt(sampler)
+        self.adopt(nodes)
+        first: LlemRayError | None = None
+        while self._openings:
+            calls = [opening.call for opening in self._openings.values()]
+            self._executor.wait(calls, GLANCE_S)
+            first = self._step_openings() or first
+        if first is not None and (not self._links or isinstance(first, PlacementError)):
+            raise first
         return self.infos
+
+    def adopt(self, nodes: Iterable[Node]) -> None:
+        """Start samplers on nodes that have none; ``pump`` brings them into service."""
+        for node in nodes:
+            if node.node_id in self._links or node.node_id in self._openings or node.node_id in self._hosts:
+                continue
+            self.problems.pop(node.node_id, None)
+            sampler = self._executor.open_sampler(node, self._settings)
+            self._openings[node.node_id] = _Opening(node, sampler, sampler.host(), self._clock.monotonic_ns())
+
+    def drop(self, node_id: str, reason: str) -> None:
+        """The node is gone: its samples so far stay. Its host may come back as another node."""
+        with self._lock:
+            opening, link = self._openings.pop(node_id, None), self._links.pop(node_id, None)
+            self._hosts.pop(node_id, None)
+            self.problems[node_id] = reason
+        for held in (opening, link):
+            if held is not None:
+                held.sampler.close()
+
+    def release(self, node_id: str) -> None:
+        """Fetch what a node's sampler still has, then end it: an autoscaler may remove the node."""
+        link = self._links.get(node_id)
+        if link is None:
+            return
+        try:
+            self._take(link, link.sampler.fetch(link.after_seq, link.info.epoch).result(FETCH_TIMEOUT_S))
+        except (LlemRayError, TimeoutError) as error:
+            LOG.warning("the last samples of %s were not fetched: %s", link.info.hostname, error)
+        with self._lock:
+            self._links.pop(node_id, None)
+            self._hosts.pop(node_id, None)
+        link.sampler.close()
 
     @property
     def infos(self) -> tuple[SamplerInfo, ...]:
-        """What each sampler said of its node, in the order they were opened."""
-        return tuple(node.info for node in self._nodes.values())
+        """What each sampler in service said of its node, in the order they were opened."""
+        with self._lock:
+            return tuple(link.info for link in self._links.values())
 
-    def pump(self) -> list[SampleBatch]:
-        """Fetch everything sampled so far. A sampler that died is started anew with the next epoch."""
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Every host that was ever sampled in this session."""
+        with self._lock:
+            return tuple(self._infos)
+
+    def host_of(self, node_id: str) -> str | None:
+        """Stable host id of a node; None while it is not known."""
+        return self._hosts.get(node_id)
+
+    def is_in_service(self, host: str) -> bool:
+        """A sampler of the host polls, as far as is known."""
+        with self._lock:
+            return any(link.host == host for link in self._links.values())
+
+    def is_silent(self, host: str) -> bool:
+        """A sampler of the host has not answered for longer than it may take, and is not given up yet."""
+        now_ns = self._clock.monotonic_ns()
+        with self._lock:
+            links = [link for link in self._links.values() if link.host == host]
+        return any(link.pending is not None and now_ns - link.sent_ns > 2 * NS_PER_S for link in links)
+
+    def generation(self, host: str) -> int:
+        """Counts the restarts of a host, whose clock and counters begin anew each time."""
+        return self._generations.get(host, 0)
+
+    def sampler_of(self, host: str) -> Sampler | None:
+        """A sampler of the host."""
+        with self._lock:
+            return next((link.sampler for link in self._links.values() if link.host == host), None)
+
+    def pump(self, *, hurry: bool = False) -> list[SampleBatch]:
+        """Fetch what was sampled, from every sampler that is due. One that died is started anew with the next epoch.
+
+        Args:
+            hurry: From every sampler, due or not.
+        """
+        self._step_openings()
+        now_ns = self._clock.monotonic_ns()
+        with self._lock:
+            links = list(self._links.values())
+        period_ns = ns_from_s(min(max(1.0, len(links) / NODES_PER_S), MAX_PERIOD_S))
+        for index, link in enumerate(links):
+            if link.pending is None and (hurry or now_ns >= link.due_ns):
+                spread_ns = period_ns * index // len(links) if link.fresh else 0
+                link.due_ns = now_ns + period_ns - spread_ns // 2
+                self._ask(link)
         fetched: list[SampleBatch] = []
-        for name, node in list(self._nodes.items()):
-            try:
-                batches = node.sampler.fetch(node.after_seq).result(FETCH_TIMEOUT_S)
-            except EngineDied as error:
-                LOG.warning("the sampler of %s died and is started anew: %s", name, error)
-                self._restart(name, node)
-                continue
-            except TimeoutError:
-                node.silent += 1
-                LOG.warning("the sampler of %s did not answer within %s s", name, FETCH_TIMEOUT_S)
-                if node.silent >= SILENT_FETCHES:
-                    self._restart(name, node)
-                continue
-            node.silent = 0
-            for batch in batches:
-                node.buffer.append(batch)
-                node.after_seq = max(node.after_seq, batch.seq)
-            fetched.extend(batches)
+        waiting = [link for link in links if link.pending is not None]
+        until_ns = now_ns + ns_from_s(COLLECT_S)
+        while waiting:
+            calls = [link.pending for link in waiting if link.pending is not None]
+            answered = {id(call) for call in self._executor.wait(calls, GLANCE_S)}
+            for link in waiting:
+                if id(link.pending) in answered:
+                    fetched.extend(self._collect(link))
+            waiting = [link for link in waiting if link.pending is not None]
+            if self._clock.monotonic_ns() >= until_ns:
+                break
+        for link in waiting:
+            if self._clock.monotonic_ns() - link.sent_ns > SILENT_S * NS_PER_S:
+                self._restart(link, f"no answer for {SILENT_S:g} s")
         return fetched
 
-    def devices(self, node: str) -> tuple[Device, ...]:
-        """Devices that the node's sampler reads."""
-        return self._nodes[node].info.devices if node in self._nodes else ()
+    def _ask(self, link: _Link) -> None:
+        link.sent_ns = self._clock.monotonic_ns()
+        link.pending = link.sampler.fetch(link.after_seq, link.info.epoch)
 
-    def calibration(self, node: str, device: Device) -> Calibration:
+    def _collect(self, link: _Link) -> Sequence[SampleBatch]:
+        call, link.pending = link.pending, None
+        assert call is not None
+        try:
+            answer = call.result(FETCH_TIMEOUT_S)
+        except EngineDied as error:
+            self._restart(link, str(error))
+            return ()
+        except TimeoutError:
+            return ()
+        return self._take(link, answer)
+
+    def _take(self, link: _Link, answer: Fetched) -> Sequence[SampleBatch]:
+        exchange = Exchange(
+            sent_ns=link.sent_ns,
+            received_ns=answer.received_ns,
+            replied_ns=answer.replied_ns,
+            answered_ns=self._clock.monotonic_ns(),
+        )
+        if link.fresh:
+            self._notice_restart(link.host, exchange)
+            link.fresh = False
+        self.clocks.add(link.host, exchange)
+        taken = []
+        for batch in answer.batches:
+            if self._buffers[link.host].append(batch):
+                taken.append(batch)
+            if batch.epoch == link.info.epoch:
+                link.after_seq = max(link.after_seq, batch.seq)
+        return taken
+
+    def watch_closely(self, name: str, hosts: Iterable[str]) -> None:
+        """Keep the clock offsets of a gang's hosts sharp until ``watch_no_more(name)``."""
+        self._prober.watch(name, hosts)
+
+    def watch_no_more(self, name: str) -> None:
+        """The gang is gone."""
+        self._prober.watch_no_more(name)
+
+    def _notice_restart(self, host: str, exchange: Exchange) -> None:
+        """A host that was restarted under the same id has another clock: nothing old may be mixed with it."""
+        known = self.clocks.offset(host, exchange.answered_ns)
+        seen_ns = exchange.replied_ns - exchange.answered_ns
+        if known is None or abs(known.offset_ns - seen_ns) <= known.delta_ns + RESTARTED_NS:
+            return
+        LOG.warning("host %s was restarted: its clock and its counters begin anew", host)
+        with self._lock:
+            self.clocks.forget(host)
+            self._buffers[host] = TraceBuffer()
+            self._generations[host] = self._generations.get(host, 0) + 1
+
+    def devices(self, host: str) -> tuple[Device, ...]:
+        """Devices that the host's samplers read."""
+        with self._lock:
+            return tuple(device for info in self._infos.get(host, {}).values() for device in info.devices)
+
+    def hostname(self, host: str) -> str:
+        """Name of a host for people."""
+        with self._lock:
+            return next((info.hostname for info in self._infos.get(host, {}).values()), host)
+
+    def _info(self, host: str, uuid: str) -> SamplerInfo | None:
+        with self._lock:
+            infos = self._infos.get(host, {}).values()
+            return next((info for info in infos if any(device.uuid == uuid for device in info.devices)), None)
+
+    def calibration(self, host: str, device: Device) -> Calibration:
         """What calibration found, or nothing known."""
-        known = self._nodes[node].info.calibrations.get(device.uuid)
+        info = self._info(host, device.uuid)
+        known = info.calibrations.get(device.uuid) if info else None
         return known or Calibration(
             device_uuid=device.uuid, tick_period_s=None, has_instant=False, has_average=False, lag_s=0.0, call_s=0.0
         )
 
-    def period_s(self, node: str, device: Device) -> float:
+    def period_s(self, host: str, device: Device) -> float:
         """Time between two polls of the device."""
-        return self._nodes[node].info.periods_s.get(device.uuid, 1.0 / self._sample_hz)
+        info = self._info(host, device.uuid)
+        return (info.periods_s if info else {}).get(device.uuid, 1.0 / self._settings.sample_hz)
 
-    def margin_s(self, node: str, device: Device) -> float:
+    def margin_s(self, host: str, device: Device) -> float:
         """How much of the trace around an edge makes the estimate there final."""
-        return edge_margin_s(self.calibration(node, device), self.period_s(node, device), device.method)
+        return edge_margin_s(self.calibration(host, device), self.period_s(host, device), device.method)
 
-    def trace(self, node: str, uuid: str, begin_ns: int, end_ns: int) -> Trace:
-        """Samples of one device."""
-        return self._nodes[node].buffer.trace(uuid, begin_ns, end_ns)
+    def trace(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> Trace:
+        """Samples of one device; times on its host's clock."""
+        return self._buffers[host].trace(uuid, begin_ns, end_ns)
 
-    def states(self, node: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[DeviceState, ...]:
+    def states(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[DeviceState, ...]:
         """Slow-lane readings of one device."""
-        return self._nodes[node].buffer.states(uuid, begin_ns, end_ns)
+        return self._buffers[host].states(uuid, begin_ns, end_ns)
 
-    def errors(self, node: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[tuple[int, str], ...]:
+    def errors(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[tuple[int, str], ...]:
         """(t_ns, why) of the device's samples that lack a reading."""
-        return self._nodes[node].buffer.errors(uuid, begin_ns, end_ns)
+        return self._buffers[host].errors(uuid, begin_ns, end_ns)
 
-    def is_sampled_until(self, t_ns: int) -> bool:
-        """Every device has been sampled far enough past ``t_ns`` for an edge there to be final."""
-        for name, node in self._nodes.items():
-            for device in node.info.devices:
-                last_ns = node.buffer.last_ns(device.uuid)
+    def is_sampled_until(self, t_ns: int, hosts: Collection[str] | None = None) -> bool:
+        """Every device of the hosts has been sampled far enough past ``t_ns`` of our clock for an edge there to be final."""
+        for host in self.hosts if hosts is None else hosts:
+            host_ns = self.clocks.to_host(host, t_ns)
+            if host_ns is None or host not in self._buffers:
+                return False
+            for device in self.devices(host):
+                last_ns = self._buffers[host].last_ns(device.uuid)
                 # An estimate is held up to half-way to its neighbour: one reading beyond the edge settles it.
-                margin_s = 0.0 if device.method == "estimated_model" else self.margin_s(name, device)
-                if device.method != "unavailable" and (last_ns is None or last_ns < t_ns + ns_from_s(margin_s)):
+                margin_s = 0.0 if device.method == "estimated_model" else self.margin_s(host, device)
+                if device.method != "unavailable" and (last_ns is None or last_ns < host_ns + ns_from_s(margin_s)):
                     return False
         return True
 
@@ -144,48 +337,98 @@ class Meter:
         measured: list[float] = []
         estimated: list[float] = []
         now_ns = self._clock.monotonic_ns()
-        for node in self._nodes.values():
-            for device in node.info.devices:
-                power_mw = node.buffer.trace(device.uuid, now_ns - 3 * NS_PER_S, now_ns).power_mw
+        for info in self.infos:
+            host_ns = self.clocks.to_host(info.node, now_ns)
+            if host_ns is None:
+                continue
+            for device in info.devices:
+                power_mw = self.trace(info.node, device.uuid, host_ns - 6 * NS_PER_S, host_ns).power_mw
                 if len(power_mw) and power_mw[-1] == power_mw[-1]:
                     (estimated if device.method == "estimated_model" else measured).append(power_mw[-1] / 1e3)
         return (sum(measured or estimated) if measured or estimated else None), not measured
 
-    def trim(self, before_ns: int) -> None:
-        """Forget samples that nobody needs any more."""
-        for node in self._nodes.values():
-            node.buffer.trim(before_ns)
+    def trim(self, host: str, before_ns: int) -> None:
+        """Forget samples of a host, older than ``before_ns`` of its clock, that nobody needs any more."""
+        self._buffers[host].trim(before_ns)
 
     def close(self) -> None:
         """Stop the samplers, and log what trouble they had."""
-        for name, node in self._nodes.items():
+        self._prober.close()
+        with self._lock:
+            links, openings = list(self._links.values()), list(self._openings.values())
+        last = [(link, link.sampler.describe()) for link in links]
+        self._executor.wait([call for _, call in last], FETCH_TIMEOUT_S)
+        for link, call in last:
             try:
-                for note in node.sampler.describe().result(FETCH_TIMEOUT_S).notes:
-                    LOG.warning("the sampler of %s: %s", name, note)
+                for note in call.result(0.1).notes:
+                    LOG.warning("the sampler of %s: %s", link.info.hostname, note)
             except (LlemRayError, TimeoutError) as error:
-                LOG.warning("the sampler of %s gave no last word: %s", name, error)
-            node.sampler.close()
+                LOG.warning("the sampler of %s gave no last word: %s", link.info.hostname, error)
+        for held in (*links, *openings):
+            held.sampler.close()
 
-    def _adopt(self, sampler: Sampler) -> _Node:
-        try:
-            info = sampler.describe().result(START_TIMEOUT_S)
-        except LlemRayError:
-            sampler.close()
-            raise
-        except TimeoutError as error:
-            sampler.close()
-            raise HangError(f"the power sampler did not start within {START_TIMEOUT_S:g} s") from error
-        node = _Node(sampler, info)
-        if info.node in self._nodes:
-            node.buffer = self._nodes[info.node].buffer
-        self._nodes[info.node] = node
-        self._on_sampler(info)
-        return node
+    def _step_openings(self) -> LlemRayError | None:
+        """Bring samplers that are being started one step further; returns what the first that cannot start raises."""
+        failed: LlemRayError | None = None
+        answered = {id(call) for call in self._executor.wait([one.call for one in self._openings.values()], 0.0)}
+        for node_id, opening in list(self._openings.items()):
+            try:
+                if id(opening.call) in answered:
+                    self._step(opening)
+                elif self._clock.monotonic_ns() - opening.begun_ns > START_TIMEOUT_S * NS_PER_S:
+                    raise HangError(f"the power sampler of {opening.node.hostname} did not start within {START_TIMEOUT_S:g} s")
+            except LlemRayError as error:
+                LOG.error("no sampler on %s: %s", opening.node.hostname, error)  # noqa: TRY400 - the text says it all
+                self.drop(node_id, str(error))
+                self._hosts.setdefault(node_id, opening.host or node_id)
+                failed = failed or error
+        return failed
 
-    def _restart(self, name: str, node: _Node) -> None:
-        node.sampler.close()
+    def _step(self, opening: _Opening) -> None:
+        answer = opening.call.result(FETCH_TIMEOUT_S)
+        if isinstance(answer, str):
+            opening.host = self._hosts[opening.node.node_id] = answer
+            skip = [device.uuid for info in self.infos if info.node == answer for device in info.devices]
+            opening.call = opening.sampler.describe(skip, self._epochs.get(answer, 0) + 1)
+            return
+        del self._openings[opening.node.node_id]
+        if not answer.devices and self.is_in_service(answer.node):  # another node of the same host: one sampler is enough
+            opening.sampler.close()
+            return
+        self._refuse_twins(answer)
+        with self._lock:
+            self._epochs[answer.node] = max(answer.epoch, self._epochs.get(answer.node, 0))
+            self._buffers.setdefault(answer.node, TraceBuffer())
+            self._infos.setdefault(answer.node, {})[self._key(answer)] = answer
+            self._links[opening.node.node_id] = _Link(opening.node, opening.sampler, answer)
+        self._on_sampler(answer)
+
+    def _key(self, info: SamplerInfo) -> str:
+        """A restarted sampler takes the place of the one that read the same devices."""
+        uuids = {device.uuid for device in info.devices}
+        for key, known in self._infos.get(info.node, {}).items():
+            if uuids & {device.uuid for device in known.devices} or not uuids:
+                return key
+        return f"{info.pid}/{info.epoch}"
+
+    def _refuse_twins(self, info: SamplerInfo) -> None:
+        """A GPU exists once."""
+        gpus = {device.uuid for device in info.devices if device.scope in GPU_SCOPES}
+        for other in self.infos:
+            twins = gpus & {device.uuid for device in other.devices if device.scope in GPU_SCOPES}
+            if twins and other.node != info.node:
+                raise PlacementError(
+                    f"GPU {min(twins)} is reported by {other.hostname} and by {info.hostname}",
+                    "where two containers share a host, give both the same LLEM_RAY_HOST_ID",
+                )
+
+    def _restart(self, link: _Link, why: str) -> None:
+        LOG.warning("the sampler of %s is started anew: %s", link.info.hostname, why)
+        with self._lock:
+            self._links.pop(link.node.node_id, None)
+            self._hosts.pop(link.node.node_id, None)
+        link.sampler.close()
         try:
-            for sampler in self._executor.open_samplers(self._sources, self._sample_hz, node.info.epoch + 1):
-                self._adopt(sampler)
+            self.adopt([link.node])
         except LlemRayError as error:
-            LOG.error("the sampler of %s could not be started anew: %s", name, error)  # noqa: TRY400 - the text says it all
+            LOG.error("the sampler of %s could not be started anew: %s", link.info.hostname, error)  # noqa: TRY400

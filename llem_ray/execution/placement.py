@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from llem_ray.core.errors import PlacementError
 from llem_ray.core.power import Device
 from llem_ray.core.spec import MeasureSpec
 from llem_ray.execution.calls import Leased
-from llem_ray.execution.meter import Meter
-from llem_ray.execution.records import GangRecord
+from llem_ray.execution.meter import GPU_SCOPES, Meter
+from llem_ray.execution.records import GangRecord, HostDevice
 
-GPU_SCOPES = frozenset({"gpu", "module"})
-HOST_SCOPES = frozenset({"cpu_package", "dram", "host"})
-CPU_SCOPES = frozenset({"cpu_package", "host"})
-GUARD_TICKS = 3
+HOST_SCOPES: Final = frozenset({"cpu_package", "dram", "host"})
+CPU_SCOPES: Final = frozenset({"cpu_package", "host"})
+GUARD_TICKS: Final = 3
 
 
 def is_measured(device: Device) -> bool:
@@ -22,27 +22,58 @@ def is_measured(device: Device) -> bool:
     return device.method in {"measured_counter", "measured_power_integral"}
 
 
-def gang_devices(
-    leased: Leased, gpus: int, devices: Sequence[Device]
-) -> tuple[tuple[Device, ...], tuple[Device, ...], str | None]:
-    """The gang's devices, the other devices of its node, and why the first are none.
-
-    A gang on GPUs answers for the GPUs it holds, by UUID; a gang on the CPU for what measures its node's CPU and memory.
+def place_gang(
+    workers: Sequence[Leased], gpus: int, meter: Meter
+) -> tuple[tuple[HostDevice, ...], tuple[HostDevice, ...], str | None]:
+    """The gang's devices, the other devices of its hosts, and why the first are none.
 
     Raises:
-        PlacementError: A GPU the gang holds is not among the node's devices, or one is held twice.
+        PlacementError: As ``gang_devices``, or the processes do not hold ``gpus`` distinct GPUs together.
     """
+    held: list[HostDevice] = []
+    context: list[HostDevice] = []
+    reasons: list[str] = []
+    for host in dict.fromkeys(worker.node for worker in workers):
+        mine = [worker for worker in workers if worker.node == host]
+        devices, others, reason = gang_devices(mine, gpus, meter.devices(host))
+        held += [HostDevice(host=host, device=device) for device in devices]
+        context += [HostDevice(host=host, device=device) for device in others]
+        reasons += [reason] if reason else []
+    if gpus and len(held) != gpus:
+        names = ", ".join(item.device.uuid for item in held) or "none"
+        raise PlacementError(f"the gang was to hold {gpus} distinct GPUs, but holds {names}")
+    return (() if reasons else tuple(held)), ((*held, *context) if reasons else tuple(context)), "; ".join(reasons) or None
+
+
+def gang_devices(
+    workers: Sequence[Leased], gpus: int, devices: Sequence[Device]
+) -> tuple[tuple[Device, ...], tuple[Device, ...], str | None]:
+    """What a gang's processes on one host hold of its devices, the other devices, and why the first are none.
+
+    A gang on GPUs answers for the GPUs it holds, by UUID; a gang on the CPU for what measures its hosts' CPU and memory.
+
+    Args:
+        workers: The gang's processes on the host.
+        gpus: Whole GPUs of the whole gang; 0 on the CPU.
+        devices: What is sampled on the host.
+
+    Raises:
+        PlacementError: A GPU the gang holds is not among the host's devices, one is held twice, or none is held.
+    """
+    hostname = workers[0].hostname
     if gpus:
-        held = tuple(_leased_gpu(gpu_id, leased, devices) for gpu_id in leased.gpu_ids)
-        if len({device.uuid for device in held}) != gpus:
+        held = tuple(_leased_gpu(gpu, worker, devices) for worker in workers for gpu in (worker.gpu_uuids or worker.gpu_ids))
+        granted = sum(len(worker.gpu_ids) for worker in workers)
+        if not held or len({device.uuid for device in held}) != granted:
             raise PlacementError(
-                f"the gang on {leased.hostname} was to hold {gpus} distinct GPUs, "
-                f"but holds {', '.join(device.uuid for device in held) or 'none'}"
+                f"the gang's processes on {hostname} were granted {granted} GPUs, "
+                f"but hold {', '.join(dict.fromkeys(device.uuid for device in held)) or 'none'}",
+                "does Ray count more GPUs there than NVML shows?",
             )
         reason = None
     else:
         held = _host_meters(devices)
-        reason = None if held else f"nothing on {leased.hostname} measures the CPU's energy"
+        reason = None if held else f"nothing on {hostname} measures the CPU's energy"
     return held, tuple(device for device in devices if device not in held), reason
 
 
@@ -73,5 +104,5 @@ def guard_s(gang: GangRecord, meter: Meter, measure: MeasureSpec) -> float:
     """Quiet time on both sides of a window: 3 ticks of the slowest counter among the gang's devices, 0 without one."""
     if measure.edge_guard_s != "auto":
         return measure.edge_guard_s
-    periods_s = [meter.calibration(gang.node, device).tick_period_s for device in gang.devices]
+    periods_s = [meter.calibration(item.host, item.device).tick_period_s for item in gang.devices]
     return GUARD_TICKS * max((period_s for period_s in periods_s if period_s is not None), default=0.0)

@@ -6,12 +6,10 @@ import os
 import time
 from pathlib import Path
 
-from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import PlacementError
 from llem_ray.core.plan import Plan
 from llem_ray.core.units import NS_PER_S
-from llem_ray.execution.engines import make_backend
-from llem_ray.power.host import host_id
+from llem_ray.execution.engine_host import check_group
 from llem_ray.workloads.prompts import load_prompts
 
 
@@ -37,21 +35,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str) -> None:
                 f"the gang for {label} needs {group.gpus} GPU{'' if group.gpus == 1 else 's'}, this host has {gpus}",
                 "set engine.device: cpu, or run it where the GPUs are",
             )
-        engine = group.experiment.engine
-        on_gpu = engine.device == "cuda" or (engine.device == "auto" and group.gpus > 0)
-        config = BackendConfig(
-            model=group.experiment.model,
-            engine=engine,
-            device="cuda" if on_gpu else "cpu",
-            host=host_id(),
-            base_dir=plan.base_dir,
-            cache_dir=cache_dir,
-        )
-        backend = make_backend(config)
-        try:
-            backend.check()
-        finally:
-            backend.close()
+        check_group(group, plan.base_dir, cache_dir)
 
 
 def process_start_ns() -> int:

@@ -1,4 +1,4 @@
-"""What the run driver tells the bookkeeper, in the order it happened."""
+"""What the run driver tells the bookkeeper, in the order it happened. Times are ns of the run driver's monotonic clock."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from llem_ray.core.plan import LoadGroup, Trial
 from llem_ray.core.power import Device
 from llem_ray.execution.calls import Leased, Loaded
 
+DeviceKey: TypeAlias = tuple[str, str]
+"""(host, UUID)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostDevice:
+    """A device and the host it is in."""
+
+    host: str
+    device: Device
+
+    @property
+    def key(self) -> DeviceKey:
+        """What identifies it in the whole cluster."""
+        return (self.host, self.device.uuid)
+
 
 @dataclass(slots=True)
 class GangRecord:
@@ -19,33 +35,88 @@ class GangRecord:
 
     name: str
     group: LoadGroup
-    leased: Leased
-    devices: tuple[Device, ...]
-    """Devices whose energy is the gang's: its GPUs, or on the CPU what measures its node's CPU and memory."""
-    context: tuple[Device, ...]
-    """The other devices of its node."""
+    workers: tuple[Leased, ...]
+    """Its processes, by rank; the first leads."""
+    devices: tuple[HostDevice, ...]
+    """Devices whose energy is the gang's: its GPUs, or on the CPU what measures its hosts' CPU and memory."""
+    context: tuple[HostDevice, ...]
+    """The other devices of its hosts."""
     reason: str | None
     """Why ``devices`` is empty."""
     loaded: Loaded | None = None
-    bare: dict[str, Baseline] = field(default_factory=dict)
-    resident: dict[str, Baseline] = field(default_factory=dict)
+    bare: dict[DeviceKey, Baseline] = field(default_factory=dict)
+    resident: dict[DeviceKey, Baseline] = field(default_factory=dict)
     load_energy_j: float | None = None
     """Once per load."""
-    memory_before_load_bytes: dict[str, int] = field(default_factory=dict)
-    """Device UUID -> memory in use before the model was loaded."""
+    begin_ns: int = 0
+    end_ns: int | None = None
+    """When its processes were gone; None while they are not."""
+    neighbours: set[str] = field(default_factory=set)
+    """Names of gangs that were on one of its hosts at the same time."""
+
+    @property
+    def lead(self) -> Leased:
+        """The process that leads."""
+        return self.workers[0]
 
     @property
     def node(self) -> str:
-        """Stable id of the gang's host."""
-        return self.leased.node
+        """Stable id of the leading process's host, whose clock the gang's windows are on."""
+        return self.workers[0].node
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Stable ids of its hosts, the leading one first."""
+        return tuple(dict.fromkeys(worker.node for worker in self.workers))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneOpened:
+    """From ``begin_ns`` on some devices of these hosts may be a gang's: nobody else accounts for them meanwhile."""
+
+    lane: str
+    hosts: tuple[str, ...]
+    begin_ns: int
+
+    @property
+    def needs_ns(self) -> int:
+        """It needs no samples."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GangPlaced:
+    """The lane's gang holds just the devices of its record."""
+
+    lane: str
+    gang: GangRecord
+
+    @property
+    def needs_ns(self) -> int:
+        """It needs no samples."""
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneClosed:
+    """The lane's gang is gone; its devices are nobody's again."""
+
+    lane: str
+    end_ns: int
+
+    @property
+    def needs_ns(self) -> int:
+        """It needs no samples."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpansAdded:
-    """The ledger grew."""
+    """The ledger grew: of a gang's devices, or with no gang of all devices that no lane has."""
 
     gang: GangRecord | None
     spans: tuple[PhaseSpan, ...]
+    lane: str = ""
 
     @property
     def needs_ns(self) -> int:
@@ -60,6 +131,7 @@ class IdleTaken:
     gang: GangRecord
     resident: bool
     span: PhaseSpan
+    lane: str = ""
 
     @property
     def needs_ns(self) -> int:
@@ -73,6 +145,7 @@ class LoadEnded:
 
     gang: GangRecord
     span: PhaseSpan
+    lane: str = ""
 
     @property
     def needs_ns(self) -> int:
@@ -90,12 +163,14 @@ class AttemptEnded:
     trial: Trial
     attempt: int
     outcome: Outcome
+    """A completed one's window and spans are on the clock of the gang's leading host."""
     begin_ns: int
     end_ns: int
     started_utc: datetime
     gap_s: float | None
     final: bool
     """The trial will not be tried again."""
+    lane: str = ""
 
     @property
     def needs_ns(self) -> int:
@@ -103,4 +178,4 @@ class AttemptEnded:
         return self.end_ns
 
 
-Event: TypeAlias = SpansAdded | IdleTaken | LoadEnded | AttemptEnded
+Event: TypeAlias = LaneOpened | GangPlaced | LaneClosed | SpansAdded | IdleTaken | LoadEnded | AttemptEnded

@@ -27,7 +27,8 @@ def attempt_row(ended: AttemptEnded) -> Row:
     row = columns.trial_row(ended.trial, attempt=ended.attempt, load_key=ended.group.load_key, gpus=ended.group.gpus)
     row |= {"status": "completed", "started_utc": ended.started_utc.replace(tzinfo=None), "gap_s": ended.gap_s}
     if gang is not None:
-        row |= {"host": gang.leased.hostname, "node": gang.node, "load_energy_j": gang.load_energy_j}
+        row |= {"host": gang.lead.hostname, "node": gang.node, "gang": gang.name, "load_energy_j": gang.load_energy_j}
+        row |= {"workers": [columns.worker_entry(worker) for worker in gang.workers]}
         if gang.loaded is not None:
             row |= columns.load_columns(gang.loaded.report) | columns.rank_columns(gang.loaded.ranks)
     if isinstance(outcome, Failed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dataclasses import replace
 from llem_ray.core.clock import Clock
 from llem_ray.core.energy import Phase, PhaseSpan
 
@@ -55,13 +56,20 @@ class Timeline:
         """End of the last span."""
         return self._end_ns
 
-    def add(self, spans: Iterable[PhaseSpan]) -> None:
+    def add(self, spans: Iterable[PhaseSpan], slack_ns: int = 0) -> None:
         """Append spans in order; a hole before one becomes ``gap``.
 
+        Args:
+            spans: In order of time.
+            slack_ns: Spans that another host's clock stamped may seem to begin too early by so much.
+
         Raises:
-            ValueError: A span begins before the timeline's end: an overlap would count joules twice.
+            ValueError: A span begins before the timeline's end by more than that: an overlap would count joules twice.
         """
-        for span in spans:
+        for given in spans:
+            span = given
+            if 0 < self._end_ns - span.begin_ns <= slack_ns:
+                span = replace(span, begin_ns=self._end_ns, end_ns=max(span.end_ns, self._end_ns))
             if span.begin_ns < self._end_ns:
                 raise ValueError(f"{span.phase} begins {(self._end_ns - span.begin_ns) / 1e6:.3f} ms before the timeline's end")
             if span.begin_ns > self._end_ns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -29,13 +30,25 @@ class Waits:
         self._clock = clock
         self._interrupts = interrupts
         self._on_tick = on_tick
+        self.halt = threading.Event()
+        """Set when the run ends for another reason than the user's: what runs is finished, nothing new is started."""
 
     @property
     def stop_requested(self) -> bool:
         """Start nothing new."""
-        return self._interrupts.stop_requested
+        return self._interrupts.stop_requested or self.halt.is_set()
 
-    def answer(self, call: Call[T], timeout_s: float, what: str, *, may_stop: bool = False) -> T:
+    def tick(self) -> None:
+        """Look at the user's signals and at the run's surroundings, as every wait does.
+
+        Raises:
+            Aborted: The user wants out.
+        """
+        self._look_up(may_stop=False)
+
+    def answer(
+        self, call: Call[T], timeout_s: float, what: str, *, may_stop: bool = False, check: Callable[[], None] | None = None
+    ) -> T:
         """Wait for a call.
 
         Args:
@@ -43,6 +56,7 @@ class Waits:
             timeout_s: Deadline from now.
             what: Named in the error.
             may_stop: Nothing is lost if it is given up: the first Ctrl-C ends the wait too.
+            check: Called now and then while waiting; what it raises ends the wait.
 
         Raises:
             HangError: No answer before the deadline.
@@ -56,6 +70,8 @@ class Waits:
                 return call.result(max(min(TICK_S, left_s), 0.0))
             except TimeoutError:
                 self._look_up(may_stop)
+                if check is not None:
+                    check()
                 if self._clock.monotonic_ns() >= deadline_ns:
                     raise HangError(f"no answer to {what} within {timeout_s:g} s") from None
 
@@ -67,7 +83,7 @@ class Waits:
         """
         end_ns = self._clock.monotonic_ns() + ns_from_s(duration_s)
         while (now_ns := self._clock.monotonic_ns()) < end_ns:
-            if self._interrupts.stop_requested:
+            if self.stop_requested:
                 self._interrupts.raise_if_aborted()
                 return False
             self._clock.sleep_until_ns(min(end_ns, now_ns + ns_from_s(TICK_S)))
@@ -76,6 +92,6 @@ class Waits:
 
     def _look_up(self, may_stop: bool) -> None:
         self._interrupts.raise_if_aborted()
-        if may_stop and self._interrupts.stop_requested:
+        if may_stop and self.stop_requested:
             raise Aborted
         self._on_tick()

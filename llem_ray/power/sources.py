@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import takewhile
 from typing import Final, Literal
 
 from llem_ray.core.errors import PluginError, PowerError
 from llem_ray.core.plugins import load_plugin
-from llem_ray.core.power import PowerSource
+from llem_ray.core.power import Device, DeviceState, PowerSample, PowerSource
 
 AUTO: Final = ("nvml", "rapl")
 """Measuring sources that ``auto`` tries. Others are opened by name only."""
@@ -45,6 +45,54 @@ def open_sources(names: Sequence[str] | Literal["auto"]) -> tuple[list[PowerSour
         close_sources(sources)
         raise
     return sources, {}
+
+
+class _Rest:
+    """A source without some of its devices."""
+
+    def __init__(self, source: PowerSource, skip: Collection[str]) -> None:
+        self._source, self._skip = source, frozenset(skip)
+        self.name, self.max_hz = source.name, source.max_hz
+        if hasattr(source, "lag_s"):
+            self.lag_s = source.lag_s
+
+    def devices(self) -> Sequence[Device]:
+        return tuple(device for device in self._source.devices() if device.uuid not in self._skip)
+
+    def read(self) -> Sequence[PowerSample]:
+        return [sample for sample in self._source.read() if sample.device_uuid not in self._skip]
+
+    def read_states(self) -> Sequence[DeviceState]:
+        return [state for state in self._source.read_states() if state.device_uuid not in self._skip]
+
+    def close(self) -> None:
+        self._source.close()
+
+
+def without_devices(sources: Sequence[PowerSource], skip: Collection[str]) -> list[PowerSource]:
+    """The sources without the devices of these UUIDs: another sampler of the same host reads them."""
+    if not skip:
+        return list(sources)
+    listed = {device.uuid for source in sources for device in source.devices()}
+    return [_Rest(source, skip) for source in sources] if listed & set(skip) else list(sources)
+
+
+def gpu_uuids(ids: Sequence[str]) -> tuple[str, ...]:
+    """UUIDs of the GPUs that a scheduler names by NVML index or by UUID, as this process sees them.
+
+    Empty when NVML does not answer here, or does not know one of them.
+    """
+    if all(name.startswith(("GPU-", "MIG-")) for name in ids):
+        return tuple(ids)
+    try:
+        source = _open("nvml")
+    except (PowerError, PluginError):
+        return ()
+    try:
+        known = {str(device.index): device.uuid for device in source.devices()}
+    finally:
+        source.close()
+    return tuple(known.get(name, name) for name in ids if name in known or name in known.values())
 
 
 def close_sources(sources: Sequence[PowerSource]) -> None:

@@ -174,6 +174,23 @@ def rank_columns(ranks: Iterable[Rank]) -> Row:
     return {"ranks": [asdict(rank) for rank in ranks]}
 
 
+def worker_entry(worker: Any) -> Row:
+    """One process of a gang, for the ``workers`` column; ``worker`` has the attributes of the entry."""
+    return {
+        "rank": worker.rank,
+        "node": worker.node,
+        "hostname": worker.hostname,
+        "address": worker.address,
+        "pid": worker.pid,
+        "gpu_uuids": list(worker.gpu_uuids or worker.gpu_ids),
+    }
+
+
+def clock_row(node: str, generation: int, *, run_ns: int, offset_ns: int, delta_ns: int) -> Row:
+    """A host's clock beside the run driver's at one instant."""
+    return {"node": node, "generation": generation, "run_ns": run_ns, "offset_ns": offset_ns, "delta_ns": delta_ns}
+
+
 def request_row(
     record: RequestRecord, *, trial_id: str, attempt: int, latencies: Mapping[str, float | None], keep_token_times: bool
 ) -> Row:

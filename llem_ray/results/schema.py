@@ -14,7 +14,7 @@ from llem_ray.results.trial_columns import TRIAL_COLUMNS
 SCHEMA_VERSION: Final = 1
 """Raised when a column is renamed, removed or changes its meaning; new columns do not raise it."""
 
-TableName = Literal["trials", "requests", "power", "states", "phases", "nodes"]
+TableName = Literal["trials", "requests", "power", "states", "phases", "nodes", "clocks"]
 
 TABLE_NAMES: Final[tuple[TableName, ...]] = get_args(TableName)
 
@@ -78,8 +78,8 @@ _PHASES = (
     Column("node", pa.string(), "", "Stable id of the device's host."),
     Column("device_uuid", pa.string(), "", "Device, see `nodes.devices`."),
     Column("phase", pa.string(), "", "Ledger phase: `load`, `warmup`, `guard`, `measured`, `gap` and so on."),
-    Column("begin_ns", pa.int64(), "ns", "Begin; monotonic clock of the engine's node."),
-    Column("end_ns", pa.int64(), "ns", "End; same clock. The spans of a gang adjoin."),
+    Column("begin_ns", pa.int64(), "ns", "Begin; monotonic clock of the device's node."),
+    Column("end_ns", pa.int64(), "ns", "End; same clock. The spans of a device adjoin."),
     Column("duration_s", pa.float64(), "s", "End less begin."),
     Column("trial_id", pa.string(), "", "Trial the span belongs to, or null."),
     Column("attempt", pa.int32(), "", "Attempt the span belongs to, or null."),
@@ -136,6 +136,15 @@ _NODES = (
     Column("versions", pa.map_(pa.string(), pa.string()), "", "Package -> version in the run driver's environment."),
 )
 
+_CLOCKS = (
+    Column("run", pa.string(), "", "Name of the run."),
+    Column("node", pa.string(), "", "Stable host id."),
+    Column("generation", pa.int32(), "", "Counts the host's restarts while the run went on: its clock began anew each time."),
+    Column("run_ns", pa.int64(), "ns", "Monotonic clock of the run driver's host."),
+    Column("offset_ns", pa.int64(), "ns", "The node's clock less run_ns at that instant."),
+    Column("delta_ns", pa.int64(), "ns", "Half-width of the interval that holds the true offset."),
+)
+
 COLUMNS: Final[Mapping[TableName, tuple[Column, ...]]] = {
     "trials": TRIAL_COLUMNS,
     "requests": _REQUESTS,
@@ -143,6 +152,7 @@ COLUMNS: Final[Mapping[TableName, tuple[Column, ...]]] = {
     "states": _STATES,
     "phases": _PHASES,
     "nodes": _NODES,
+    "clocks": _CLOCKS,
 }
 """Table -> its columns, in order."""
 
@@ -153,6 +163,7 @@ DESCRIPTIONS: Final[Mapping[TableName, str]] = {
     "states": "One row per slow-lane reading of one device, about once a second.",
     "phases": "One row per device and phase: the energy ledger that tiles the run.",
     "nodes": "One row per sampler start: the host, its devices and their calibration.",
+    "clocks": "About every 30 s, each host's monotonic clock beside the run driver's.",
 }
 
 

@@ -35,6 +35,30 @@ DEVICE = pa.struct(
 
 RANK = pa.struct([("rank", _I32), ("host", _STR), ("pid", _I64), ("gpu_uuid", _STR)])
 
+WORKER = pa.struct(
+    [("rank", _I32), ("node", _STR), ("hostname", _STR), ("address", _STR), ("pid", _I64), ("gpu_uuids", _STRINGS)]
+)
+
+NODE = pa.struct(
+    [
+        ("node", _STR),
+        ("hostname", _STR),
+        ("role", _STR),
+        ("workers", _I32),
+        ("leased_gpus", _I32),
+        ("reported", _BOOL),
+        ("leased_energy_j", _F64),
+        ("unleased_energy_j", _F64),
+        ("cpu_energy_j", _F64),
+        ("dram_energy_j", _F64),
+        ("coverage", _F64),
+        ("max_gap_s", _F64),
+        ("clock_offset_ns", _I64),
+        ("clock_delta_s", _F64),
+        ("reason", _STR),
+    ]
+)
+
 _IDENTITY = (
     Column("schema_version", _I32, "", "Version of this table's layout."),
     Column("run", _STR, "", "Name of the run."),
@@ -49,7 +73,8 @@ _IDENTITY = (
     Column("failure_traceback", _STR, "", "Traceback text; null unless failed."),
     Column("started_utc", pa.timestamp("us"), "UTC", "Wall time at the attempt's begin. Information only: no duration uses it."),
     Column("host", _STR, "", "Host name of the engine's node."),
-    Column("node", _STR, "", "Stable id of the engine's node."),
+    Column("node", _STR, "", "Stable id of the engine's node; of a gang on several nodes, the leading one's."),
+    Column("gang", _STR, "", "The gang that ran it: trials of one gang share one loaded model."),
 )
 
 _EXPERIMENT = (
@@ -166,7 +191,22 @@ _ENERGY = (
     Column("reason_details", _STRING_MAP, "", "Reason code -> what was seen."),
     Column("null_reasons", _STRING_MAP, "", "Column -> why it is null, where that is not plain."),
     Column("devices", pa.list_(DEVICE), "J, W", "Every device of the gang's nodes: its own energy, method, checks and flags."),
-    Column("ranks", pa.list_(RANK), "", "Every worker of the gang: host, process and GPU."),
+    Column("ranks", pa.list_(RANK), "", "Every rank of the gang as its engine sees it: host, process and GPU."),
+    Column("workers", pa.list_(WORKER), "", "Every process of the gang as it was placed: node, address, process, GPUs granted."),
+    Column("gang_nodes", pa.list_(NODE), "J, s", "Every node of the gang: what was leased, what it spent, what was seen of it."),
+    Column("nodes_expected", _I32, "", "Nodes of the gang."),
+    Column("nodes_reported", _I32, "", "Those whose leased devices all have an energy. Fewer than expected: no total."),
+    Column("max_gap_s", _F64, "s", "Longest stretch of the window without a sample of a leased device."),
+    Column("clock_delta_s", _F64, "s", "Half-width of the clock offset, the worst node of the gang; part of energy_u_j."),
+    Column("unleased_gpu_energy_j", _F64, "J", "GPUs of the gang's nodes that it did not hold. Context, never part of the total."),
+    Column("other_nodes_gpu_energy_j", _F64, "J", "GPUs of all other nodes, by plain counter difference. Context."),
+    Column("other_nodes_expected", _I32, "", "Nodes outside the gang that were sampled in this run."),
+    Column("other_nodes_reported", _I32, "", "Those of them whose GPUs all have an energy."),
+    Column("cluster_gpu_energy_j", _F64, "J", "All GPUs of the cluster together; null when one is missing. Context."),
+    Column(
+        "idle_bubble_share", _F64, "1", "Share of the window that leased GPUs spent near idle power (up to idle + 10 % of busy - idle)."
+    ),
+    Column("rank_imbalance", _F64, "1", "(Largest - smallest) / mean of the leased devices' energies."),
 )
 
 LATENCY_METRICS: Final = {

@@ -41,7 +41,7 @@ class DatasetWriter:
         self._compact_trials = compact_trials
         self._mutex = threading.Lock()
         self._attempts = set(recorded_attempts(run.path))
-        self._pending: dict[TableName, list[pa.Table]] = {"power": [], "states": []}
+        self._pending: dict[TableName, list[pa.Table]] = {"power": [], "states": [], "clocks": []}
         self._pending_rows = 0
         for folder in (run.segments_path, *(run.table_path(table) for table in TABLE_NAMES)):
             stale = tuple(segments.leftovers(folder))
@@ -95,6 +95,16 @@ class DatasetWriter:
         """
         with self._mutex:
             self._write({"nodes": self._to_table("nodes", rows)})
+
+    def write_clocks(self, rows: Sequence[Row]) -> None:
+        """Write clock offsets; they reach the disk with the next trial.
+
+        Raises:
+            ResultsError: A row does not fit the table.
+        """
+        if rows:
+            with self._mutex:
+                self._pending["clocks"].append(self._to_table("clocks", rows))
 
     def write_power(self, batches: Iterable[SampleBatch]) -> None:
         """Take in raw samples and device states. They reach the disk with the next trial, or when many have gathered.
@@ -156,7 +166,7 @@ class DatasetWriter:
         self._last += 1
         self._loose_segments += 1
         self._loose_bytes += path.stat().st_size
-        self._pending = {"power": [], "states": []}
+        self._pending = {"power": [], "states": [], "clocks": []}
         self._pending_rows = 0
 
     def _compact_if_due(self) -> None:

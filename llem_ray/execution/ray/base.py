@@ -1,0 +1,236 @@
+"""Runs gangs and samplers as actors of a Ray that somebody started or joined."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from llem_ray.core.errors import LlemRayError, PlacementError
+from llem_ray.core.plan import LoadGroup
+from llem_ray.core.power import SamplerInfo
+from llem_ray.core.spec import PromptSpec
+from llem_ray.execution.calls import Call, Fetched, Gang, Node, Sampler, SamplerSettings
+from llem_ray.execution.engines import worker_layout
+from llem_ray.execution.ray.actors import CheckActor, EngineActor, HolderActor, SamplerActor
+from llem_ray.execution.ray.gang import RayGang
+from llem_ray.execution.ray.runtime import RayCall, answer_of, first_line, import_ray, wait_for
+from llem_ray.planning.packing import Seat
+from llem_ray.workloads.prompts import load_prompts
+
+LOG = logging.getLogger(__name__)
+
+SAMPLER_LEASE_S: Final = 120.0
+CHECK_TIMEOUT_S: Final = 120.0
+HOLD_TIMEOUT_S: Final = 30.0
+CLOSE_TIMEOUT_S: Final = 5.0
+TYPE_RESOURCE: Final = "accelerator_type:"
+TYPE_LABEL: Final = "ray.io/accelerator-type"
+
+
+class RaySampler:
+    """A sampler host in an actor of its own."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def host(self) -> RayCall[str]:
+        """Stable id of its host."""
+        return RayCall(self._actor.host.remote(), "sampler start")
+
+    def describe(self, skip: Sequence[str] = (), min_epoch: int = 1) -> RayCall[SamplerInfo]:
+        """Answered when calibrated."""
+        return RayCall(self._actor.describe.remote(tuple(skip), min_epoch), "sampler start")
+
+    def fetch(self, after_seq: int, epoch: int) -> RayCall[Fetched]:
+        """Batches after ``after_seq``."""
+        return RayCall(self._actor.fetch.remote(after_seq, epoch), "sampler fetch")
+
+    def probe(self) -> RayCall[tuple[int, int]]:
+        """Its clock."""
+        return RayCall(self._actor.probe.remote(), "clock exchange")
+
+    def alive(self, pids: Sequence[int]) -> RayCall[tuple[int, ...]]:
+        """Processes that still exist there."""
+        return RayCall(self._actor.alive.remote(tuple(pids)), "process check")
+
+    def close(self) -> None:
+        """Stop polling, then kill the actor."""
+        ray = import_ray()
+        with contextlib.suppress(Exception):
+            ray.get(self._actor.close.remote(), timeout=CLOSE_TIMEOUT_S)
+        with contextlib.suppress(Exception):
+            ray.kill(self._actor)
+
+
+class RayExecutor:
+    """What embedded Ray and a cluster have in common.
+
+    A gang on GPUs has a placement group with one bundle for each of its nodes, pinned there: tensor parallelism inside a node is one
+    bundle, so its GPUs are granted together or not at all. Each process takes its GPUs from the bundle.
+    """
+
+    def __init__(self) -> None:
+        self._prompts: dict[PromptSpec, Sequence[str]] = {}
+        self._holders: list[Any] = []
+        self._logs: Path | None = None
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes that Ray says are alive.
+
+        Raises:
+            PlacementError: Ray's head does not answer.
+        """
+        ray = import_ray()
+        try:
+            known = ray.nodes()
+        except Exception as error:
+            raise PlacementError(f"Ray's head does not answer: {first_line(error)}") from error
+        return tuple(_node(entry) for entry in known if entry["Alive"])
+
+    def open_sampler(self, node: Node, settings: SamplerSettings) -> Sampler:
+        """A sampler actor on the node, ended when this process is."""
+        return RaySampler(self._sampler_actor(node, settings, {}, spool_dir=None))
+
+    def _sampler_actor(self, node: Node, settings: SamplerSettings, options: Mapping[str, Any], spool_dir: str | None) -> Any:
+        ray = import_ray()
+        actor = ray.remote(num_cpus=0, num_gpus=0, max_concurrency=4)(SamplerActor)
+        placed = actor.options(scheduling_strategy=_pinned(node.node_id), **options)
+        return placed.remote(settings.sources, settings.sample_hz, lease_s=SAMPLER_LEASE_S, spool_dir=spool_dir)
+
+    def check(self, groups: Sequence[LoadGroup], base_dir: str, cache_dir: str) -> None:
+        """Nothing: whoever submits to this host has checked here."""
+
+    def check_on(self, node_id: str, groups: Sequence[LoadGroup], base_dir: str, cache_dir: str | None) -> None:
+        """Check engines on a node.
+
+        Raises:
+            LlemRayError: What an engine's check raises.
+            PlacementError: The node does not answer, or llem-ray is not installed there.
+        """
+        ray = import_ray()
+        actor = ray.remote(num_cpus=0, num_gpus=0)(CheckActor).options(scheduling_strategy=_pinned(node_id)).remote()
+        try:
+            answer_of(actor.check.remote(tuple(groups), base_dir, cache_dir), CHECK_TIMEOUT_S, "the engines' check")
+        except TimeoutError as error:
+            raise PlacementError(f"node {node_id[:12]} did not check the engines within {CHECK_TIMEOUT_S:g} s") from error
+        finally:
+            with contextlib.suppress(Exception):
+                ray.kill(actor)
+
+    def open_gang(self, group: LoadGroup, seats: Sequence[Seat], base_dir: str, cache_dir: str) -> Gang:
+        """Engine actors that hold the group's GPUs on the seats."""
+        ray = import_ray()
+        processes = seats_of_processes(group, seats)
+        placement = None
+        if group.gpus:
+            placement = ray.util.placement_group(
+                [{"GPU": seat.gpus} for seat in seats],
+                strategy="STRICT_PACK" if len(seats) == 1 else "STRICT_SPREAD",
+                bundle_label_selector=[{"ray.io/node-id": seat.node} for seat in seats],
+            )
+        actors = []
+        for rank, (index, gpus) in enumerate(processes):
+            strategy = _pinned(seats[index].node) if placement is None else _in_bundle(placement, index)
+            hidden = {} if gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+            actor = ray.remote(
+                num_cpus=0,
+                num_gpus=gpus,
+                max_restarts=0,
+                concurrency_groups={"watch": 1},
+                runtime_env=hidden,
+                scheduling_strategy=strategy,
+            )(EngineActor)
+            actors.append(
+                actor.remote(
+                    group.experiment.model,
+                    group.experiment.engine,
+                    group.gpus,
+                    base_dir,
+                    self._cache_dir(cache_dir),
+                    prompts=self._prompts_of(group, base_dir),
+                    threads_are_ours="OMP_NUM_THREADS" in os.environ,
+                    rank=rank,
+                )
+            )
+        return RayGang(actors, placement, self._logs)
+
+    def _cache_dir(self, cache_dir: str) -> str | None:
+        """Where engines keep what they build: None lets each host choose."""
+        return cache_dir
+
+    def _prompts_of(self, group: LoadGroup, base_dir: str) -> dict[PromptSpec, Sequence[str]] | None:
+        """Prompt files, read here: other hosts may not have them."""
+        specs = {trial.experiment.workload.prompts for trial in group.trials if trial.experiment.workload.prompts.path}
+        for spec in specs - self._prompts.keys():
+            self._prompts[spec] = load_prompts(spec, base_dir)
+        return {spec: self._prompts[spec] for spec in specs} or None
+
+    def quarantine(self, node_id: str, gpu_uuid: str) -> None:
+        """Hold the GPU: take one after the other of those that are free on the node, and keep that one."""
+        ray = import_ray()
+        taken: list[Any] = []
+        try:
+            while True:
+                actor = ray.remote(num_cpus=0, num_gpus=1)(HolderActor).options(scheduling_strategy=_pinned(node_id)).remote()
+                taken.append(actor)
+                if answer_of(actor.gpu.remote(), HOLD_TIMEOUT_S, "quarantine") == gpu_uuid:
+                    self._holders.append(taken.pop())
+                    return
+        except (LlemRayError, TimeoutError) as error:
+            LOG.error("GPU %s could not be held: %s", gpu_uuid, error)  # noqa: TRY400 - the text says it all
+        finally:
+            for actor in taken:
+                with contextlib.suppress(Exception):
+                    ray.kill(actor)
+
+    def ask_for_nodes(self, groups: Sequence[LoadGroup]) -> None:
+        """Nothing: this host is all there is."""
+
+    def wait(self, calls: Sequence[Call[Any]], timeout_s: float) -> Sequence[Call[Any]]:
+        """Those that are answered."""
+        return wait_for(calls, timeout_s)
+
+
+def seats_of_processes(group: LoadGroup, seats: Sequence[Seat]) -> list[tuple[int, int]]:
+    """Seat number and GPUs of every process of a gang, by rank: ranks fill one seat after the other.
+
+    Raises:
+        PlacementError: The engine's ranks cannot be spread evenly.
+    """
+    engine = group.experiment.engine
+    if worker_layout(engine) == "host" or engine.world_size == 1:
+        return [(index, seat.gpus) for index, seat in enumerate(seats)]
+    if engine.world_size % len(seats):
+        raise PlacementError(f"{engine.world_size} ranks cannot be spread evenly over {len(seats)} nodes", "set engine.nodes")
+    if group.gpus % engine.world_size:
+        raise PlacementError(f"{group.gpus} GPUs cannot be dealt evenly to {engine.world_size} ranks", "leave engine.gpus out")
+    share = engine.world_size // len(seats)
+    return [(index, group.gpus // engine.world_size) for index in range(len(seats)) for _ in range(share)]
+
+
+def _pinned(node_id: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415 - as import_ray
+
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
+
+
+def _in_bundle(placement: Any, index: int) -> Any:
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: PLC0415 - as import_ray
+
+    return PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index)
+
+
+def _node(entry: Mapping[str, Any]) -> Node:
+    resources, labels = entry.get("Resources", {}), entry.get("Labels") or {}
+    named = next((name.removeprefix(TYPE_RESOURCE) for name in resources if name.startswith(TYPE_RESOURCE)), None)
+    return Node(
+        node_id=entry["NodeID"],
+        hostname=entry["NodeManagerHostname"],
+        address=entry["NodeManagerAddress"],
+        gpus=int(resources.get("GPU", 0)),
+        gpu_type=labels.get(TYPE_LABEL) or named,
+    )
