@@ -8,6 +8,7 @@ annotations on arrival. Both sides run the same release of this package, which t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
@@ -25,7 +26,7 @@ from llem_ray.core.errors import LlemRayError
 T = TypeVar("T")
 Message = tuple[int, str, Any]
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_BYTES: Final = 512 * 2**20
 """A longer message is taken for garbage."""
 _MAGIC: Final = b"LLEM"
@@ -94,6 +95,15 @@ class Channel:
     def pending(self) -> bool:
         """Something has arrived, or the other side has ended."""
         return bool(self._buffer) or bool(self._arrivals.poll(0))
+
+    def fileno(self) -> int:
+        """The socket, for ``select``; what has arrived already is known to ``pending`` alone."""
+        return self._socket.fileno()
+
+    def shut_down(self) -> None:
+        """End the connection for both sides; whoever waits in ``receive``, in any thread, is told that the peer is gone."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket."""
