@@ -42,9 +42,15 @@ class FollowingRank:
     def __init__(self, config: BackendConfig) -> None:
         self.backend = ProcessBackend(config, TARGET, sys.executable)
         self.error: BaseException | None = None
-        self.ranks: tuple[Rank, ...] = ()
+        self._ranks: tuple[Rank, ...] = ()
+        self._loaded = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+
+    @property
+    def ranks(self) -> tuple[Rank, ...]:
+        assert self._loaded.wait(60)
+        return self._ranks
 
     def end(self, timeout_s: float = 60.0) -> bool:
         """Wait until it has stopped following by itself."""
@@ -58,10 +64,13 @@ class FollowingRank:
     def _work(self) -> None:
         try:
             self.backend.load()
-            self.ranks = self.backend.identity()
+            self._ranks = self.backend.identity()
+            self._loaded.set()
             self.backend.follow()
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - the test looks at it
             self.error = error
+        finally:
+            self._loaded.set()
 
 
 class GangBackend:
