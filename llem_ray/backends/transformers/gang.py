@@ -81,6 +81,7 @@ class Gang:
 
     def _run_replicas(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
         """A step counts what all replicas are known to have done since the one before."""
+        self._replica.require_usable()
         sent_ns = time.monotonic_ns()
         own, *others = deal(requests, self._replica.layout.data)
         records: dict[str, RequestRecord] = {}
@@ -134,6 +135,7 @@ class Gang:
         """Have replicas that still work stop, and wait until they have."""
         working = [share for share in shares if not share.done]
         try:
+            self._replica.require_usable()
             for share in working:
                 share.link.send(share.call, "cancel", None, self._replica.step_timeout_s)
             for share in working:

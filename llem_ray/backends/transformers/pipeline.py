@@ -9,8 +9,36 @@ from transformers import DynamicCache
 from llem_ray.core.errors import ConfigError
 
 PIPELINE_MODELS: Final[frozenset[str]] = frozenset(
-    "cohere ernie4_5 exaone4 gemma gemma2 gemma3_text glm glm4 gpt_oss granite hunyuan_v1_dense llama ministral mistral "
-    "mixtral nemotron olmo olmo2 olmo3 phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2".split()
+    [
+        "cohere",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt_oss",
+        "granite",
+        "hunyuan_v1_dense",
+        "llama",
+        "ministral",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    ]
 )
 """Model types whose logits in two stages equal those in one: `tests/contract/test_transformers_families.py`.
 

@@ -123,8 +123,7 @@ class Replica:
         Raises:
             EngineDied: A rank is gone, or failed in a way that the others cannot follow.
         """
-        if self._broken is not None:
-            raise EngineDied(self._broken)
+        self.require_usable()
         before = self._call
         try:
             yield
@@ -155,6 +154,7 @@ class Replica:
             HangError: One did not answer.
             BackendError: One failed.
         """
+        self.require_usable()
         self._call += 1
         for link in links:
             link.send(self._call, kind, None, timeout_s)
@@ -172,6 +172,15 @@ class Replica:
         """A number for a call to a deputy."""
         self._call += 1
         return self._call
+
+    def require_usable(self) -> None:
+        """Refuse to go on with a gang that was given up.
+
+        Raises:
+            EngineDied: It was.
+        """
+        if self._broken is not None:
+            raise EngineDied(self._broken)
 
     def give_up(self, reason: str) -> None:
         """The gang is of no use any more: whoever waits for this rank is told by the end of its connections."""
