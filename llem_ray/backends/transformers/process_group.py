@@ -52,9 +52,9 @@ class ProcessGroup:
         self._before: dict[str, str | None] = {}
         self._watch: HangUpWatch | None = None
 
-    def host(self) -> list[Any]:
-        """Open the store that the group meets at, in its first rank; returns where it is."""
-        self._store = TCPStore(self._address, 0, self._size, True, wait_for_workers=False, timeout=self._timeout)
+    def host(self, port: int = 0) -> list[Any]:
+        """Open the store that the group meets at, in its first rank, at a free port or a given one; returns where it is."""
+        self._store = TCPStore(self._address, port, self._size, True, wait_for_workers=False, timeout=self._timeout)
         return [self._address, self._store.port]
 
     def join(self, address: str, port: int) -> None:

@@ -27,6 +27,8 @@ _WRITE_S: Final = 3600.0
 """Longest wait for another process of this host that writes the same checkpoint."""
 _POLL_S: Final = 0.05
 _FORMAT: Final = 1
+_SET_BY_USE: Final = ("architectures", "dtype", "distributed_config")
+"""transformers writes them into a config when a model is made of it."""
 
 
 def random_checkpoint(model: ModelSpec, config: Any, dtype: torch.dtype, bytes_needed: int, cache_dir: Path) -> Path:
@@ -61,9 +63,10 @@ def random_checkpoint(model: ModelSpec, config: Any, dtype: torch.dtype, bytes_n
 
 
 def _key(model: ModelSpec, config: Any, dtype: torch.dtype) -> str:
+    written = json.loads(config.to_json_string(use_diff=False))
     facts = {
         "format": _FORMAT,
-        "config": json.loads(config.to_json_string(use_diff=False)),
+        "config": {name: value for name, value in written.items() if name not in _SET_BY_USE},
         "seed": model.seed,
         "dtype": str(dtype),
         "torch": str(torch.__version__),
