@@ -106,6 +106,16 @@ def read_config(path: Path, field: str) -> Mapping[str, Any]:
     return value
 
 
+def known_config(source: ModelSource) -> Mapping[str, Any]:
+    """The model's config.json, as far as it is known without the network: empty for a hub model."""
+    if source.kind == "builtin":
+        return BUILTIN_MODELS[source.location].config
+    if source.kind == "hub":
+        return {}
+    path = Path(source.location)
+    return read_config(path / "config.json" if source.kind == "folder" else path, "model")
+
+
 def git_commit(folder: Path) -> str | None:
     """Commit of the git repository that tracks the folder's config.json; None where there is none or git is missing."""
     git = ("git", "-C", str(folder))

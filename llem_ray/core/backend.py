@@ -206,7 +206,9 @@ class FollowerBackend(InferenceBackend, Protocol):
     """A backend of a rank above 0, which does what rank 0 orders, over the engine's own network."""
 
     def follow(self) -> None:
-        """Serve rank 0 until it closes. Blocks; may be called in every rank but 0, after ``load``.
+        """Serve rank 0 until it closes, or until another thread calls ``close`` here.
+
+        Blocks; may be called in every rank but 0, after ``load``.
 
         Raises:
             GenerationError: The engine failed; rank 0 learns of it by itself.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from llem_ray.backends.process.proxy import ProcessBackend
-from llem_ray.core.backend import BackendConfig, InferenceBackend
+from llem_ray.core.backend import BackendConfig, InferenceBackend, WorkerLayout
+from llem_ray.core.errors import PluginError
 from llem_ray.core.plugins import find_plugin, load_plugin
+from llem_ray.core.spec import EngineSpec
 
 
 def make_backend(config: BackendConfig) -> InferenceBackend:
@@ -18,3 +22,20 @@ def make_backend(config: BackendConfig) -> InferenceBackend:
         return ProcessBackend(config, find_plugin("llem_ray.backends", engine.backend).value, engine.python)
     backend: InferenceBackend = load_plugin("llem_ray.backends", engine.backend)(config)
     return backend
+
+
+def worker_layout(engine: EngineSpec) -> WorkerLayout:
+    """How many processes serve a gang of this engine: one on each host, unless its factory says one for each rank.
+
+    The factory's module is imported, which imports no inference library. Where that fails, as for an engine of another
+    interpreter, the answer is ``host``.
+
+    Raises:
+        PluginError: The engine is unknown.
+    """
+    find_plugin("llem_ray.backends", engine.backend)
+    try:
+        factory = load_plugin("llem_ray.backends", engine.backend)
+    except PluginError:
+        return "host"
+    return cast("WorkerLayout", getattr(factory, "worker_layout", "host"))

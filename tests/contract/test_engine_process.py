@@ -33,6 +33,7 @@ WAIT_S = 20.0
 ENGINES = '''
 import mmap, os, stat, subprocess, sys, time
 from pathlib import Path
+from llem_ray.core.errors import GenerationError
 from llem_ray.testing.backend import FakeBackend
 
 def to_parent(data):
@@ -74,6 +75,18 @@ class WritesMessages(FakeBackend):
         data = b"[1,2]"
         to_parent(b"LLEM" + len(data).to_bytes(4, "big") + data)
         return super().encode(texts)
+
+class FollowsBriefly(FakeBackend):
+    def follow(self):
+        pass
+
+class FailsToFollow(FakeBackend):
+    def follow(self):
+        raise GenerationError("rank 0 is gone")
+
+class FollowsForGood(FakeBackend):
+    def follow(self):
+        time.sleep(600)
 
 class AnswersWrongly(FakeBackend):
     def encode(self, texts):
@@ -391,6 +404,66 @@ class TestFailures:
         next(stream)
         stream.close()
         assert outputs(backend) == [3]
+
+
+class TestFollow:
+    def following(self, backend: ProcessBackend) -> tuple[threading.Thread, list[BaseException], int]:
+        backend.load()
+        pid, errors = backend.identity()[0].pid, []
+
+        def work() -> None:
+            try:
+                backend.follow()
+            except LlemRayError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread, errors, pid
+
+    def test_close_of_another_thread_ends_it(self, make: Make) -> None:
+        backend = make()
+        thread, errors, pid = self.following(backend)
+        assert backend._process is not None
+        assert eventually(backend._process._following.locked)
+        backend.close()
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+        assert errors == []
+        assert eventually(lambda: gone(pid))
+
+    def test_one_that_does_not_come_back_is_killed(self, make: Make) -> None:
+        backend = make("FollowsForGood", deadlines=Deadlines(close_s=0.3))
+        thread, errors, pid = self.following(backend)
+        assert backend._process is not None
+        assert eventually(backend._process._following.locked)
+        backend.close()
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+        assert errors == []
+        assert eventually(lambda: gone(pid))
+
+    def test_its_end_leaves_the_engine_usable(self, make: Make) -> None:
+        backend = make("FollowsBriefly")
+        backend.load()
+        for _ in range(2):
+            backend.follow()
+            assert outputs(backend) == [3]
+
+    def test_its_error_arrives(self, make: Make) -> None:
+        backend = make("FailsToFollow")
+        backend.load()
+        with pytest.raises(GenerationError, match="rank 0 is gone"):
+            backend.follow()
+        assert outputs(backend) == [3]
+
+    def test_death_is_told(self, make: Make) -> None:
+        backend = make()
+        thread, errors, pid = self.following(backend)
+        os.kill(pid, signal.SIGKILL)
+        thread.join(WAIT_S)
+        assert [type(error) for error in errors] == [EngineDied]
+        assert "SIGKILL" in str(errors[0])
 
 
 class TestLeftovers:

@@ -25,6 +25,8 @@ class Engine:
     model: ModelSpec
     args: dict[str, Any]
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,12 @@ class BackendContract:
             return BackendConfig(
                 model=engine.model,
                 engine=EngineSpec(
-                    backend="any", device="cpu", tensor_parallel=engine.tensor_parallel, engine_args=engine.args | args
+                    backend="any",
+                    device="cpu",
+                    tensor_parallel=engine.tensor_parallel,
+                    pipeline_parallel=engine.pipeline_parallel,
+                    data_parallel=engine.data_parallel,
+                    engine_args=engine.args | args,
                 ),
                 device="cpu",
                 host="host-1",

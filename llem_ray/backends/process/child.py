@@ -16,6 +16,7 @@ import argparse
 import os
 import platform
 import socket
+import threading
 import traceback
 from collections.abc import Callable
 from importlib import import_module, metadata
@@ -27,6 +28,7 @@ from llem_ray.backends.process.watchdog import Watchdog
 from llem_ray.backends.process.wire import (
     PROTOCOL_VERSION,
     Channel,
+    Message,
     PeerGone,
     ProtocolError,
     pack,
@@ -54,6 +56,8 @@ class Session:
         self._channel = channel
         self._watchdog = watchdog
         self._backend: InferenceBackend | None = None
+        self._listener: threading.Thread | None = None
+        self._heard: Message | None = None
         self._calls: dict[str, Callable[[int, Any], Any]] = {
             "open": self._open,
             "check": lambda _call, _body: self._opened().check(),
@@ -62,6 +66,7 @@ class Session:
             "encode": lambda _call, texts: self._opened().encode(texts),
             "run": self._run,
             "reset": lambda _call, _body: self._opened().reset(),
+            "follow": self._follow,
             "close": lambda _call, _body: self._opened().close(),
         }
 
@@ -69,7 +74,7 @@ class Session:
         """Answer calls, one after the other, until the engine is closed or nobody is there."""
         kind = ""
         while kind != "close":
-            call, kind, body = self._channel.receive()
+            call, kind, body = self._next()
             if kind == "cancel":  # of a run that had ended meanwhile
                 continue
             try:
@@ -102,6 +107,35 @@ class Session:
         if self._backend is None:
             raise EngineDied("no engine was opened in this process")
         return self._backend
+
+    def _follow(self, _call: int, _body: Any) -> None:
+        """Follow in this thread, where the engine was loaded; another one listens to the parent, which may end it."""
+        backend = self._opened()
+        follow = getattr(backend, "follow", None)
+        if follow is None:
+            raise EngineDied("this engine has no ranks that follow")
+        self._listener = threading.Thread(target=self._listen, args=(backend,), name="llem-ray-parent", daemon=True)
+        self._listener.start()
+        follow()
+
+    def _listen(self, backend: InferenceBackend) -> None:
+        try:
+            message = self._channel.receive()
+        except (PeerGone, ProtocolError):
+            self._watchdog.end()
+        if message[1] == "cancel":
+            backend.close()
+        else:  # it had ended by itself: this is the next call
+            self._heard = message
+
+    def _next(self) -> Message:
+        if self._listener is not None:  # it takes exactly one message
+            self._listener.join()
+            self._listener = None
+            if self._heard is not None:
+                message, self._heard = self._heard, None
+                return message
+        return self._channel.receive()
 
     def _run(self, call: int, body: Any) -> None:
         requests, sampling = unpack_each(Request, body[0]), unpack(SamplingSpec, body[1])

@@ -96,6 +96,7 @@ class EngineProcess:
         self._channel: Channel | None = None
         self._connections: list[socket.socket] = []
         self._doing = "start"
+        self._following = threading.Lock()
         began_s = time.monotonic()
         try:
             self._process, self._pidfd, self._waiter = self._start(command)
@@ -123,13 +124,13 @@ class EngineProcess:
         """Process id of the command, and id of its process group."""
         return self._process.pid
 
-    def ask(self, kind: str, body: Any, timeout_s: float, doing: str) -> Any:
+    def ask(self, kind: str, body: Any, timeout_s: float | None, doing: str) -> Any:
         """Call and wait for the answer.
 
         Args:
             kind: Which call.
             body: Its arguments.
-            timeout_s: Deadline.
+            timeout_s: Deadline, or None.
             doing: What it is, for messages ("load").
 
         Raises:
@@ -142,7 +143,12 @@ class EngineProcess:
             raise self.reject(f"an unexpected message during {doing}: {answer!r:.80}")
         return self._answer
 
-    def stream(self, kind: str, body: Any, silence_s: float, doing: str) -> Generator[tuple[str, Any]]:
+    def follow(self) -> None:
+        """Have the engine follow rank 0 until that closes, or until another thread calls ``close``. Raises as ``ask``."""
+        with self._following:
+            self.ask("follow", None, None, "follow")
+
+    def stream(self, kind: str, body: Any, silence_s: float | None, doing: str) -> Generator[tuple[str, Any]]:
         """Call and yield what arrives until the answer; a caller that stops early gives the call up. Raises as ``ask``."""
         call = next(self._calls)
         self._doing, self._answer = doing, None
@@ -176,8 +182,10 @@ class EngineProcess:
         if not self._finalizer.alive:
             return ()
         if self._channel is not None:
-            self.observe()
             deadline_s = time.monotonic() + self._deadlines.close_s
+            if not self._end_following():
+                return self.kill()
+            self.observe()
             with contextlib.suppress(Exception):
                 self.ask("close", None, self._deadlines.close_s, "close")
             if self._channel is not None:
@@ -185,6 +193,16 @@ class EngineProcess:
         if not self._exited(0.0):
             kill_processes(self.pid, self._mark, signal.SIGTERM, self._deadlines.terminate_s)
         return self.kill()
+
+    def _end_following(self) -> bool:
+        """Have ``follow``, in another thread, come back; False where it does not."""
+        if self._following.locked() and self._channel is not None:
+            with contextlib.suppress(EngineDied, HangError):
+                self._send(0, "cancel", None)
+        ended = self._following.acquire(timeout=self._deadlines.close_s)
+        if ended:
+            self._following.release()
+        return ended
 
     def kill(self) -> tuple[str, ...]:
         """End it and all it started at once; returns removed segments."""
@@ -274,7 +292,7 @@ class EngineProcess:
         except TimeoutError as error:
             raise self._hang(self._deadlines.call_s) from error
 
-    def _receive(self, timeout_s: float) -> tuple[int, str, Any]:
+    def _receive(self, timeout_s: float | None) -> tuple[int, str, Any]:
         if self._channel is None:
             raise self._died()
         try:
@@ -282,7 +300,7 @@ class EngineProcess:
         except PeerGone as error:
             raise self._died() from error
         except TimeoutError as error:
-            raise self._hang(timeout_s) from error
+            raise self._hang(timeout_s or 0.0) from error
         except ProtocolError as error:
             raise self.reject(str(error)) from error
 

@@ -140,6 +140,17 @@ class ProcessBackend:
         if self._process is not None:
             self._process.observe()
 
+    def follow(self) -> None:
+        """See ``FollowerBackend.follow``. No deadline: it ends with rank 0, or when another thread calls ``close``."""
+        process = self._serving(GenerationError)
+        try:
+            process.follow()
+        except (EngineDied, HangError) as error:
+            if self._process is process:
+                self._forget(error)
+                raise
+            # closed meanwhile: there is nobody left to tell
+
     def close(self) -> None:
         """Unload, end the process and all it started, and remove what they left in shared memory. Bounded in time."""
         process, self._process = self._process, None

@@ -8,6 +8,7 @@ annotations on arrival. Both sides run the same release of this package, which t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
@@ -94,6 +95,15 @@ class Channel:
     def pending(self) -> bool:
         """Something has arrived, or the other side has ended."""
         return bool(self._buffer) or bool(self._arrivals.poll(0))
+
+    def fileno(self) -> int:
+        """The socket, for ``select``; what has arrived already is known to ``pending`` alone."""
+        return self._socket.fileno()
+
+    def shut_down(self) -> None:
+        """End the connection for both sides; whoever waits in ``receive``, in any thread, is told that the peer is gone."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the socket."""

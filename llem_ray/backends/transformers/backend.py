@@ -7,30 +7,34 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from llem_ray.backends.model_source import find_model
-from llem_ray.backends.transformers.arguments import check_arguments
-from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
+from llem_ray.backends.model_source import find_model, known_config
+from llem_ray.backends.transformers.arguments import check_arguments, check_shape
+from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent, WorkerLayout
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec
 
 if TYPE_CHECKING:
     from llem_ray.backends.transformers.engine import Engine
+    from llem_ray.backends.transformers.follower import Follower
+    from llem_ray.backends.transformers.gang import Gang
 
 REQUIRED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate")
 
 
 class TransformersBackend:
-    """Hugging Face transformers on one device, with our own decode loop.
+    """Hugging Face transformers with our own decode loop: on one device, or one rank of a gang.
 
     Args:
         config: Model, engine and device.
     """
 
+    worker_layout: ClassVar[WorkerLayout] = "rank"
+
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
-        self._engine: Engine | None = None
+        self._engine: Engine | Gang | Follower | None = None
 
     def check(self) -> None:
         """Refuse bad arguments, missing files and missing packages, without importing torch."""
@@ -40,7 +44,8 @@ class TransformersBackend:
                 f"the transformers engine needs {', '.join(missing)}, not installed here", "pip install 'llem-ray[transformers]'"
             )
         check_arguments(self._config)
-        find_model(self._config.model, self._config.base_dir)
+        source = find_model(self._config.model, self._config.base_dir)
+        check_shape(self._config.engine, known_config(source))
 
     def load(self) -> LoadReport:
         """Import torch and transformers, load model and tokenizer, run one short batch."""
@@ -48,42 +53,61 @@ class TransformersBackend:
         source = find_model(self._config.model, self._config.base_dir)
         self.close()
         begin_s = time.monotonic()
+        alone = self._config.rendezvous is None or self._config.rendezvous.world_size == 1
         try:
-            engine = import_module("llem_ray.backends.transformers.engine")
+            engine = import_module(f"llem_ray.backends.transformers.{'engine' if alone else 'gang_loading'}")
         except ImportError as error:
             raise LoadError(
                 f"the transformers engine cannot be imported: {error}", "pip install 'llem-ray[transformers]'"
             ) from error
         report: LoadReport
-        self._engine, report = engine.load_engine(self._config, source, args, time.monotonic() - begin_s)
+        load = engine.load_engine if alone else engine.load_gang
+        self._engine, report = load(self._config, source, args, time.monotonic() - begin_s)
         return report
 
     def identity(self) -> tuple[Rank, ...]:
-        """The one worker: this process, with the UUID of its GPU once loaded."""
+        """The one worker that this process is, with the UUID of its GPU once loaded."""
         uuid = None
         if self._engine is not None and self._config.device == "cuda":
-            uuid = import_module("llem_ray.backends.transformers.engine").gpu_uuid()
-        return (Rank(rank=0, host=self._config.host, pid=os.getpid(), gpu_uuid=uuid),)
+            uuid = import_module("llem_ray.backends.transformers.engine").gpu_uuid(self._config)
+        rank = 0 if self._config.rendezvous is None else self._config.rendezvous.rank
+        return (Rank(rank=rank, host=self._config.host, pid=os.getpid(), gpu_uuid=uuid),)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
         if self._engine is None:
             raise LoadError("the model is not loaded")
-        return self._engine.encode(texts)
+        return self._leading().encode(texts)
 
     def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
         """Serve the requests as one padded batch."""
         if self._engine is None:
             raise GenerationError("the model is not loaded")
-        return self._engine.run(requests, sampling)
+        return self._leading().run(requests, sampling)
 
     def reset(self) -> None:
         """Free what the last batch left behind; nothing is cached across batches."""
         if self._engine is not None:
-            self._engine.release_memory()
+            self._leading().release_memory()
+
+    def follow(self) -> None:
+        """Serve rank 0 until it closes, or until another thread calls ``close`` here."""
+        engine = self._engine
+        if engine is None:
+            raise GenerationError("the model is not loaded")
+        follow = getattr(engine, "follow_orders", None)
+        if follow is None:
+            raise GenerationError("rank 0 leads: it cannot follow")
+        follow()
 
     def close(self) -> None:
         """Drop the model and free the device."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _leading(self) -> Engine | Gang:
+        engine = self._engine
+        if engine is None or hasattr(engine, "follow_orders"):
+            raise GenerationError("this rank follows rank 0, which alone may be asked")
+        return engine

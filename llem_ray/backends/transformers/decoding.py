@@ -10,15 +10,28 @@ import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from llem_ray.backends.transformers.pipeline import new_cache
 from llem_ray.backends.transformers.sampling import NOT_FINITE, TokenSelector
 from llem_ray.core.backend import FinishReason, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import NumericsError
 from llem_ray.core.spec import SamplingSpec
+
+
+class Crew(Protocol):
+    """Other ranks that share the model: each computes its part of every step."""
+
+    def begin(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """A batch begins, with its first step."""
+        ...
+
+    def tell(self, chosen: Sequence[int]) -> None:
+        """Another step begins; these are the tokens that the last one chose."""
+        ...
 
 
 class PaddedBatch:
@@ -28,38 +41,40 @@ class PaddedBatch:
         model: On its device.
         prompts: Token ids of each row.
         max_new_tokens: Steps the batch may take.
-        selector: Chooses the tokens.
         last_position: Largest position the model knows; rows that have ended stay there.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        selector: TokenSelector,
-        last_position: int,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, last_position: int) -> None:
         device = model.device
         padded = max(map(len, prompts))
         padding = torch.tensor([[padded - len(prompt)] for prompt in prompts])
         rows = [[0] * (padded - len(prompt)) + list(prompt) for prompt in prompts]
         column = torch.arange(padded + max_new_tokens)
         self._model = model
-        self._selector = selector
         self._ids = torch.tensor(rows).to(device)
         self._positions = (column - padding).clamp(0, last_position).to(device)
         # Without padding no mask is passed: attention kernels are faster without one, and `generate` does the same.
         self._mask = (column >= padding).long().to(device) if bool(padding.any()) else None
         self._begin, self._end = 0, padded
-        self._cache: Any = DynamicCache(config=model.config)
+        self._cache: Any = new_cache(model)
         accepted = _argument_names(type(model).forward)
         self._options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
         self._takes_positions = "position_ids" in accepted
 
     @torch.inference_mode()
-    def step(self) -> list[int]:
+    def step(self, selector: TokenSelector) -> list[int]:
         """The next token of every row. Returns once the ids are on the host, so the clock read after it is true on CUDA."""
+        chosen = selector.select(self.forward())
+        self._ids = chosen[:, None]
+        return chosen.tolist()
+
+    def feed(self, chosen: Sequence[int]) -> None:
+        """Go on with tokens that another rank chose."""
+        self._ids = torch.tensor(chosen)[:, None].to(self._model.device)
+
+    @torch.inference_mode()
+    def forward(self) -> torch.Tensor:
+        """Logits of the last position (rows, vocabulary), perhaps not computed yet on CUDA."""
         options = dict(self._options)
         if self._takes_positions:
             options["position_ids"] = self._positions[:, self._begin : self._end]
@@ -69,11 +84,9 @@ class PaddedBatch:
             past_key_values=self._cache,
             **options,
         )
-        chosen = self._selector.select(output.logits[:, -1])
         self._cache = output.past_key_values
-        self._ids = chosen[:, None]
         self._begin, self._end = self._end, self._end + 1
-        return chosen.tolist()
+        return output.logits[:, -1]
 
 
 @functools.cache
@@ -82,7 +95,12 @@ def _argument_names(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def generate_batch(
-    model: PreTrainedModel, requests: Sequence[Request], sampling: SamplingSpec, eos_token_ids: Set[int], last_position: int
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    sampling: SamplingSpec,
+    eos_token_ids: Set[int],
+    last_position: int,
+    crew: Crew | None = None,
 ) -> Iterator[StepEvent | RequestRecord]:
     """Serve the requests together: a StepEvent after each step, then a RequestRecord for each request.
 
@@ -92,6 +110,7 @@ def generate_batch(
         sampling: How tokens are chosen.
         eos_token_ids: Ids that end a row, unless its request ignores them.
         last_position: Largest position the model knows.
+        crew: The other ranks of the model, or None where this process has all of it.
 
     Raises:
         NumericsError: The logits of a row are NaN or Inf.
@@ -101,12 +120,17 @@ def generate_batch(
     limits = [request.max_new_tokens for request in requests]
     honours_eos = {row for row, request in enumerate(requests) if not request.ignore_eos and eos_token_ids}
     lengths = list(limits)  # a row's limit, or less once its end token has come
-    batch = PaddedBatch(model, prompts, max(limits), TokenSelector(sampling, model.device), last_position)
+    selector = TokenSelector(sampling, model.device)
+    batch = PaddedBatch(model, prompts, max(limits), last_position)
+    if crew is not None:
+        crew.begin(prompts, max(limits))
     padded, prompt_tokens = max(map(len, prompts)), sum(map(len, prompts))
     tokens: list[list[int]] = []
     times_ns: list[int] = []
     while (step := len(times_ns)) < max(lengths):
-        chosen = batch.step()
+        if crew is not None and step:
+            crew.tell(tokens[-1])
+        chosen = batch.step(selector)
         end_ns = time.monotonic_ns()
         if NOT_FINITE in chosen:
             request_id = requests[chosen.index(NOT_FINITE)].request_id

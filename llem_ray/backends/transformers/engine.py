@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 from llem_ray.backends.batch_checks import require_valid
-from llem_ray.backends.model_config import context_tokens, first_line, load_error, quieten, read_model_config
+from llem_ray.backends.model_config import (
+    context_tokens,
+    count_parameters,
+    first_line,
+    load_error,
+    quieten,
+    read_model_config,
+)
 from llem_ray.backends.model_source import ModelSource, model_commit
 from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
-from llem_ray.backends.transformers.arguments import TransformersArgs
+from llem_ray.backends.transformers.arguments import TransformersArgs, check_shape
 from llem_ray.backends.transformers.decoding import PaddedBatch, generate_batch
 from llem_ray.backends.transformers.loading import build_model, eos_token_ids
 from llem_ray.backends.transformers.memory import BatchMemory, estimate_batch_memory, require_host_memory
-from llem_ray.backends.transformers.sampling import NOT_FINITE, TokenSelector
 from llem_ray.core.backend import BackendConfig, LoadReport, Request, RequestRecord, StepEvent
-from llem_ray.core.errors import BackendError, DeviceMemoryError, GenerationError, LoadError
+from llem_ray.core.errors import BackendError, DeviceMemoryError, GenerationError, LlemRayError, LoadError, NumericsError
 from llem_ray.core.spec import SamplingSpec
+
+if TYPE_CHECKING:
+    from llem_ray.backends.transformers.replica import Replica
 
 WARM_PROMPT_TOKENS = 8
 WARM_STEPS = 2
 
+ENGINE_ERRORS = (RuntimeError, MemoryError, ValueError, TypeError, IndexError)
+"""What model code raises; anything else is a defect of ours."""
 OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "not enough memory")
 """What torch's plain RuntimeErrors of the CPU allocator and of CUDA libraries say."""
 
 
 class Engine:
-    """A model and its tokenizer on one device.
+    """A model, or one rank's share of it, and its tokenizer on one device.
 
     Args:
         model: Ready for inference.
         tokenizer: Of transformers.
         threads_before: CPU threads of torch before this engine was loaded; set again by ``close``.
+        replica: The other ranks that share the model, or None where this process has all of it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, threads_before: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, threads_before: int, replica: Replica | None = None) -> None:
+        self._replica = replica
         self._threads_before = threads_before
         self._model = model
         self._tokenizer = tokenizer
@@ -52,30 +66,65 @@ class Engine:
         """Token ids of each text, special tokens included, nothing cut."""
         return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
 
+    def require_valid(self, requests: Sequence[Request]) -> None:
+        """Refuse what the model cannot serve.
+
+        Raises:
+            GenerationError: A request is wrong, or there are none.
+        """
+        require_valid(requests, vocab_size=self._vocab_size, context_tokens=self._context_tokens)
+
     def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
         """See ``InferenceBackend.run``."""
-        require_valid(requests, vocab_size=self._vocab_size, context_tokens=self._context_tokens)
+        self.require_valid(requests)
         need = self._memory(requests)
         if need is not None and self._model.device.type == "cpu":
             require_host_memory(need.total_bytes, f"a batch of {len(requests)} requests", need.arithmetic)
+        with self._replica.batch() if self._replica is not None else contextlib.nullcontext():
+            try:
+                yield from generate_batch(
+                    self._model, requests, sampling, self._eos_token_ids, self._context_tokens - 1, self._replica
+                )
+            except BackendError:
+                raise
+            except ENGINE_ERRORS as error:
+                failure = _failure(error, len(requests), need)
+                free_after(error)
+                raise failure from error
+
+    def follow(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, chosen: Callable[[], Sequence[int] | None]) -> None:
+        """Compute this rank's share of a batch that another rank leads.
+
+        Args:
+            prompts: Token ids of each row.
+            max_new_tokens: Steps the batch may take.
+            chosen: Waits for the tokens of the last step; None when there is no further one.
+
+        Raises:
+            DeviceMemoryError: It does not fit here.
+            GenerationError: The engine failed.
+        """
         try:
-            yield from generate_batch(self._model, requests, sampling, self._eos_token_ids, self._context_tokens - 1)
-        except BackendError:
-            raise
-        except (RuntimeError, MemoryError, ValueError, TypeError, IndexError) as error:
-            failure = _failure(error, len(requests), need)
+            batch = PaddedBatch(self._model, prompts, max_new_tokens, self._context_tokens - 1)
+            batch.forward()
+            while (tokens := chosen()) is not None:
+                batch.feed(tokens)
+                batch.forward()
+        except ENGINE_ERRORS as error:
+            failure = _failure(error, len(prompts), None)
             free_after(error)
             raise failure from error
 
     def warm(self) -> None:
         """One short batch, so that the first measured one meets libraries that have been set up."""
         steps = min(WARM_STEPS, self._context_tokens - 1)
+        if steps < 1:
+            return
         prompt = [index % self._vocab_size for index in range(min(WARM_PROMPT_TOKENS, self._context_tokens - steps))]
-        selector = TokenSelector(SamplingSpec(), self._model.device)
-        batch = PaddedBatch(self._model, [prompt], steps, selector, self._context_tokens - 1)
-        for _ in range(steps):
-            if NOT_FINITE in batch.step():
-                return  # no token to go on with; a trial will report it
+        request = Request(request_id="warm", prompt_token_ids=tuple(prompt), max_new_tokens=steps)
+        with contextlib.suppress(NumericsError):  # a trial will report it
+            for _ in self.run([request], SamplingSpec()):
+                pass
 
     def release_memory(self) -> None:
         """Give memory that nothing uses any more back to the device."""
@@ -98,8 +147,10 @@ class Engine:
         )
 
 
-def load_engine(config: BackendConfig, source: ModelSource, args: TransformersArgs, import_s: float) -> tuple[Engine, LoadReport]:
-    """Load model and tokenizer, run a short batch, and report.
+def load_engine(
+    config: BackendConfig, source: ModelSource, args: TransformersArgs, import_s: float, replica: Replica | None = None
+) -> tuple[Engine, LoadReport]:
+    """Load model and tokenizer, run a short batch, and report. A rank that is led runs none: it is not told to yet.
 
     Raises:
         LoadError: One of them could not be loaded.
@@ -107,18 +158,26 @@ def load_engine(config: BackendConfig, source: ModelSource, args: TransformersAr
     """
     quieten()
     begin_s = time.monotonic()
-    device = _device(config)
+    device = find_device(config)
     threads_before = torch.get_num_threads()
     try:
         model_config = read_model_config(source, config.model)
+        check_shape(config.engine, model_config.get_text_config().to_dict())
         tokenizer, origin = find_tokenizer(config, source, model_config)
-        model = build_model(source, config.model, args, model_config, device)
-        engine = Engine(model, tokenizer, threads_before)
-        if args.num_threads is not None:
-            torch.set_num_threads(args.num_threads)
+        shared = replica is not None and device.type == "cpu"
+        if threads := args.num_threads or (replica.cpu_threads if replica is not None and shared else None):
+            torch.set_num_threads(threads)
+        if replica is None:
+            model = build_model(source, config.model, args, model_config, device)
+        else:
+            model = replica.build(source, args, model_config)
+        engine = Engine(model, tokenizer, threads_before, replica if replica is not None and replica.circle.members else None)
         constructed_s = time.monotonic()
-        engine.warm()
-    except BackendError:
+        if replica is None or replica.layout.place == 0:
+            engine.warm()
+    except GenerationError as error:
+        raise LoadError(f"the model does not run: {error.message}") from error
+    except LlemRayError:
         raise
     except Exception as error:  # model code of third parties may raise anything; here it becomes one typed error
         free_after(error)
@@ -136,8 +195,8 @@ def load_engine(config: BackendConfig, source: ModelSource, args: TransformersAr
         warm_s=finished_s - constructed_s,
         context_tokens=context_tokens(model.config),
         vocab_size=int(model.config.get_text_config().vocab_size),
-        parameters=model.num_parameters(),
-        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        parameters=model.num_parameters() if replica is None else _count(config, model_config),
+        weight_bytes=_size(model) if replica is None else replica.weight_bytes,
         dtype=str(model.dtype).removeprefix("torch."),
         device=device.type,
         model_commit=model_commit(source, model_config),
@@ -147,9 +206,9 @@ def load_engine(config: BackendConfig, source: ModelSource, args: TransformersAr
     )
 
 
-def gpu_uuid() -> str:
-    """NVML's UUID of the device the engine runs on: the first that is visible."""
-    return f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+def gpu_uuid(config: BackendConfig) -> str:
+    """NVML's UUID of the device the engine runs on."""
+    return f"GPU-{torch.cuda.get_device_properties(find_device(config)).uuid}"
 
 
 def free_after(error: BaseException) -> None:
@@ -179,13 +238,31 @@ def _failure(error: Exception, rows: int, need: BatchMemory | None) -> BackendEr
     return GenerationError(f"the engine failed: {first_line(error)}")
 
 
-def _device(config: BackendConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
+def find_device(config: BackendConfig) -> torch.device:
+    """The device of this process: the first visible one, or the one of its number on this host where it sees several.
+
+    Raises:
+        LoadError: There is none.
+    """
+    if config.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise LoadError(
             f"the engine is to run on CUDA, but torch {torch.__version__} sees no CUDA device",
             "set `engine.device: cpu`, or install a CUDA build of torch and check `nvidia-smi`",
         )
-    return torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
+    number, visible = config.rendezvous.local_rank if config.rendezvous is not None else 0, torch.cuda.device_count()
+    if visible > 1 and number >= visible:
+        raise LoadError(f"process {number} of this host has no GPU of its own: {visible} are visible")
+    return torch.device("cuda", number if visible > 1 else 0)
+
+
+def _count(config: BackendConfig, model_config: Any) -> int:
+    return count_parameters(model_config, trust_remote_code=config.model.trust_remote_code)
+
+
+def _size(model: Any) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _notes(model: Any, source: ModelSource, tokenizer_origin: str) -> dict[str, str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from llem_ray.backends.model_config import count_parameters, weight_dtype
 from llem_ray.backends.model_source import ModelSource
@@ -15,12 +18,22 @@ from llem_ray.backends.transformers.memory import require_host_memory
 from llem_ray.core.spec import ModelSpec
 
 
-def build_model(
-    source: ModelSource, model: ModelSpec, args: TransformersArgs, config: Any, device: torch.device
-) -> PreTrainedModel:
-    """The model on its device, ready for inference.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """How a model is shared by the ranks of this process's group."""
 
-    Random weights depend on the seed, the device's kind and the torch version.
+    tensor: int
+    pipeline: int
+    location: Path | None
+    """Checkpoint of random weights, or None where the model has its own."""
+
+
+def build_model(
+    source: ModelSource, model: ModelSpec, args: TransformersArgs, config: Any, device: torch.device, split: Split | None = None
+) -> PreTrainedModel:
+    """The model on its device, or this rank's share of it, ready for inference.
+
+    Random weights depend on the seed, the torch version and the device's kind; those of a split model are the CPU's.
 
     Raises:
         DeviceMemoryError: The host's memory cannot hold it.
@@ -30,8 +43,17 @@ def build_model(
     if args.attn_implementation is not None:
         options["attn_implementation"] = args.attn_implementation
     if device.type == "cpu":
-        _require_memory(config, dtype, model.trust_remote_code)
-    if source.random:
+        _require_memory(config, dtype, model.trust_remote_code, split)
+    if split is not None:
+        built = AutoModelForCausalLM.from_pretrained(
+            split.location or source.location,
+            config=config,
+            revision=model.revision or "main",
+            dtype=dtype,
+            distributed_config=DistributedConfig(tp_size=split.tensor, pp_size=split.pipeline),
+            **options,
+        )
+    elif source.random:
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
             stack.enter_context(device)
@@ -57,9 +79,9 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(ids) if isinstance(ids, list | tuple) else frozenset((ids,))
 
 
-def _require_memory(config: Any, dtype: Any, trust_remote_code: bool) -> None:
+def _require_memory(config: Any, dtype: Any, trust_remote_code: bool, split: Split | None) -> None:
     parameters = count_parameters(config, trust_remote_code=trust_remote_code)
     element_bytes = (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
-    require_host_memory(
-        parameters * element_bytes, "the model", f"{parameters} parameters x {element_bytes} B = {parameters * element_bytes} B"
-    )
+    ranks = 1 if split is None else split.tensor * split.pipeline
+    needed, share = parameters * element_bytes // ranks, "" if split is None else f" / {ranks} ranks"
+    require_host_memory(needed, "the model", f"{parameters} parameters x {element_bytes} B{share} = {needed} B")

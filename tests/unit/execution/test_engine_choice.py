@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec, WorkloadSpec
 from llem_ray.execution.calls import TrialOrder
 from llem_ray.execution.engine_host import EngineHost
+from llem_ray.execution.engines import worker_layout
 from llem_ray.execution.preflight import check_plan
 from llem_ray.planning.plan import make_plan
 
@@ -85,3 +87,21 @@ def test_preflight_checks_in_that_interpreter(tmp_path: Path, override: str, err
     sweep = load_sweep(tmp_path / "sweep.yaml", overrides=(override.replace("PYTHON", sys.executable),))
     with pytest.raises(error, match=says):
         check_plan(make_plan(sweep, gpus_available=0), 0, str(tmp_path / "cache"))
+
+
+def test_layout_of_workers_is_the_factorys() -> None:
+    assert worker_layout(EngineSpec(backend="transformers")) == "rank"
+    assert worker_layout(EngineSpec(backend="fake")) == "host"
+    with pytest.raises(PluginError, match="no-such-engine"):
+        worker_layout(EngineSpec(backend="no-such-engine"))
+
+
+def test_layout_is_told_without_the_engines_libraries() -> None:
+    code = (
+        "import sys\n"
+        "from llem_ray.core.spec import EngineSpec\n"
+        "from llem_ray.execution.engines import worker_layout\n"
+        "print(worker_layout(EngineSpec(backend='transformers')), 'torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert told.stdout.split() == ["rank", "False"]
