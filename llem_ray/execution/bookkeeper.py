@@ -12,7 +12,7 @@ from collections import deque
 from typing import Final
 
 from llem_ray.core.clock import Clock
-from llem_ray.core.outcome import Completed, Failed
+from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import Plan, Trial
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.execution.accounting import Accounts

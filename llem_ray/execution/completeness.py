@@ -23,7 +23,7 @@ def node_columns(
     gang: GangRecord, meter: Meter, window: Window, held: Sequence[EnergyReading], context: Sequence[EnergyReading]
 ) -> Row:
     """One entry for each node of the gang: its leased and other GPUs, its CPU and memory, and what was seen of it."""
-    entries = []
+    entries: list[Row] = []
     for host in gang.hosts:
         leased = [reading for reading in held if reading.node == host]
         others = [reading for reading in context if reading.node == host]
@@ -49,14 +49,14 @@ def node_columns(
                 "reason": next((reading.reason for reading in leased if reading.reason), None),
             }
         )
-    gaps_s = [entry["max_gap_s"] for entry in entries if entry["max_gap_s"] is not None]
+    longest_s: list[float] = [entry["max_gap_s"] for entry in entries if entry["max_gap_s"] is not None]
     deltas_s = [reading.delta_s for reading in held]
     return {
         "gang": gang.name,
         "gang_nodes": entries,
         "nodes_expected": len(entries),
         "nodes_reported": sum(entry["reported"] for entry in entries) if gang.devices else 0,
-        "max_gap_s": max(gaps_s, default=None),
+        "max_gap_s": max(longest_s, default=None),
         "clock_delta_s": max(deltas_s, default=None),
     }
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+import numpy as np
+
 from llem_ray.core.clock import Clock
 from llem_ray.core.errors import LlemRayError, NodeLost, PlacementError
 from llem_ray.core.units import NS_PER_S
@@ -214,10 +216,11 @@ class Fleet:
             except (LlemRayError, TimeoutError):
                 continue  # nothing can be said of a host that does not answer
             if alive:
-                text = f"processes {', '.join(map(str, alive))} of the gang before are still there"
-                found += [(item, text) for item in gpus]
+                processes = f"processes {', '.join(map(str, alive))} of the gang before are still there"
+                found += [(item, processes) for item in gpus]
             else:
-                found += [(item, text) for item in gpus if (text := self._gpu_leftover(gang, item))]
+                told = [(item, self._gpu_leftover(gang, item)) for item in gpus]
+                found += [(item, text) for item, text in told if text is not None]
         return found
 
     def _gpu_leftover(self, gang: GangRecord, item: HostDevice) -> str | None:
@@ -231,7 +234,7 @@ class Fleet:
         if len(used) == 2 and None not in used and (extra := (used[1] or 0) - (used[0] or 0)) > MEMORY_SLACK_BYTES:
             return f"{extra / 2**20:.0f} MiB more memory in use than before its load"
         power_mw = self._meter.trace(item.host, item.device.uuid, now_ns - 2 * NS_PER_S, now_ns).power_mw
-        known = power_mw[power_mw == power_mw]
+        known = power_mw[np.isfinite(power_mw)]
         if baseline.peak_w is None or not len(known):
             return None
         limit_w = baseline.peak_w * (1 + POWER_SLACK_REL) + POWER_SLACK_W

@@ -146,14 +146,14 @@ class InlineExecutor:
         """This process, without GPUs."""
         return (Node(node_id="inline", hostname=socket.gethostname(), address="127.0.0.1", gpus=0),)
 
-    def open_sampler(self, node: Node, settings: SamplerSettings) -> Sampler:
+    def open_sampler(self, _node: Node, settings: SamplerSettings) -> Sampler:
         """A sampler on a thread."""
         return InlineSampler(settings)
 
     def check(self, groups: Sequence[LoadGroup], base_dir: str, cache_dir: str) -> None:
         """Nothing: whoever submits has checked in this very process."""
 
-    def open_gang(self, group: LoadGroup, seats: Sequence[Seat], base_dir: str, cache_dir: str) -> Gang:
+    def open_gang(self, group: LoadGroup, _seats: Sequence[Seat], base_dir: str, cache_dir: str) -> Gang:
         """One engine, on a thread."""
         experiment = group.experiment
         return InlineGang(EngineHost(experiment.model, experiment.engine, 0, base_dir, cache_dir))

@@ -364,8 +364,8 @@ class Meter:
                     LOG.warning("the sampler of %s: %s", link.info.hostname, note)
             except (LlemRayError, TimeoutError) as error:
                 LOG.warning("the sampler of %s gave no last word: %s", link.info.hostname, error)
-        for held in (*links, *openings):
-            held.sampler.close()
+        for sampler in (*(link.sampler for link in links), *(opening.sampler for opening in openings)):
+            sampler.close()
 
     def _step_openings(self) -> LlemRayError | None:
         """Bring samplers that are being started one step further; returns what the first that cannot start raises."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-
 from dataclasses import replace
+
 from llem_ray.core.clock import Clock
 from llem_ray.core.energy import Phase, PhaseSpan
 

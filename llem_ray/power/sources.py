@@ -56,7 +56,7 @@ class _Rest:
         if hasattr(source, "lag_s"):
             self.lag_s = source.lag_s
 
-    def devices(self) -> Sequence[Device]:
+    def devices(self) -> tuple[Device, ...]:
         return tuple(device for device in self._source.devices() if device.uuid not in self._skip)
 
     def read(self) -> Sequence[PowerSample]:

@@ -198,13 +198,18 @@ _ENERGY = (
     Column("nodes_reported", _I32, "", "Those whose leased devices all have an energy. Fewer than expected: no total."),
     Column("max_gap_s", _F64, "s", "Longest stretch of the window without a sample of a leased device."),
     Column("clock_delta_s", _F64, "s", "Half-width of the clock offset, the worst node of the gang; part of energy_u_j."),
-    Column("unleased_gpu_energy_j", _F64, "J", "GPUs of the gang's nodes that it did not hold. Context, never part of the total."),
+    Column(
+        "unleased_gpu_energy_j", _F64, "J", "GPUs of the gang's nodes that it did not hold. Context, never part of the total."
+    ),
     Column("other_nodes_gpu_energy_j", _F64, "J", "GPUs of all other nodes, by plain counter difference. Context."),
     Column("other_nodes_expected", _I32, "", "Nodes outside the gang that were sampled in this run."),
     Column("other_nodes_reported", _I32, "", "Those of them whose GPUs all have an energy."),
     Column("cluster_gpu_energy_j", _F64, "J", "All GPUs of the cluster together; null when one is missing. Context."),
     Column(
-        "idle_bubble_share", _F64, "1", "Share of the window that leased GPUs spent near idle power (up to idle + 10 % of busy - idle)."
+        "idle_bubble_share",
+        _F64,
+        "1",
+        "Share of the window that leased GPUs spent near idle power (up to idle + 10 % of busy - idle).",
     ),
     Column("rank_imbalance", _F64, "1", "(Largest - smallest) / mean of the leased devices' energies."),
 )

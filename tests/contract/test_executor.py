@@ -16,9 +16,10 @@ from llem_ray.core.identity import cell_id
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.plan import LoadGroup, Trial
 from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec, WorkloadSpec
-from llem_ray.execution.calls import Executor, Gang, TrialOrder
+from llem_ray.execution.calls import Executor, Gang, SamplerSettings, TrialOrder
 from llem_ray.execution.inline import InlineExecutor
 from llem_ray.execution.ray.executor import EmbeddedRayExecutor
+from llem_ray.planning.packing import Seat
 
 DEADLINE_S = 90.0
 
@@ -53,13 +54,13 @@ def order(of: LoadGroup, **changes: object) -> TrialOrder:
 
 
 def open_gang(executor: Executor, of: LoadGroup, tmp_path: Path) -> Gang:
-    return executor.open_gang(of, str(tmp_path), str(tmp_path))
+    return executor.open_gang(of, [Seat(node=executor.nodes()[0].node_id, gpus=of.gpus)], str(tmp_path), str(tmp_path))
 
 
 def test_a_trial_from_lease_to_close(executor: Executor, tmp_path: Path) -> None:
     fake = group()
     gang = open_gang(executor, fake, tmp_path)
-    leased = gang.lease().result(DEADLINE_S)
+    (leased,) = gang.lease().result(DEADLINE_S)
     assert leased.gpu_ids == ()
     loaded = gang.load().result(DEADLINE_S)
     assert [rank.pid for rank in loaded.ranks] == [leased.pid]
@@ -146,14 +147,21 @@ def test_a_dead_engine_is_named_and_its_last_words_kept(executor: Executor, tmp_
 
 
 def test_sampler_describes_and_hands_out_every_batch_once(executor: Executor) -> None:
-    (sampler,) = executor.open_samplers(["replay"], 20.0, 1)
+    sampler = executor.open_sampler(executor.nodes()[0], SamplerSettings(run="run", sources=("replay",), sample_hz=20.0))
+    host = sampler.host().result(DEADLINE_S)
     info = sampler.describe().result(DEADLINE_S)
     assert [device.uuid for device in info.devices] == ["cpu-0"]
-    assert info.epoch == 1
+    assert (info.epoch, info.node) == (1, host)
+    before_ns = time.monotonic_ns()
+    received_ns, replied_ns = sampler.probe().result(DEADLINE_S)
+    assert before_ns <= received_ns <= replied_ns <= time.monotonic_ns()
+    assert sampler.alive([os.getpid(), info.pid]).result(DEADLINE_S) == (os.getpid(), info.pid)
     rows, after = 0, 0
     deadline = time.monotonic() + DEADLINE_S
     while rows < 20 and time.monotonic() < deadline:
-        batches = sampler.fetch(after).result(DEADLINE_S)
+        fetched = sampler.fetch(after, info.epoch).result(DEADLINE_S)
+        assert before_ns < fetched.received_ns <= fetched.replied_ns
+        batches = fetched.batches
         assert [batch.seq for batch in batches] == list(range(after + 1, after + 1 + len(batches)))
         rows += sum(len(batch) for batch in batches)
         after += len(batches)
@@ -163,7 +171,8 @@ def test_sampler_describes_and_hands_out_every_batch_once(executor: Executor) ->
 
 
 def test_sampler_that_cannot_work_says_why(executor: Executor) -> None:
-    (sampler,) = executor.open_samplers(["no-such-source"], 20.0, 1)
+    settings = SamplerSettings(run="run", sources=("no-such-source",), sample_hz=20.0)
+    sampler = executor.open_sampler(executor.nodes()[0], settings)
     with pytest.raises(Exception, match="no-such-source"):
         sampler.describe().result(DEADLINE_S)
     sampler.close()

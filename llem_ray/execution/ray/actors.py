@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -60,10 +61,10 @@ class EngineActor(EngineHost):
 class SamplerActor(SamplerHost):
     """SamplerHost in a process of its own, ahead of the engine where the system allows it: a late poll is a lost sample."""
 
-    def __init__(self, *args: Any, lease_s: float, **kwargs: Any) -> None:
+    def __init__(self, sources: Sequence[str] | str, sample_hz: float, lease_s: float, spool_dir: str | None) -> None:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, SAMPLER_NICENESS)
-        super().__init__(*args, lease_s=lease_s, **kwargs)
+        super().__init__(sources, sample_hz, lease_s, spool_dir)
         self._end_after_s = lease_s + ORPHAN_GRACE_S
         threading.Thread(target=self._end_with_the_lease, name="llem-ray-lease", daemon=True).start()
 

@@ -69,13 +69,14 @@ class RaySampler:
 class RayExecutor:
     """What embedded Ray and a cluster have in common.
 
-    A gang on GPUs has a placement group with one bundle for each of its nodes, pinned there: tensor parallelism inside a node is one
-    bundle, so its GPUs are granted together or not at all. Each process takes its GPUs from the bundle.
+    A gang on GPUs has a placement group with one bundle for each of its nodes, pinned there: its GPUs are granted together
+    or not at all, and each of its processes takes its own from the bundle.
     """
 
     def __init__(self) -> None:
         self._prompts: dict[PromptSpec, Sequence[str]] = {}
-        self._holders: list[Any] = []
+        self._holders: list[tuple[str, Any]] = []
+        self._gangs: list[tuple[RayGang, tuple[Seat, ...]]] = []
         self._logs: Path | None = None
 
     def nodes(self) -> tuple[Node, ...]:
@@ -156,7 +157,19 @@ class RayExecutor:
                     rank=rank,
                 )
             )
-        return RayGang(actors, placement, self._logs)
+        gang = RayGang(actors, placement, self._logs)
+        self._gangs = [(known, held) for known, held in self._gangs if not known.closed] + [(gang, tuple(seats))]
+        return gang
+
+    def _held_gpus(self) -> dict[str, int]:
+        """GPUs that this run holds, by node."""
+        held: dict[str, int] = {}
+        for gang, seats in self._gangs:
+            for seat in () if gang.closed else seats:
+                held[seat.node] = held.get(seat.node, 0) + seat.gpus
+        for node_id, _ in self._holders:
+            held[node_id] = held.get(node_id, 0) + 1
+        return held
 
     def _cache_dir(self, cache_dir: str) -> str | None:
         """Where engines keep what they build: None lets each host choose."""
@@ -178,7 +191,7 @@ class RayExecutor:
                 actor = ray.remote(num_cpus=0, num_gpus=1)(HolderActor).options(scheduling_strategy=_pinned(node_id)).remote()
                 taken.append(actor)
                 if answer_of(actor.gpu.remote(), HOLD_TIMEOUT_S, "quarantine") == gpu_uuid:
-                    self._holders.append(taken.pop())
+                    self._holders.append((node_id, taken.pop()))
                     return
         except (LlemRayError, TimeoutError) as error:
             LOG.error("GPU %s could not be held: %s", gpu_uuid, error)  # noqa: TRY400 - the text says it all

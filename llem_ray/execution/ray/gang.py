@@ -33,6 +33,7 @@ class RayGang:
         self._logs = logs
         self._leased: tuple[Leased, ...] = ()
         self._following: list[Any] = []
+        self.closed = False
 
     def lease(self) -> RayCalls[tuple[Leased, ...]]:
         """Answered once all actors run."""
@@ -74,6 +75,7 @@ class RayGang:
 
     def close(self, timeout_s: float) -> None:
         """Unload, then kill the actors and give the GPUs back."""
+        self.closed = True
         ray = import_ray()
         with contextlib.suppress(Exception):
             if timeout_s > 0:

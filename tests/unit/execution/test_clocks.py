@@ -16,7 +16,7 @@ HOURS_NS = 7 * 3600 * NS_PER_S
 
 
 def exchange(at_ns: int, there_ns: int, held_ns: int, back_ns: int, clock: Callable[[int], int]) -> Exchange:
-    """A question sent at ``at_ns`` that takes ``there_ns`` on its way, is held for ``held_ns``, and answered after ``back_ns``."""
+    """A question sent at ``at_ns`` that takes ``there_ns``, is held for ``held_ns``, and answered after ``back_ns``."""
     received, replied = at_ns + there_ns, at_ns + there_ns + held_ns
     return Exchange(sent_ns=at_ns, received_ns=clock(received), replied_ns=clock(replied), answered_ns=replied + back_ns)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 
 from llem_ray.core.power import Calibration, Device, Method, SampleBatch, SamplerInfo
 from llem_ray.core.units import NS_PER_S
+from llem_ray.execution.calls import Fetched, Node, SamplerSettings
 from llem_ray.execution.meter import Meter
 from llem_ray.testing.clock import VirtualClock
 
@@ -34,11 +35,15 @@ class Recorded:
         self._info = info
         self.batches: list[SampleBatch] = []
 
-    def describe(self) -> Now:
+    def host(self) -> Now:
+        return Now(self._info.node)
+
+    def describe(self, skip: Sequence[str] = (), min_epoch: int = 1) -> Now:
         return Now(self._info)
 
-    def fetch(self, after_seq: int) -> Now:
-        return Now([batch for batch in self.batches if batch.seq > after_seq])
+    def fetch(self, after_seq: int, epoch: int) -> Now:
+        wanted = tuple(batch for batch in self.batches if batch.seq > after_seq)
+        return Now(Fetched(batches=wanted, received_ns=0, replied_ns=0))
 
     def close(self) -> None:
         pass
@@ -48,20 +53,11 @@ class OneSampler:
     def __init__(self, sampler: Recorded) -> None:
         self._sampler = sampler
 
-    def open_samplers(self, sources: Sequence[str] | str, sample_hz: float, epoch: int) -> tuple[Recorded, ...]:
-        return (self._sampler,)
+    def open_sampler(self, node: Node, settings: SamplerSettings) -> Recorded:
+        return self._sampler
 
-    def start(self) -> None: ...
-    def gpus_free(self) -> int:
-        return 0
-
-    def open_gang(self, group: Any, base_dir: str, cache_dir: str) -> Any:
-        raise NotImplementedError
-
-    def facts(self) -> Mapping[str, str]:
-        return {}
-
-    def close(self) -> None: ...
+    def wait(self, calls: Sequence[Any], timeout_s: float) -> Sequence[Any]:
+        return calls
 
 
 def device(uuid: str, method: Method) -> Device:
@@ -89,8 +85,10 @@ def opened(*devices: Device) -> tuple[Meter, Recorded]:
         periods_s={COUNTER: 0.05, ESTIMATE: 1.0},
     )
     sampler = Recorded(info)
-    meter = Meter(OneSampler(sampler), "auto", 20.0, VirtualClock(), lambda info: None)
-    meter.open()
+    settings = SamplerSettings(run="run", sources="auto", sample_hz=20.0)
+    executor: Any = OneSampler(sampler)
+    meter = Meter(executor, settings, VirtualClock(), "n", lambda info: None)
+    meter.open([Node(node_id="node", hostname="n", address="127.0.0.1", gpus=0)])
     return meter, sampler
 
 
@@ -114,10 +112,10 @@ def batch(seq: int, uuids: tuple[str, ...], index: int, times_s: Sequence[float]
 def test_an_estimate_is_final_with_one_reading_at_or_after_the_edge(late_s: float) -> None:
     meter, sampler = opened(device(ESTIMATE, "estimated_model"))
     sampler.batches.append(batch(1, (ESTIMATE,), 0, [8.0, 9.0]))
-    meter.pump()
+    meter.pump(hurry=True)
     assert not meter.is_sampled_until(10 * NS_PER_S)
     sampler.batches.append(batch(2, (ESTIMATE,), 0, [10.0 + late_s]))
-    meter.pump()
+    meter.pump(hurry=True)
     assert meter.is_sampled_until(10 * NS_PER_S)
 
 
@@ -127,10 +125,10 @@ def test_a_counter_is_final_once_the_ticks_its_estimator_uses_are_in() -> None:
     margin_s = meter.margin_s("n", one)
     assert margin_s >= 12 * TICK_S
     sampler.batches.append(batch(1, (COUNTER,), 0, [10.0 + margin_s - 0.01]))
-    meter.pump()
+    meter.pump(hurry=True)
     assert not meter.is_sampled_until(10 * NS_PER_S)
     sampler.batches.append(batch(2, (COUNTER,), 0, [10.0 + margin_s]))
-    meter.pump()
+    meter.pump(hurry=True)
     assert meter.is_sampled_until(10 * NS_PER_S)
 
 
@@ -138,18 +136,18 @@ def test_the_slowest_device_decides_and_one_without_a_meter_does_not() -> None:
     uuids = (COUNTER, ESTIMATE)
     meter, sampler = opened(device(COUNTER, "unavailable"), device(ESTIMATE, "estimated_model"))
     sampler.batches.append(batch(1, uuids, 1, [10.0]))
-    meter.pump()
+    meter.pump(hurry=True)
     assert meter.is_sampled_until(10 * NS_PER_S)
     both, sampler = opened(device(COUNTER, "measured_counter"), device(ESTIMATE, "estimated_model"))
     sampler.batches.append(batch(1, uuids, 1, [20.0]))
-    both.pump()
+    both.pump(hurry=True)
     assert not both.is_sampled_until(10 * NS_PER_S)
 
 
 def test_what_was_fetched_is_not_fetched_again_and_can_be_forgotten() -> None:
     meter, sampler = opened(device(ESTIMATE, "estimated_model"))
     sampler.batches.append(batch(1, (ESTIMATE,), 0, [1.0, 2.0, 3.0]))
-    assert [one.seq for one in meter.pump()] == [1]
-    assert meter.pump() == []
-    meter.trim(2 * NS_PER_S)
+    assert [one.seq for one in meter.pump(hurry=True)] == [1]
+    assert meter.pump(hurry=True) == []
+    meter.trim("n", 2 * NS_PER_S)
     assert list(meter.trace("n", ESTIMATE, 0, 10 * NS_PER_S).t_ns) == [2 * NS_PER_S, 3 * NS_PER_S]

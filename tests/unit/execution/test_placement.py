@@ -25,14 +25,14 @@ def leased(*gpu_ids: str) -> Leased:
 
 @pytest.mark.parametrize("ids", [("2", "1"), ("GPU-2", "GPU-1")])
 def test_gpus_by_index_or_uuid(ids: tuple[str, ...]) -> None:
-    held, context, reason = gang_devices(leased(*ids), 2, (*GPUS, CPU))
+    held, context, reason = gang_devices([leased(*ids)], 2, (*GPUS, CPU))
     assert [gpu.uuid for gpu in held] == ["GPU-2", "GPU-1"]
     assert [other.uuid for other in context] == ["GPU-0", "GPU-3", "rapl:0"]
     assert reason is None
 
 
 def test_a_cpu_gang_answers_for_what_measures_its_host() -> None:
-    held, context, reason = gang_devices(leased(), 0, (*GPUS, CPU, DRAM, ESTIMATE))
+    held, context, reason = gang_devices([leased()], 0, (*GPUS, CPU, DRAM, ESTIMATE))
     assert held == (CPU, DRAM)
     assert context == (*GPUS, ESTIMATE)
     assert reason is None
@@ -41,26 +41,26 @@ def test_a_cpu_gang_answers_for_what_measures_its_host() -> None:
 def test_a_socket_that_cannot_be_read_is_the_gang_s_all_the_same() -> None:
     """Its energy is missing then, and the total says so: half of a host is not its energy."""
     silent = device("rapl:1", scope="cpu_package", method="unavailable")
-    held, _, reason = gang_devices(leased(), 0, (CPU, silent, DRAM, ESTIMATE))
+    held, _, reason = gang_devices([leased()], 0, (CPU, silent, DRAM, ESTIMATE))
     assert held == (CPU, silent, DRAM)
     assert reason is None
 
 
 def test_memory_that_no_counter_counts_is_outside_the_boundary() -> None:
     masked = device("rapl:0:dram", scope="dram", method="unavailable")
-    assert gang_devices(leased(), 0, (CPU, masked))[0] == (CPU,)
+    assert gang_devices([leased()], 0, (CPU, masked))[0] == (CPU,)
 
 
 def test_memory_alone_is_not_the_energy_of_a_gang_on_the_cpu() -> None:
     silent = device("rapl:0", scope="cpu_package", method="unavailable")
-    held, context, reason = gang_devices(leased(), 0, (silent, DRAM, ESTIMATE))
+    held, context, reason = gang_devices([leased()], 0, (silent, DRAM, ESTIMATE))
     assert held == ()
     assert context == (silent, DRAM, ESTIMATE)
     assert reason is not None
 
 
 def test_an_estimate_is_never_the_gang_s() -> None:
-    held, context, reason = gang_devices(leased(), 0, (ESTIMATE,))
+    held, context, reason = gang_devices([leased()], 0, (ESTIMATE,))
     assert held == ()
     assert context == (ESTIMATE,)
     assert reason is not None
@@ -70,4 +70,4 @@ def test_an_estimate_is_never_the_gang_s() -> None:
 @pytest.mark.parametrize("ids", [("7",), ("GPU-9",), ("0", "0"), ()])
 def test_gpus_that_cannot_be_measured_or_are_held_twice_are_refused(ids: tuple[str, ...]) -> None:
     with pytest.raises(PlacementError, match="host"):
-        gang_devices(leased(*ids), max(len(ids), 1), GPUS)
+        gang_devices([leased(*ids)], max(len(ids), 1), GPUS)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from llem_ray.core.errors import EngineDied
-from llem_ray.execution.ray.executor import RayCall, _import_ray
+from llem_ray.execution.ray.runtime import RayCall
+from llem_ray.execution.ray.runtime import import_ray as _import_ray
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_no_answer_yet_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cuda_counts_gpus_as_nvml_does_unless_the_user_says_otherwise(chosen: str | None, order: str) -> None:
     """On a host with two models of GPU the gang would else run on another GPU than the one that is measured."""
     env = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER" and not name.startswith("RAY_")}
-    code = "import os; from llem_ray.execution.ray import executor as e; e._import_ray(); print(os.environ['CUDA_DEVICE_ORDER'])"
+    code = "import os; from llem_ray.execution.ray import runtime as e; e.import_embedded(); print(os.environ['CUDA_DEVICE_ORDER'])"
     set_by_user = {} if chosen is None else {"CUDA_DEVICE_ORDER": chosen}
     said = subprocess.run([sys.executable, "-c", code], env=env | set_by_user, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == order

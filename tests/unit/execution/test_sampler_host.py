@@ -23,7 +23,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SamplerHost:
 
 def rows(host: SamplerHost, after_seq: int) -> tuple[int, int]:
     """Rows that came, and the number of the last batch."""
-    batches = host.fetch(after_seq)
+    batches = host.fetch(after_seq, 1).batches
     return sum(map(len, batches)), max((batch.seq for batch in batches), default=after_seq)
 
 

@@ -1,0 +1,123 @@
+"""Gangs and samplers on an existing Ray cluster, which this process has joined."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from llem_ray.core.plan import LoadGroup
+from llem_ray.execution.calls import Node, Sampler, SamplerSettings
+from llem_ray.execution.ray.address import Address
+from llem_ray.execution.ray.base import RaySampler, RayExecutor
+from llem_ray.execution.ray.connect import connect, probe_cluster
+from llem_ray.execution.ray.runtime import first_line, import_ray
+
+LOG = logging.getLogger(__name__)
+
+SPOOL_VARIABLE: Final = "LLEM_RAY_SPOOL"
+DEFAULT_SPOOL: Final = "llem-ray-spool"
+
+
+class ClusterExecutor(RayExecutor):
+    """A cluster that others started, and others may use too.
+
+    Samplers are detached and named after run and node, so that a run driver that resumes a run finds those of the one that died;
+    they end themselves when nobody asks any more. Engines die with the run driver.
+
+    Args:
+        address: Of kind ``auto`` or ``gcs``.
+    """
+
+    def __init__(self, address: Address) -> None:
+        super().__init__()
+        self._address = address
+        self._facts: dict[str, str] = {}
+
+    def start(self) -> None:
+        """Look at the cluster, then join it.
+
+        Raises:
+            PlacementError: It cannot be reached or joined from here; the message says why.
+        """
+        found = probe_cluster(self._address)
+        context = connect(self._address)
+        self._facts = {"executor": "ray-cluster", "ray": found.ray, "address": found.gcs_address, "nodes": str(len(found.alive))}
+        session = (getattr(context, "address_info", None) or {}).get("session_dir")
+        self._logs = Path(session) / "logs" if session else None
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes that Ray says are alive, with the GPUs that other jobs hold."""
+        found = super().nodes()
+        free = self._free_gpus()
+        if free is None:
+            return found
+        mine = self._held_gpus()
+        return tuple(
+            replace(node, gpus_elsewhere=max(0, node.gpus - int(free.get(node.node_id, node.gpus)) - mine.get(node.node_id, 0)))
+            for node in found
+        )
+
+    def _free_gpus(self) -> dict[str, float] | None:
+        """Free GPUs by node; None where this Ray does not tell."""
+        try:
+            from ray._private.state import available_resources_per_node  # noqa: PLC0415 - Ray has no public call for it
+
+            return {node_id: entry.get("GPU", 0.0) for node_id, entry in available_resources_per_node().items()}
+        except Exception as error:  # noqa: BLE001 - private to Ray: without it others' GPUs show only when a placement waits
+            LOG.debug("free GPUs are not known: %s", first_line(error))
+            return None
+
+    def open_sampler(self, node: Node, settings: SamplerSettings) -> Sampler:
+        """The run's sampler on the node."""
+        options = {
+            "name": f"llem-ray-sampler-{settings.run}-{node.node_id}",
+            "get_if_exists": True,
+            "lifetime": "detached",
+            "max_restarts": 0,
+        }
+        spool_dir = Path(os.environ.get(SPOOL_VARIABLE) or Path(tempfile.gettempdir()) / DEFAULT_SPOOL) / settings.run
+        return RaySampler(self._sampler_actor(node, settings, options, spool_dir=str(spool_dir)))
+
+    def check(self, groups: Sequence[LoadGroup], base_dir: str, cache_dir: str) -> None:
+        """Check every engine on a node of its kind, before anything is measured.
+
+        Raises:
+            LlemRayError: What an engine's check raises.
+            PlacementError: No node can be asked.
+        """
+        if not groups:
+            return
+        nodes = self.nodes()
+        on_gpus = [group for group in groups if group.gpus]
+        on_cpus = [group for group in groups if not group.gpus]
+        with_gpus = next((node for node in nodes if node.gpus), None)
+        for mine, node in ((on_gpus, with_gpus), (on_cpus, nodes[0])):
+            if mine and node is not None:
+                self.check_on(node.node_id, mine, base_dir, None)
+
+    def _cache_dir(self, cache_dir: str) -> str | None:
+        return None
+
+    def ask_for_nodes(self, groups: Sequence[LoadGroup]) -> None:
+        """Ask the cluster's autoscaler for nodes that hold the largest gang."""
+        ray = import_ray()
+        largest = max(groups, key=lambda group: group.gpus)
+        nodes = largest.experiment.engine.nodes or 1
+        bundles = [{"GPU": largest.gpus // nodes} if largest.gpus else {"CPU": 1} for _ in range(nodes)]
+        with contextlib.suppress(Exception):  # without an autoscaler nothing comes of it, and the wait has a deadline
+            ray.autoscaler.sdk.request_resources(bundles=bundles)
+
+    def facts(self) -> Mapping[str, str]:
+        """For the environment record."""
+        return dict(self._facts)
+
+    def close(self) -> None:
+        """Leave the cluster. Samplers have been closed by whoever opened them; what died hard ends with its lease."""
+        with contextlib.suppress(Exception):
+            import_ray().shutdown()
