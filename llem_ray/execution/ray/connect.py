@@ -40,6 +40,11 @@ class NodeFacts:
     resources: Mapping[str, float]
     labels: Mapping[str, str]
 
+    @property
+    def gpus(self) -> int:
+        """Whole GPUs that Ray may give away there."""
+        return int(self.resources.get("GPU", 0))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterFacts:
@@ -150,9 +155,11 @@ class _Look:
         node_ip = os.environ.get(NODE_IP_VARIABLE)
         script = str(Path(__file__).with_name("probe.py"))
         command = [sys.executable, "-P", script, self._address.text, str(self._timeout_s), *([node_ip] if node_ip else [])]
+        environment = {**os.environ, "RAY_gcs_server_request_timeout_seconds": RAYLET_TIMEOUT_S}
+        environment.pop("RAY_JOB_CONFIG_JSON_ENV_VAR", None)  # within a Ray job: this is not the job's driver
         with subprocess.Popen(
             command,
-            env={**os.environ, "RAY_gcs_server_request_timeout_seconds": RAYLET_TIMEOUT_S},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

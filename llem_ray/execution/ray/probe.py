@@ -19,7 +19,7 @@ def look(address: str, node_ip: str | None) -> dict[str, Any]:
 
     try:
         chosen: dict[str, Any] = {"_node_ip_address": node_ip} if node_ip else {}
-        context = ray.init(address=address, namespace="llem-ray", log_to_driver=False, configure_logging=False, **chosen)
+        ray.init(address=address, namespace="llem-ray", log_to_driver=False, configure_logging=False, **chosen)
         nodes = [
             {
                 "node_id": node["NodeID"],
@@ -31,7 +31,7 @@ def look(address: str, node_ip: str | None) -> dict[str, Any]:
             }
             for node in ray.nodes()
         ]
-        gcs = context.address_info["gcs_address"]
+        gcs = ray.get_runtime_context().gcs_address
         return {"ray": ray.__version__, "python": platform.python_version(), "gcs_address": gcs, "nodes": nodes}
     except (Exception, SystemExit) as error:  # noqa: BLE001 - told to the process that started us
         return {"error": _chain(error)}
