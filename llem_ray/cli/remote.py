@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +25,10 @@ from llem_ray.planning.plan import run_hash
 PYTHON_VARIABLE: Final = "LLEM_RAY_REMOTE_PYTHON"
 CALL_TIMEOUT_S: Final = 60.0
 OPEN: Final = ("pending", "running")
+REOPENS: Final = ("again", "retry_failed", "require_energy")
+"""Flags that ask something new of a run that is finished."""
+PROGRESS: Final = ("run ", "trial ")
+"""How the lines begin that a run driver without a terminal prints while it works."""
 
 
 def submit_job(jobs: RunJobs, sweep: Sweep, results: str | None, flags: Mapping[str, bool], *, detach: bool) -> int:
@@ -45,7 +50,7 @@ def submit_job(jobs: RunJobs, sweep: Sweep, results: str | None, flags: Mapping[
     if latest is not None and latest.state in OPEN:
         click.echo(f"{run} runs already, as the Ray job {latest.job_id}", err=True)
         job = latest
-    elif latest is not None and latest.state == "succeeded" and not any(flags.values()):
+    elif latest is not None and latest.state == "succeeded" and not any(flags[name] for name in REOPENS):
         click.echo(f"{run} is finished; --again starts a new run of the same sweep", err=True)
         click.echo(_results(jobs.logs(latest.job_id)), nl=False)
         return 0
@@ -76,7 +81,7 @@ def follow_job(jobs: RunJobs, job: RunJob) -> int:
         PlacementError: llem-ray did not run there, or was killed.
     """
     try:
-        ended = jobs.follow(job.job_id, lambda text: click.echo(text, nl=False))
+        ended = jobs.follow(job.job_id, _relay)
     except KeyboardInterrupt:
         click.echo(f"\ndetached; {_how_to(jobs, job)}", err=True)
         return INTERRUPTED
@@ -98,7 +103,7 @@ def watch_job(jobs: RunJobs, text: str) -> None:
     """Follow a run's newest job until it ends."""
     job = jobs.find(text)
     try:
-        job = jobs.follow(job.job_id, lambda piece: click.echo(piece, nl=False))
+        job = jobs.follow(job.job_id, _relay)
     except KeyboardInterrupt:
         click.echo(f"\ndetached; {_how_to(jobs, job)}", err=True)
         return
@@ -109,7 +114,7 @@ def logs_of_job(jobs: RunJobs, text: str, *, follow: bool) -> None:
     """Print what a run's newest job printed."""
     job = jobs.find(text)
     if follow:
-        jobs.follow(job.job_id, lambda piece: click.echo(piece, nl=False))
+        jobs.follow(job.job_id, _relay)
     else:
         click.echo(jobs.logs(job.job_id), nl=False)
 
@@ -142,7 +147,8 @@ def show_of_job(jobs: RunJobs, text: str, *, as_json: bool) -> None:
         PlacementError: They cannot be read there.
     """
     job = jobs.find(text)
-    path = _run_path(jobs.logs(job.job_id))
+    told = (_run_path(jobs.logs(known.job_id)) for known in reversed(jobs.of_run(job.run)))
+    path = next((path for path in told if path is not None), None)
     if path is None:
         raise PlacementError(f"{job.run} has no results yet", f"its job {job.job_id} is {job.state}")
     command = [*_remote_llem(), "show", path, "--address", "", *(["--json"] if as_json else [])]
@@ -152,8 +158,14 @@ def show_of_job(jobs: RunJobs, text: str, *, as_json: bool) -> None:
     click.echo(said, nl=False)
 
 
+def _relay(text: str) -> None:
+    """Whole lines of a job's log: progress to stderr, all else to stdout, as a run driver here would."""
+    for line in text.splitlines(keepends=True):
+        click.echo(line, nl=False, err=line.startswith(PROGRESS))
+
+
 def _remote_llem() -> list[str]:
-    return [os.environ.get(PYTHON_VARIABLE) or "python", "-m", "llem_ray"]
+    return [*shlex.split(os.environ.get(PYTHON_VARIABLE) or "python"), "-m", "llem_ray"]
 
 
 def _exit_code(job: RunJob, log: str) -> int:
@@ -163,7 +175,7 @@ def _exit_code(job: RunJob, log: str) -> int:
     if job.state == "stopped":
         click.echo(f"{job.job_id} was stopped; what is done is kept, submit the same sweep again to resume", err=True)
         return INTERRUPTED
-    python = _remote_llem()[0]
+    python = os.environ.get(PYTHON_VARIABLE) or "python"
     install = f"on the head: {python} -m pip install llem-ray=={__version__}; {PYTHON_VARIABLE} chooses another interpreter"
     if re.search(r"No module named '?llem_ray", log):
         raise PlacementError(f"llem-ray is not installed for {python!r} on the head", install)
@@ -194,7 +206,7 @@ def _run_path(log: str) -> str | None:
 def _results(log: str) -> str:
     """What the run driver printed after its last line of progress."""
     lines = log.splitlines(keepends=True)
-    last = max((i for i, line in enumerate(lines) if line.startswith(("trial ", "run "))), default=-1)
+    last = max((i for i, line in enumerate(lines) if line.startswith(PROGRESS)), default=-1)
     return "".join(lines[last + 1 :])
 
 
@@ -212,7 +224,7 @@ def _line(job: RunJob, log: str) -> str:
 
 def _last_line(log: str, job: RunJob) -> str | None:
     """The newest progress of a job that runs."""
-    told = [line for line in log.splitlines() if line.startswith(("trial ", "run "))]
+    told = [line for line in log.splitlines() if line.startswith(PROGRESS)]
     return told[-1] if told and not job.is_over else None
 
 

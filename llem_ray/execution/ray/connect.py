@@ -231,9 +231,12 @@ def _hopeless(line: str, address: Address) -> PlacementError | None:
 
 def _no_gcs(host: str, port: int, address: Address) -> PlacementError:
     """TCP works, but what answers is not a Ray head that we understand."""
-    if address.host in {"127.0.0.1", "localhost", "::1"} and host != address.host:
-        hint = f"use `auto`, or start the head with --node-ip-address={host}"
-        return PlacementError(f"Ray took {host} for {address.host}, and no head answers at {host}:{port}", hint)
+    if address.host is not None and host != address.host:
+        try:
+            check_listens(host, port, TCP_TIMEOUT_S)
+        except PlacementError as error:
+            hint = f"start the head with --node-ip-address={host}, or use its own address"
+            return PlacementError(f"Ray goes to {host} instead of {address.host}, but {error.message}", hint)
     if os.environ.get("RAY_USE_TLS", "0").lower() not in {"1", "true"} and _speaks_tls(host, port):
         hint = "set RAY_USE_TLS=1, RAY_TLS_SERVER_CERT, RAY_TLS_SERVER_KEY and RAY_TLS_CA_CERT"
         return PlacementError(f"the cluster at {host}:{port} wants TLS", hint)

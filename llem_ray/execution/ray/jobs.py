@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -29,6 +30,7 @@ LOST_TIMEOUT_S: Final = 120.0
 SETTLE_TIMEOUT_S: Final = 60.0
 """How long the state of a job may lag behind the end of its log."""
 RETRY_S: Final = 2.0
+PACKAGING_LOG: Final = "ray._private.runtime_env.packaging"
 STOP_WAIT_S: Final = 15
 """What Ray waits between SIGTERM and SIGKILL when it stops a job; its own default of 3 s is short for the last rows."""
 
@@ -70,6 +72,9 @@ class RunJobs:
         self.address = address.text
         check_listens(address.host, address.port, TCP_TIMEOUT_S)
         from ray.job_submission import JobSubmissionClient  # noqa: PLC0415 - settings must be in the environment before
+
+        for name in (PACKAGING_LOG, *(part.__module__ for part in JobSubmissionClient.__mro__)):
+            logging.getLogger(name).setLevel(logging.WARNING)  # they tell of uploads and sockets
 
         class Client(JobSubmissionClient):
             """Ray's client, that waits for ever no more."""
@@ -183,6 +188,7 @@ class RunJobs:
                 continue
             lost_ns = None
             if job.is_over:
+                printed.finish()
                 return job
             time.sleep(RETRY_S)
 
@@ -266,10 +272,11 @@ class RunJobs:
 
 
 class _Printed:
-    """Passes text on once, although every new connection tells it from the start."""
+    """Passes whole lines on, each once, although every new connection tells them from the start."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self._write = write
+        self._begun = ""
         self._told = 0
         self.total = 0
 
@@ -279,11 +286,18 @@ class _Printed:
 
     def add(self, text: str) -> None:
         """The next piece of text."""
-        begin = self._told
+        fresh = text[max(0, self.total - self._told) :]
         self._told += len(text)
-        if self._told > self.total:
-            self._write(_without_preamble(text[max(0, self.total - begin) :]))
-            self.total = self._told
+        self.total = max(self.total, self._told)
+        lines, newline, self._begun = (self._begun + fresh).rpartition("\n")
+        if newline:
+            self._write(_without_preamble(lines + newline))
+
+    def finish(self) -> None:
+        """No more text comes: pass on a last line without an end."""
+        if self._begun:
+            self._write(self._begun + "\n")
+            self._begun = ""
 
 
 def _run_job(details: Any) -> RunJob:
