@@ -18,7 +18,7 @@ from llem_ray.cli.doctor import doctor
 from llem_ray.cli.measure import measure
 from llem_ray.cli.output import INTERNAL, INTERRUPTED, tell_error
 from llem_ray.cli.runs import export, logs, show, status, stop, watch
-from llem_ray.cli.submit import submit
+from llem_ray.cli.submit import run, submit
 from llem_ray.cli.sweeps import init, plan, schema, validate
 
 
@@ -60,7 +60,7 @@ def cli(verbose: bool) -> None:
     _log_to_stderr(verbose)
 
 
-for command in (init, validate, schema, plan, doctor, submit, measure, status, watch, logs, stop, show, export):
+for command in (init, validate, schema, plan, doctor, submit, run, measure, status, watch, logs, stop, show, export):
     cli.add_command(command)
 
 

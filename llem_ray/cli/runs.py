@@ -14,8 +14,11 @@ import click
 from rich.console import Console
 
 from llem_ray.cli.output import echo_json
-from llem_ray.cli.sweeps import AS_JSON, RESULTS_DIR
+from llem_ray.cli.remote import logs_of_job, show_of_job, status_of_job, stop_job, watch_job
+from llem_ray.cli.sweeps import ADDRESS, AS_JSON, RESULTS_DIR, TOKEN_FILE
 from llem_ray.core.errors import ResultsError
+from llem_ray.execution.ray.address import parse_address, prepare_environment
+from llem_ray.execution.ray.jobs import RunJobs
 from llem_ray.execution.status import RunStatus, planned_trials, read_status
 from llem_ray.reporting.numbers import count_noun
 from llem_ray.reporting.summary import summarise_run
@@ -33,12 +36,18 @@ POLL_S: Final = 1.0
 @click.command()
 @RUN
 @RESULTS_DIR
+@ADDRESS
+@TOKEN_FILE
 @AS_JSON
-def status(run: str, results_dir: Path, as_json: bool) -> None:
+def status(run: str, results_dir: Path, address: str | None, token_file: Path | None, as_json: bool) -> None:
     """Say how far RUN is.
 
-    RUN is a name, the beginning of exactly one name, or a path; so it is for all commands below.
+    RUN is a name, the beginning of exactly one name, or a path; so it is for all commands below. With an http address it is a run
+    that was submitted there as a Ray job.
     """
+    if jobs := _jobs(address, token_file):
+        status_of_job(jobs, run, as_json=as_json)
+        return
     found = read_status(find_run(results_dir, run))
     if as_json:
         echo_json(found.as_dict())
@@ -49,11 +58,16 @@ def status(run: str, results_dir: Path, as_json: bool) -> None:
 @click.command()
 @RUN
 @RESULTS_DIR
-def watch(run: str, results_dir: Path) -> None:
+@ADDRESS
+@TOKEN_FILE
+def watch(run: str, results_dir: Path, address: str | None, token_file: Path | None) -> None:
     """Follow RUN until it ends.
 
     Prints a line whenever a trial begins or ends. Ctrl-C stops watching, not the run.
     """
+    if jobs := _jobs(address, token_file):
+        watch_job(jobs, run)
+        return
     directory = find_run(results_dir, run)
     planned = planned_trials(directory)
     seen = ""
@@ -71,9 +85,14 @@ def watch(run: str, results_dir: Path) -> None:
 @click.command()
 @RUN
 @RESULTS_DIR
+@ADDRESS
+@TOKEN_FILE
 @click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
-def logs(run: str, results_dir: Path, follow: bool) -> None:
+def logs(run: str, results_dir: Path, address: str | None, token_file: Path | None, follow: bool) -> None:
     """Print RUN's log."""
+    if jobs := _jobs(address, token_file):
+        logs_of_job(jobs, run, follow=follow)
+        return
     directory = find_run(results_dir, run)
     if not directory.log_path.exists():
         raise ResultsError(f"{directory.name} has no log: {directory.log_path} is not there")
@@ -92,12 +111,17 @@ def logs(run: str, results_dir: Path, follow: bool) -> None:
 @click.command()
 @RUN
 @RESULTS_DIR
+@ADDRESS
+@TOKEN_FILE
 @click.option("--now", is_flag=True, help="Abort the running trial instead of finishing it.")
-def stop(run: str, results_dir: Path, now: bool) -> None:
+def stop(run: str, results_dir: Path, address: str | None, token_file: Path | None, now: bool) -> None:
     """Stop RUN, to be resumed later.
 
     The running trial is finished first. What is done is kept, and `submit` of the same sweep goes on from there.
     """
+    if jobs := _jobs(address, token_file):
+        stop_job(jobs, run, now=now)
+        return
     directory = find_run(results_dir, run)
     holder = directory.holder()
     if holder is None:
@@ -115,9 +139,14 @@ def stop(run: str, results_dir: Path, now: bool) -> None:
 @click.command()
 @RUN
 @RESULTS_DIR
+@ADDRESS
+@TOKEN_FILE
 @AS_JSON
-def show(run: str, results_dir: Path, as_json: bool) -> None:
+def show(run: str, results_dir: Path, address: str | None, token_file: Path | None, as_json: bool) -> None:
     """Print RUN's results, also while it runs."""
+    if jobs := _jobs(address, token_file):
+        show_of_job(jobs, run, as_json=as_json)
+        return
     directory = find_run(results_dir, run)
     summary = summarise_run(directory.name, read_table(directory.path, "trials").to_pylist())
     if as_json:
@@ -146,6 +175,15 @@ def export(run: str, results_dir: Path, fmt: ExportFormat, table: TableName, for
     path = dest / f"{directory.name}-{table}.{fmt}" if dest.is_dir() else dest
     rows = export_run(directory.path, fmt, path, table=table, force=force)
     click.echo(f"wrote {count_noun(rows, 'row')} of {table} to {path}")
+
+
+def _jobs(address: str | None, token_file: Path | None) -> RunJobs | None:
+    """The cluster's Ray jobs when the address is theirs; a run driver of any other address wrote to a folder here."""
+    where = parse_address(address)
+    if where.kind != "jobs":
+        return None
+    prepare_environment(where, token_file)
+    return RunJobs(where)
 
 
 def _status_line(found: RunStatus) -> str:

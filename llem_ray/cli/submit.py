@@ -1,29 +1,36 @@
-"""`llem-ray submit`: run a sweep, or resume it."""
+"""`llem-ray submit` and `run`: run a sweep, or resume it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 
 from llem_ray import __version__
 from llem_ray.cli.output import INTERRUPTED, SOME_FAILED
-from llem_ray.cli.sweeps import RESULTS_DIR, SET, SWEEP, build_plan
+from llem_ray.cli.remote import submit_job
+from llem_ray.cli.sweeps import ADDRESS, RESULTS_DIR, SET, SWEEP, TOKEN_FILE, build_plan
 from llem_ray.config.resolved import dump_sweep
 from llem_ray.config.sweep import load_sweep
-from llem_ray.core.errors import EnergyGateError, ResultsError
+from llem_ray.core.errors import ConfigError, EnergyGateError, ResultsError
 from llem_ray.core.plan import Plan
 from llem_ray.core.spec import Sweep
 from llem_ray.execution.calls import Executor
 from llem_ray.execution.driver import RunDriver, RunOptions, RunResult
 from llem_ray.execution.inline import InlineExecutor
+from llem_ray.execution.package import unpack_sweep
 from llem_ray.execution.preflight import check_plan, process_start_ns
-from llem_ray.execution.ray.executor import EmbeddedRayExecutor
+from llem_ray.execution.ray.address import Address, parse_address, prepare_environment
+from llem_ray.execution.ray.choice import make_executor
+from llem_ray.execution.ray.connect import probe_cluster
+from llem_ray.execution.ray.jobs import RunJobs
 from llem_ray.planning.serialise import plan_to_dict
 from llem_ray.power.sources import count_gpus
 from llem_ray.reporting.numbers import count_noun
@@ -38,33 +45,109 @@ from llem_ray.results.writer import DatasetWriter
 LOG = logging.getLogger(__name__)
 
 
+RUN_FLAGS = (
+    click.option("--again", is_flag=True, help="Start a new run although one of this sweep exists."),
+    click.option("--retry-failed", is_flag=True, help="Try trials again that failed for good."),
+    click.option("--allow-mixed", is_flag=True, help="Resume although engine, driver, GPUs or llem-ray changed since."),
+    click.option("--require-energy", is_flag=True, help="Exit with 4 unless every trial has a valid measured energy."),
+    click.option("--inline", is_flag=True, help="Run engine and sampler in one process, without Ray or GPUs: for debugging."),
+)
+
+
+def run_flags(command: Callable[..., int]) -> Callable[..., int]:
+    """The flags that `submit` and `run` share."""
+    for option in reversed(RUN_FLAGS):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("sweep", type=SWEEP)
 @SET
 @RESULTS_DIR
-@click.option("--again", is_flag=True, help="Start a new run although one of this sweep exists.")
-@click.option("--retry-failed", is_flag=True, help="Try trials again that failed for good.")
-@click.option("--allow-mixed", is_flag=True, help="Resume although engine, driver, GPUs or llem-ray changed since.")
-@click.option("--require-energy", is_flag=True, help="Exit with 4 unless every trial has a valid measured energy.")
-@click.option("--inline", is_flag=True, help="Run engine and sampler in this process, without Ray or GPUs: for debugging.")
+@ADDRESS
+@TOKEN_FILE
+@run_flags
+@click.option("--detach", is_flag=True, help="Do not follow the Ray job.")
+@click.pass_context
 def submit(
+    context: click.Context,
+    /,
     sweep: Path,
     overrides: tuple[str, ...],
     results_dir: Path,
+    address: str | None,
+    token_file: Path | None,
+    detach: bool,
+    **flags: bool,
+) -> int:
+    """Run SWEEP on this machine or a cluster, or resume it.
+
+    The results table goes to stdout, progress to stderr. Ctrl-C finishes the running trial and leaves a run that the same command
+    resumes; a second Ctrl-C aborts the trial. Of a run that is finished it prints the results.
+
+    With an http address the run is a Ray job on the head, and --results a folder there; Ctrl-C detaches, and the same command
+    follows it again.
+    """
+    where = parse_address(address)
+    if detach and where.kind != "jobs":
+        raise ConfigError("only a Ray job goes on by itself", field="--detach", allowed="with --address http://HOST:8265")
+    loaded = load_sweep(sweep, overrides=overrides)
+    if where.kind == "jobs":
+        prepare_environment(where, token_file)
+        chosen = context.get_parameter_source("results_dir") == ParameterSource.COMMANDLINE
+        return submit_job(RunJobs(where), loaded, str(results_dir) if chosen else None, flags, detach=detach)
+    return run_sweep(loaded, results_dir, where, token_file, **flags)
+
+
+@click.command()
+@click.argument("sweep", type=SWEEP)
+@click.option(
+    "--results",
+    "results_dir",
+    type=click.Path(path_type=Path),
+    default=Path("~/llem-ray/runs"),
+    show_default=True,
+    envvar="LLEM_RAY_RESULTS",
+    help="Folder of run directories.",
+)
+@click.option("--address", default="auto", show_default=True, metavar="ADDRESS", help="The Ray cluster: auto or HOST:PORT.")
+@TOKEN_FILE
+@run_flags
+def run(sweep: Path, results_dir: Path, address: str, token_file: Path | None, **flags: bool) -> int:
+    """Run a packed SWEEP on the cluster that this machine is a node of.
+
+    What `submit` makes of a sweep for a Ray job calls this on the head; you need not.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a Ray job begins with it blocked; `stop` sends it
+    where = parse_address("" if flags["inline"] else address)
+    return run_sweep(unpack_sweep(sweep), results_dir.expanduser(), where, token_file, **flags)
+
+
+def run_sweep(
+    loaded: Sweep,
+    results_dir: Path,
+    address: Address,
+    token_file: Path | None,
+    *,
     again: bool,
     retry_failed: bool,
     allow_mixed: bool,
     require_energy: bool,
     inline: bool,
 ) -> int:
-    """Run SWEEP on this machine, or resume it.
+    """Run a sweep from this process, or resume it, or print its results when it is finished; returns the exit code.
 
-    The results table goes to stdout, progress to stderr. Ctrl-C finishes the running trial and leaves a run that the same command
-    resumes; a second Ctrl-C aborts the trial. Of a run that is finished it prints the results.
+    Raises:
+        LlemRayError: It cannot run, or an energy gate failed.
     """
     begin_ns = process_start_ns()
-    gpus = 0 if inline else count_gpus()
-    loaded = load_sweep(sweep, overrides=overrides)
+    if inline and address.kind != "embedded":
+        raise ConfigError("--inline runs without a cluster", field="--address", found=address.text, allowed="without --inline")
+    prepare_environment(address, token_file)
+    # Which GPUs a cluster has is known when it is joined.
+    here = address.kind == "embedded"
+    gpus = (0 if inline else count_gpus()) if here else sum(node.gpus for node in probe_cluster(address).alive)
     plan = build_plan(loaded, results_dir, gpus)
     existing = None if again else latest_run(results_dir, plan.run_name)
     if existing is not None and _is_settled(RunDirectory.open(existing), plan, retry_failed):
@@ -82,7 +165,7 @@ def submit(
         facts={"llem_ray": __version__},
     )
     with rundir.lock(), _log_to(rundir.log_path):
-        result = _run(plan, loaded, rundir, InlineExecutor() if inline else EmbeddedRayExecutor(), options)
+        result = _run(plan, loaded, rundir, InlineExecutor() if inline else make_executor(address), options)
     return _report(rundir, plan, result, require_energy)
 
 

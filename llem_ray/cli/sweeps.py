@@ -33,6 +33,15 @@ RESULTS_DIR = click.option(
     envvar="LLEM_RAY_RESULTS",
     help="Folder of run directories.",
 )
+ADDRESS = click.option(
+    "--address",
+    envvar="LLEM_RAY_ADDRESS",
+    metavar="ADDRESS",
+    help="A Ray cluster: auto, HOST:PORT, or http://HOST:8265 for a Ray job. Default: this machine alone.",
+)
+TOKEN_FILE = click.option(
+    "--token-file", type=click.Path(path_type=Path), metavar="PATH", help="File that holds the cluster's token."
+)
 SET = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a field of the sweep file. May be repeated."
 )
