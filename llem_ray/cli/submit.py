@@ -24,9 +24,10 @@ from llem_ray.core.plan import Plan
 from llem_ray.core.spec import Sweep
 from llem_ray.execution.calls import Executor
 from llem_ray.execution.driver import RunDriver, RunOptions, RunResult
+from llem_ray.execution.engine_host import host_cache_dir
 from llem_ray.execution.inline import InlineExecutor
 from llem_ray.execution.package import unpack_sweep
-from llem_ray.execution.preflight import check_plan, process_start_ns
+from llem_ray.execution.preflight import check_plan, check_prompts, process_start_ns
 from llem_ray.execution.ray.address import Address, parse_address, prepare_environment
 from llem_ray.execution.ray.choice import make_executor
 from llem_ray.execution.ray.connect import probe_cluster
@@ -145,17 +146,18 @@ def run_sweep(
     if inline and address.kind != "embedded":
         raise ConfigError("--inline runs without a cluster", field="--address", found=address.text, allowed="without --inline")
     prepare_environment(address, token_file)
-    # Which GPUs a cluster has is known when it is joined.
-    here = address.kind == "embedded"
-    gpus = (0 if inline else count_gpus()) if here else sum(node.gpus for node in probe_cluster(address).alive)
+    cluster = None if address.kind == "embedded" else probe_cluster(address)
+    gpus = (0 if inline else count_gpus()) if cluster is None else sum(node.gpus for node in cluster.alive)
     plan = build_plan(loaded, results_dir, gpus)
     existing = None if again else latest_run(results_dir, plan.run_name)
     if existing is not None and _is_settled(RunDirectory.open(existing), plan, retry_failed):
         click.echo(f"{existing.name} is finished; --again starts a new run of the same sweep", err=True)
         _compact(RunDirectory.open(existing))
         return _report(RunDirectory.open(existing), plan, None, require_energy)
-    cache_dir = _cache_dir()
-    check_plan(plan, gpus, str(cache_dir))
+    cache_dir = host_cache_dir()
+    check_prompts(plan)
+    if cluster is None:
+        check_plan(plan, gpus, str(cache_dir))
     rundir = RunDirectory.create(results_dir, plan.run_name, again=again) if existing is None else RunDirectory.open(existing)
     options = RunOptions(
         begin_ns=begin_ns,
@@ -165,7 +167,7 @@ def run_sweep(
         facts={"llem_ray": __version__},
     )
     with rundir.lock(), _log_to(rundir.log_path):
-        result = _run(plan, loaded, rundir, InlineExecutor() if inline else make_executor(address), options)
+        result = _run(plan, loaded, rundir, InlineExecutor() if inline else make_executor(address, cluster), options)
     return _report(rundir, plan, result, require_energy)
 
 
@@ -182,13 +184,6 @@ def _run(plan: Plan, sweep: Sweep, rundir: RunDirectory, executor: Executor, opt
         result = RunDriver(plan, rundir, executor, options, progress).run()
     LOG.info("session ended: %s", result)
     return result
-
-
-def _cache_dir() -> Path:
-    """Where tokenizers and checkpoints that are built here stay."""
-    if named := os.environ.get("LLEM_RAY_CACHE"):
-        return Path(named).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llem-ray"
 
 
 def _is_settled(rundir: RunDirectory, plan: Plan, retry_failed: bool) -> bool:

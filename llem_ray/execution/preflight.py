@@ -13,6 +13,16 @@ from llem_ray.execution.engine_host import check_group
 from llem_ray.workloads.prompts import load_prompts
 
 
+def check_prompts(plan: Plan) -> None:
+    """Read every prompt source of the plan.
+
+    Raises:
+        ConfigError: A prompts file is wrong.
+    """
+    for spec in dict.fromkeys(trial.experiment.workload.prompts for trial in plan.trials):
+        load_prompts(spec, plan.base_dir)
+
+
 def check_plan(plan: Plan, gpus: int, cache_dir: str) -> None:
     """Check every engine, its arguments, its model and every prompt source of the plan on this host.
 
@@ -26,8 +36,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str) -> None:
         ConfigError: An engine argument, a model, a prompts file or an interpreter is wrong.
         PlacementError: A gang needs more GPUs than there are.
     """
-    for spec in dict.fromkeys(trial.experiment.workload.prompts for trial in plan.trials):
-        load_prompts(spec, plan.base_dir)
+    check_prompts(plan)
     for group in plan.groups:
         if group.gpus > gpus:
             label = group.experiment.model.id or group.experiment.model.config

@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from llem_ray.core.plan import LoadGroup
 from llem_ray.execution.calls import Node, Sampler, SamplerSettings
 from llem_ray.execution.ray.address import Address
-from llem_ray.execution.ray.base import RaySampler, RayExecutor
-from llem_ray.execution.ray.connect import connect, probe_cluster
+from llem_ray.execution.ray.base import RayExecutor, RaySampler
+from llem_ray.execution.ray.connect import ClusterFacts, connect, probe_cluster
 from llem_ray.execution.ray.runtime import first_line, import_ray
 
 LOG = logging.getLogger(__name__)
@@ -32,11 +32,13 @@ class ClusterExecutor(RayExecutor):
 
     Args:
         address: Of kind ``auto`` or ``gcs``.
+        found: What a look at it showed a moment ago; None: look before joining.
     """
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, found: ClusterFacts | None = None) -> None:
         super().__init__()
         self._address = address
+        self._found = found
         self._facts: dict[str, str] = {}
 
     def start(self) -> None:
@@ -45,7 +47,7 @@ class ClusterExecutor(RayExecutor):
         Raises:
             PlacementError: It cannot be reached or joined from here; the message says why.
         """
-        found = probe_cluster(self._address)
+        found = self._found or probe_cluster(self._address)
         context = connect(self._address)
         self._facts = {"executor": "ray-cluster", "ray": found.ray, "address": found.gcs_address, "nodes": str(len(found.alive))}
         session = (getattr(context, "address_info", None) or {}).get("session_dir")
@@ -84,7 +86,7 @@ class ClusterExecutor(RayExecutor):
         spool_dir = Path(os.environ.get(SPOOL_VARIABLE) or Path(tempfile.gettempdir()) / DEFAULT_SPOOL) / settings.run
         return RaySampler(self._sampler_actor(node, settings, options, spool_dir=str(spool_dir)))
 
-    def check(self, groups: Sequence[LoadGroup], base_dir: str, cache_dir: str) -> None:
+    def check(self, groups: Sequence[LoadGroup], base_dir: str, _cache_dir: str) -> None:
         """Check every engine on a node of its kind, before anything is measured.
 
         Raises:
@@ -101,7 +103,7 @@ class ClusterExecutor(RayExecutor):
             if mine and node is not None:
                 self.check_on(node.node_id, mine, base_dir, None)
 
-    def _cache_dir(self, cache_dir: str) -> str | None:
+    def _cache_dir(self, _cache_dir: str) -> str | None:
         return None
 
     def ask_for_nodes(self, groups: Sequence[LoadGroup]) -> None:

@@ -54,7 +54,8 @@ def test_no_answer_yet_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cuda_counts_gpus_as_nvml_does_unless_the_user_says_otherwise(chosen: str | None, order: str) -> None:
     """On a host with two models of GPU the gang would else run on another GPU than the one that is measured."""
     env = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER" and not name.startswith("RAY_")}
-    code = "import os; from llem_ray.execution.ray import runtime as e; e.import_embedded(); print(os.environ['CUDA_DEVICE_ORDER'])"
+    imported = "import os; from llem_ray.execution.ray import runtime; runtime.import_embedded()"
+    code = f"{imported}; print(os.environ['CUDA_DEVICE_ORDER'])"
     set_by_user = {} if chosen is None else {"CUDA_DEVICE_ORDER": chosen}
     said = subprocess.run([sys.executable, "-c", code], env=env | set_by_user, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == order
