@@ -157,7 +157,7 @@ def run_sweep(
     cache_dir = host_cache_dir()
     check_prompts(plan)
     if cluster is None:
-        check_plan(plan, gpus, str(cache_dir))
+        check_plan(plan, gpus, str(cache_dir), alone=inline)
     rundir = RunDirectory.create(results_dir, plan.run_name, again=again) if existing is None else RunDirectory.open(existing)
     options = RunOptions(
         begin_ns=begin_ns,

@@ -28,7 +28,7 @@ from llem_ray.core.plan import LoadGroup
 from llem_ray.core.spec import EngineSpec, ModelSpec, PromptSpec, SamplingSpec, WorkloadSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.execution.calls import Leased, Loaded, TrialOrder
-from llem_ray.execution.engines import make_backend
+from llem_ray.execution.engines import make_backend, worker_layout
 from llem_ray.execution.spans import SpanLog
 from llem_ray.power.host import host_id
 from llem_ray.workloads.prompts import batches, build_requests, load_prompts
@@ -218,8 +218,14 @@ def host_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llem-ray"
 
 
-def check_group(group: LoadGroup, base_dir: str, cache_dir: str | None) -> None:
+def check_group(group: LoadGroup, base_dir: str, cache_dir: str | None, *, alone: bool = False) -> None:
     """Refuse an engine, its arguments or its model that cannot work here. Loads nothing.
+
+    Args:
+        group: Whose engine.
+        base_dir: Folder that relative paths start from.
+        cache_dir: Writable folder; None: this host's own.
+        alone: One process must serve the whole gang.
 
     Raises:
         PluginError: The engine is unknown or not installed; the hint is the pip command.
@@ -234,12 +240,24 @@ def check_group(group: LoadGroup, base_dir: str, cache_dir: str | None) -> None:
         host=host_id(),
         base_dir=base_dir,
         cache_dir=cache_dir or str(host_cache_dir()),
+        rendezvous=None if alone else _pretended(engine),
     )
     backend = make_backend(config)
     try:
         backend.check()
     finally:
         backend.close()
+
+
+def _pretended(engine: EngineSpec) -> Rendezvous | None:
+    """What the first of a gang's processes is told, before there is a gang; None where it is the only one."""
+    size = engine.world_size if worker_layout(engine) == "rank" else engine.nodes or 1
+    if size == 1:
+        return None
+    me = host_id()
+    return Rendezvous(
+        rank=0, world_size=size, local_rank=0, hosts=(me,) * size, master_addr="127.0.0.1", master_port=1, node_addr="127.0.0.1"
+    )
 
 
 def _tokens(work: tuple[tuple[Request, ...], ...]) -> int:

@@ -23,13 +23,14 @@ def check_prompts(plan: Plan) -> None:
         load_prompts(spec, plan.base_dir)
 
 
-def check_plan(plan: Plan, gpus: int, cache_dir: str) -> None:
+def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) -> None:
     """Check every engine, its arguments, its model and every prompt source of the plan on this host.
 
     Args:
         plan: The plan.
         gpus: Whole GPUs that this host has.
         cache_dir: Writable folder for what is built here.
+        alone: One process must serve a whole gang.
 
     Raises:
         PluginError: An engine is unknown or not installed; the hint is the pip command.
@@ -44,7 +45,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str) -> None:
                 f"the gang for {label} needs {group.gpus} GPU{'' if group.gpus == 1 else 's'}, this host has {gpus}",
                 "set engine.device: cpu, or run it where the GPUs are",
             )
-        check_group(group, plan.base_dir, cache_dir)
+        check_group(group, plan.base_dir, cache_dir, alone=alone)
 
 
 def process_start_ns() -> int:
