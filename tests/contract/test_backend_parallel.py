@@ -245,15 +245,14 @@ def test_rank_of_another_gang_is_refused(folder: Path) -> None:
     stranger.close()
 
 
-def test_rank_that_cannot_load_is_named_to_rank_0(folder: Path, gangs: Any) -> None:
+def test_rank_that_cannot_load_is_named_to_rank_0(folder: Path) -> None:
     config = config_of(folder, tp=2)
     port = free_port()
     gang = GangBackend(config)
     broken = BackendConfig(
         **({name: getattr(config, name) for name in NAMES} | {"cache_dir": "/proc/nowhere"}), rendezvous=place(1, 2, port)
     )
-    follower = FollowingRank(broken)
-    follower.backend._log = folder / "broken.log"
+    follower = FollowingRank(broken, folder / "broken.log")
     backend = TransformersBackend(gang._placed(0, port))
     with pytest.raises(LoadError, match=r"rank 1 \(host-1\): .*cannot be written"):
         backend.load()

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llem_ray.backends.process.proxy import ProcessBackend
@@ -39,8 +40,8 @@ def place(rank: int, world_size: int, port: int, hosts: tuple[str, ...] | None =
 class FollowingRank:
     """A rank above 0 in a process of its own; a thread here loads it and leaves it in ``follow``."""
 
-    def __init__(self, config: BackendConfig) -> None:
-        self.backend = ProcessBackend(config, TARGET, sys.executable)
+    def __init__(self, config: BackendConfig, log: Path | None = None) -> None:
+        self.backend = ProcessBackend(config, TARGET, sys.executable, log)
         self.error: BaseException | None = None
         self._ranks: tuple[Rank, ...] = ()
         self._loaded = threading.Event()

@@ -110,6 +110,8 @@ class Engine:
             while (tokens := chosen()) is not None:
                 batch.feed(tokens)
                 batch.forward()
+            if self._model.device.type == "cuda":
+                torch.cuda.synchronize(self._model.device)  # what went wrong there is raised here
         except ENGINE_ERRORS as error:
             failure = _failure(error, len(prompts), None)
             free_after(error)

@@ -85,6 +85,8 @@ class Follower:
                 self._pass_on(call, kind)
 
     def _pass_on(self, call: int, kind: str) -> None:
+        if kind == "close":
+            self._replica.expect_end()
         if self._replica.circle.members:
             timeout_s = CLOSE_S if kind == "close" else self._replica.step_timeout_s
             self._replica.order(self._replica.circle.members, kind, timeout_s)

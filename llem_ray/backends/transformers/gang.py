@@ -74,6 +74,7 @@ class Gang:
 
     def close(self) -> None:
         """Have the others stop following, and drop the model."""
+        self._replica.expect_end()
         with contextlib.suppress(BackendError):
             self._replica.order(self._replica.circle.led, "close", CLOSE_S)
         self._engine.close()

@@ -81,15 +81,20 @@ class ProcessGroup:
         )
 
     def watch(self, links: Iterable[Link]) -> None:
-        """Break collective operations when one of ``links`` hangs up. Sockets of gloo notice by themselves, NCCL's do not."""
-        if self.backend == "nccl":
+        """Break collective operations when one of ``links`` hangs up, and no longer when one watched before does.
+
+        gloo notices by itself, NCCL does not.
+        """
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        links = tuple(links)
+        if self.backend == "nccl" and links:
             self._watch = HangUpWatch(links, dist.distributed_c10d._abort_process_group)
 
     def close(self) -> None:
         """Leave the group."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        self.watch(())
         if dist.is_initialized():
             gc.collect()  # what still refers to the group would keep its connections open
             with contextlib.suppress(RuntimeError):

@@ -112,8 +112,8 @@ class Replica:
         else:
             ready = self._gather(self.circle.members, 0, LOAD_S, "loading")
             self.weight_bytes += sum(ready.values())
-            if self._group is not None:
-                self._group.watch(self.circle.members)
+        if self._group is not None:
+            self._group.watch(self.circle.members if self.circle.leader is None else (*self.circle.members, self._leader))
         return model
 
     @contextlib.contextmanager
@@ -193,10 +193,10 @@ class Replica:
             with contextlib.suppress(BackendError):
                 self.circle.leader.send(0, "error", error_body(error), SETTLE_S)
 
-    def synchronise(self) -> None:
-        """Wait for this rank's device, so that what went wrong there is raised here."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def expect_end(self) -> None:
+        """The others are about to close: that they hang up is no failure any more."""
+        if self._group is not None:
+            self._group.watch(())
 
     def close(self) -> None:
         """Leave the others. The model must be gone: it holds on to the process group."""

@@ -16,17 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
 from llem_ray.backends.process.wire import Channel
-from llem_ray.backends.transformers.arguments import check_shape
+from llem_ray.backends.transformers.arguments import TransformersArgs, check_shape
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.backends.transformers.clocks import PeerClock, measure_clock
 from llem_ray.backends.transformers.layout import Layout, deal
-from llem_ray.backends.transformers.links import Link, gather
+from llem_ray.backends.transformers.links import Circle, Link, gather
 from llem_ray.backends.transformers.pipeline import require_pipeline
 from llem_ray.backends.transformers.process_group import HangUpWatch, interface_of
 from llem_ray.backends.transformers.random_checkpoint import random_checkpoint
-from llem_ray.backends.transformers.replica import require_plan
+from llem_ray.backends.transformers.replica import Replica, error_body, require_plan
 from llem_ray.core.backend import BackendConfig, Rendezvous
-from llem_ray.core.errors import ConfigError, EngineDied, GenerationError, HangError, LoadError
+from llem_ray.core.errors import ConfigError, DeviceMemoryError, EngineDied, GenerationError, HangError, LoadError, NumericsError
 from llem_ray.core.spec import EngineSpec, ModelSpec
 
 TINY = ModelSpec(config="llama-tiny", initializer_range=0.1)
@@ -181,6 +181,43 @@ def test_hang_up_is_noticed_without_reading(pair: tuple[Link, Channel]) -> None:
     channel.close()
     assert noticed.wait(30)
     watch.close()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "survives"),
+    [
+        (DeviceMemoryError("no room here"), DeviceMemoryError("no room there"), True),
+        (DeviceMemoryError("no room here"), None, True),
+        (NumericsError("NaN"), None, True),
+        (None, DeviceMemoryError("no room there"), False),
+        (DeviceMemoryError("no room here"), GenerationError("a bug there"), False),
+    ],
+)
+def test_a_gang_survives_what_all_its_ranks_survive(
+    tmp_path: Path, pair: tuple[Link, Channel], ours: Exception | None, theirs: Exception | None, survives: bool
+) -> None:
+    link, channel = pair
+    config = backend_of(tmp_path, PLACE, tensor_parallel=2)._config
+    replica = Replica(config, TransformersArgs(step_timeout_s=30.0), torch.device("cpu"))
+    replica.circle = Circle(leader=None, members=(link,))
+    channel.send(1, "ended", None if theirs is None else error_body(theirs))
+
+    def serve() -> None:
+        with replica.batch():
+            replica.begin([[5, 6]], 3)
+            if ours is not None:
+                raise ours
+
+    with pytest.raises(type(ours) if ours is not None and survives else EngineDied) as caught:
+        serve()
+    assert [channel.receive(30.0)[1] for _ in range(2)] == ["batch", "stop"]
+    if survives:
+        replica.require_usable()
+    else:
+        assert "rank 3 failed in the middle of a batch" in str(caught.value)
+        with pytest.raises(EngineDied, match="there"):
+            replica.require_usable()
+    replica.close()
 
 
 def test_interface_of_an_address() -> None:
