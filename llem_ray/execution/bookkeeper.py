@@ -9,6 +9,8 @@ import logging
 import queue
 import threading
 from collections import deque
+from collections.abc import Iterator
+from operator import itemgetter
 from typing import Final
 
 from llem_ray.core.clock import Clock
@@ -79,8 +81,9 @@ class Bookkeeper:
         self._accounts = Accounts(plan.measure, meter)
         self._ledger = RunLedger(meter, begin_ns)
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._waiting: dict[str, deque[Event]] = {}
+        self._waiting: dict[str, deque[tuple[int, Event]]] = {}
         """Lane -> what it told and is not handled yet. Lanes do not wait for each other's hosts."""
+        self._taken = 0
         self._lane_hosts: dict[str, frozenset[str]] = {}
         """Open lane -> its hosts, in the order they were opened."""
         self._phases: list[Row] = []
@@ -181,7 +184,7 @@ class Bookkeeper:
         Once bookkeeping broke, attempts that were left get no row: a resumed run repeats them.
         """
         self._take_inbox()
-        for event in [*(event for events in self._waiting.values() for event in events), last]:
+        for event in [*(event for _, event in sorted(self._pending(), key=itemgetter(0))), last]:
             if not isinstance(event, AttemptEnded) or self._error is None:
                 self._handle(event)
         self._waiting.clear()
@@ -235,8 +238,8 @@ class Bookkeeper:
         handled = False
         for lane in list(self._waiting):
             events = self._waiting[lane]
-            while events and not self._is_behind(lane) and self._is_ready(events[0]):
-                self._handle(events.popleft())
+            while events and not self._is_behind(lane) and self._is_ready(events[0][1]):
+                self._handle(events.popleft()[1])
                 self._handled += 1
                 handled = True
             if not events:
@@ -246,13 +249,17 @@ class Bookkeeper:
     def _is_behind(self, lane: str) -> bool:
         """Devices pass from a lane that has closed to one that was opened later: the first must have been accounted for by then.
 
-        What no lane tells comes when there is none, before all and after all.
+        What no lane tells is of all devices: it comes after all that was told before it, and before all that was told after it.
         """
+        mine = self._waiting[lane][0][0]
+        others = {other: events for other, events in self._waiting.items() if other != lane and events}
         if not lane:
-            return any(self._waiting.keys() - {""})
+            return any(events[0][0] < mine for events in others.values())
+        if "" in others and others[""][0][0] < mine:
+            return True
         order = list(self._lane_hosts)
-        for other, events in self._waiting.items():
-            if other in {lane, ""} or not isinstance(events[-1], LaneClosed):
+        for other, events in others.items():
+            if not other or not isinstance(events[-1][1], LaneClosed):
                 continue
             shared = self._lane_hosts[other] & self._lane_hosts[lane]
             if shared and order.index(other) < order.index(lane):
@@ -280,7 +287,7 @@ class Bookkeeper:
 
     def _trim(self) -> None:
         """Forget samples that are accounted for, and that no event waits for."""
-        waiting_ns = min((_begin_ns(event) for events in self._waiting.values() for event in events), default=None)
+        waiting_ns = min((_begin_ns(event) for _, event in self._pending()), default=None)
         for host in self._meter.hosts:
             needed_ns = self._ledger.accounted_ns(host)
             if needed_ns is None:
@@ -288,6 +295,9 @@ class Bookkeeper:
             if waiting_ns is not None:
                 needed_ns = min(needed_ns, self._meter.clocks.to_host(host, waiting_ns) or needed_ns)
             self._meter.trim(host, needed_ns - ns_from_s(KEEP_S))
+
+    def _pending(self) -> Iterator[tuple[int, Event]]:
+        return (item for events in self._waiting.values() for item in events)
 
     def _take_inbox(self) -> None:
         while True:
@@ -297,7 +307,8 @@ class Bookkeeper:
                 return
             if isinstance(event, LaneOpened):
                 self._lane_hosts[event.lane] = frozenset(event.hosts)
-            self._waiting.setdefault(event.lane, deque()).append(event)
+            self._taken += 1
+            self._waiting.setdefault(event.lane, deque()).append((self._taken, event))
 
     def _is_ready(self, event: Event) -> bool:
         if isinstance(event, (LaneOpened, GangPlaced, LaneClosed)):

@@ -224,6 +224,7 @@ class RunDriver:
         """Make every row durable, then end samplers and executor; the ledger runs to the last moment."""
         try:
             if self._book.is_running:
+                self._cover("unleased")
                 self._book.phase = "finalise"
                 self._book.drain(DRAIN_TIMEOUT_S)
                 self._writer.compact()

@@ -16,6 +16,8 @@ from llem_ray.execution.ray.runtime import RayCall, RayCalls, answer_of, import_
 
 LOG_TAIL_BYTES: Final = 4000
 PORT_TIMEOUT_S: Final = 30.0
+FOLLOWERS_END_S: Final = 3.0
+"""Followers that still serve so long after their leader closed are killed."""
 
 
 class RayGang:
@@ -80,7 +82,8 @@ class RayGang:
         with contextlib.suppress(Exception):
             if timeout_s > 0:
                 ray.get(self._actors[0].close.remote(), timeout=timeout_s)
-                ray.wait(self._following, num_returns=len(self._following), timeout=timeout_s) if self._following else None
+                if self._following:  # they learn of it over the engine's network, and unload
+                    ray.wait(self._following, num_returns=len(self._following), timeout=min(timeout_s, FOLLOWERS_END_S))
         for actor in self._actors:
             with contextlib.suppress(Exception):
                 ray.kill(actor)
