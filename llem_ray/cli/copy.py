@@ -10,11 +10,11 @@ import click
 
 from llem_ray.cli.runs import RUN
 from llem_ray.cli.sweeps import RESULTS_DIR
-from llem_ray.core.errors import ResultsError
+from llem_ray.core.errors import ConfigError, ResultsError
 from llem_ray.reporting.numbers import count_noun
 from llem_ray.results.copied import copied_runs, fetch_run
 from llem_ray.results.copy import RunCopy
-from llem_ray.results.destination import Destination, open_destination
+from llem_ray.results.destination import Destination, holds_secret, open_destination
 from llem_ray.results.rundir import RunDirectory, find_run
 
 LOG = logging.getLogger(__name__)
@@ -87,6 +87,17 @@ class CopyTarget:
         if self._destination is None:
             return contextlib.nullcontext()
         return RunCopy(rundir, self._destination, tell=_tell, take_over=self._take_over)
+
+
+def refuse_secret(uri: str) -> None:
+    """Keep a password out of the command line of a Ray job.
+
+    Raises:
+        ConfigError: The URI holds one.
+    """
+    if holds_secret(uri):
+        hint = "let the environment of the head hold the credentials"
+        raise ConfigError("a password in the URI would show among the cluster's jobs", hint, field="--copy-to")
 
 
 def _tell(message: str) -> None:

@@ -16,12 +16,11 @@ import click
 
 from llem_ray import __version__
 from llem_ray.cli.output import INTERRUPTED, echo_json
-from llem_ray.core.errors import ConfigError, PlacementError, ResultsError
+from llem_ray.core.errors import PlacementError, ResultsError
 from llem_ray.core.spec import Sweep
 from llem_ray.execution.package import SWEEP_FILE, pack_sweep
 from llem_ray.execution.ray.jobs import RunJob, RunJobs
 from llem_ray.planning.plan import run_hash
-from llem_ray.results.destination import holds_secret
 
 PYTHON_VARIABLE: Final = "LLEM_RAY_REMOTE_PYTHON"
 CALL_TIMEOUT_S: Final = 60.0
@@ -46,12 +45,8 @@ def submit_job(
         detach: Return as soon as it is submitted.
 
     Raises:
-        ConfigError: ``copy_to`` holds a password.
         PlacementError: The cluster cannot be reached, or the job could not run llem-ray.
     """
-    if copy_to is not None and holds_secret(copy_to):
-        hint = "let the environment of the head hold the credentials"
-        raise ConfigError("a password in the URI would show among the cluster's jobs", hint, field="--copy-to")
     run = f"{sweep.name}-{run_hash(sweep)}"
     earlier = jobs.of_run(run)
     latest = earlier[-1] if earlier else None

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from llem_ray import __version__
-from llem_ray.cli.copy import COPY_TO, TAKE_OVER, CopyTarget
+from llem_ray.cli.copy import COPY_TO, TAKE_OVER, CopyTarget, refuse_secret
 from llem_ray.cli.output import INTERRUPTED, SOME_FAILED
 from llem_ray.cli.remote import submit_job
 from llem_ray.cli.sweeps import ADDRESS, RESULTS_DIR, SET, SWEEP, TOKEN_FILE, build_plan
@@ -99,6 +99,8 @@ def submit(
         raise ConfigError("only a Ray job goes on by itself", field="--detach", allowed="with --address http://HOST:8265")
     loaded = load_sweep(sweep, overrides=overrides)
     if where.kind == "jobs":
+        if copy_to is not None:
+            refuse_secret(copy_to)
         prepare_environment(where, token_file)
         chosen = context.get_parameter_source("results_dir") == ParameterSource.COMMANDLINE
         return submit_job(RunJobs(where), loaded, str(results_dir) if chosen else None, flags, copy_to, detach=detach)
