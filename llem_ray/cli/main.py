@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from llem_ray import __version__
+from llem_ray.cli.copy import copy
 from llem_ray.cli.doctor import doctor
 from llem_ray.cli.measure import measure
 from llem_ray.cli.output import INTERNAL, INTERRUPTED, tell_error
@@ -60,7 +61,7 @@ def cli(verbose: bool) -> None:
     _log_to_stderr(verbose)
 
 
-for command in (init, validate, schema, plan, doctor, submit, run, measure, status, watch, logs, stop, show, export):
+for command in (init, validate, schema, plan, doctor, submit, run, measure, status, watch, logs, stop, show, export, copy):
     cli.add_command(command)
 
 

@@ -31,7 +31,9 @@ PROGRESS: Final = ("run ", "trial ")
 """How the lines begin that a run driver without a terminal prints while it works."""
 
 
-def submit_job(jobs: RunJobs, sweep: Sweep, results: str | None, flags: Mapping[str, bool], *, detach: bool) -> int:
+def submit_job(
+    jobs: RunJobs, sweep: Sweep, results: str | None, flags: Mapping[str, bool], copy_to: str | None, *, detach: bool
+) -> int:
     """Run a sweep as a Ray job, or follow the job that runs it; returns the run driver's exit code.
 
     Args:
@@ -39,6 +41,7 @@ def submit_job(jobs: RunJobs, sweep: Sweep, results: str | None, flags: Mapping[
         sweep: The resolved sweep.
         results: Folder of run directories on the head; None for its own choice.
         flags: Flags of `run`.
+        copy_to: Where the head copies the run to; None: nowhere.
         detach: Return as soon as it is submitted.
 
     Raises:
@@ -55,7 +58,7 @@ def submit_job(jobs: RunJobs, sweep: Sweep, results: str | None, flags: Mapping[
         click.echo(_results(jobs.logs(latest.job_id)), nl=False)
         return 0
     else:
-        job = _start(jobs, run, sweep, results, flags)
+        job = _start(jobs, run, sweep, results, flags, copy_to)
         click.echo(f"{run} {'goes on' if earlier else 'is submitted'} as the Ray job {job.job_id}", err=True)
     if detach:
         click.echo(_how_to(jobs, job), err=True)
@@ -63,9 +66,11 @@ def submit_job(jobs: RunJobs, sweep: Sweep, results: str | None, flags: Mapping[
     return follow_job(jobs, job)
 
 
-def _start(jobs: RunJobs, run: str, sweep: Sweep, results: str | None, flags: Mapping[str, bool]) -> RunJob:
+def _start(jobs: RunJobs, run: str, sweep: Sweep, results: str | None, flags: Mapping[str, bool], copy_to: str | None) -> RunJob:
     command = [*_remote_llem(), "run", SWEEP_FILE]
     command += [f"--{name.replace('_', '-')}" for name, is_set in flags.items() if is_set]
+    if copy_to is not None:
+        command += ["--copy-to", copy_to]
     if results is not None:
         command += ["--results", results if Path(results).is_absolute() or results.startswith("~") else f"~/{results}"]
     variables = {"COLUMNS": str(shutil.get_terminal_size((100, 24)).columns)}

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from llem_ray import __version__
+from llem_ray.cli.copy import COPY_TO, TAKE_OVER, CopyTarget, refuse_secret
 from llem_ray.cli.output import INTERRUPTED, SOME_FAILED
 from llem_ray.cli.remote import submit_job
 from llem_ray.cli.sweeps import ADDRESS, RESULTS_DIR, SET, SWEEP, TOKEN_FILE, build_plan
@@ -52,6 +53,8 @@ RUN_FLAGS = (
     click.option("--allow-mixed", is_flag=True, help="Resume although engine, driver, GPUs or llem-ray changed since."),
     click.option("--require-energy", is_flag=True, help="Exit with 4 unless every trial has a valid measured energy."),
     click.option("--inline", is_flag=True, help="Run engine and sampler in one process, without Ray or GPUs: for debugging."),
+    COPY_TO,
+    TAKE_OVER,
 )
 
 
@@ -80,6 +83,7 @@ def submit(
     address: str | None,
     token_file: Path | None,
     detach: bool,
+    copy_to: str | None,
     **flags: bool,
 ) -> int:
     """Run SWEEP on this machine or a cluster, or resume it.
@@ -95,10 +99,12 @@ def submit(
         raise ConfigError("only a Ray job goes on by itself", field="--detach", allowed="with --address http://HOST:8265")
     loaded = load_sweep(sweep, overrides=overrides)
     if where.kind == "jobs":
+        if copy_to is not None:
+            refuse_secret(copy_to)
         prepare_environment(where, token_file)
         chosen = context.get_parameter_source("results_dir") == ParameterSource.COMMANDLINE
-        return submit_job(RunJobs(where), loaded, str(results_dir) if chosen else None, flags, detach=detach)
-    return run_sweep(loaded, results_dir, where, token_file, **flags)
+        return submit_job(RunJobs(where), loaded, str(results_dir) if chosen else None, flags, copy_to, detach=detach)
+    return run_sweep(loaded, results_dir, where, token_file, copy_to=copy_to, **flags)
 
 
 @click.command()
@@ -115,14 +121,14 @@ def submit(
 @click.option("--address", default="auto", show_default=True, metavar="ADDRESS", help="The Ray cluster: auto or HOST:PORT.")
 @TOKEN_FILE
 @run_flags
-def run(sweep: Path, results_dir: Path, address: str, token_file: Path | None, **flags: bool) -> int:
+def run(sweep: Path, results_dir: Path, address: str, token_file: Path | None, copy_to: str | None, **flags: bool) -> int:
     """Run a packed SWEEP on the cluster that this machine is a node of.
 
     What `submit` makes of a sweep for a Ray job calls this on the head; you need not.
     """
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a Ray job begins with it blocked; `stop` sends it
     where = parse_address("" if flags["inline"] else address)
-    return run_sweep(unpack_sweep(sweep), results_dir.expanduser(), where, token_file, **flags)
+    return run_sweep(unpack_sweep(sweep), results_dir.expanduser(), where, token_file, copy_to=copy_to, **flags)
 
 
 def run_sweep(
@@ -136,6 +142,8 @@ def run_sweep(
     allow_mixed: bool,
     require_energy: bool,
     inline: bool,
+    copy_to: str | None,
+    take_over: bool,
 ) -> int:
     """Run a sweep from this process, or resume it, or print its results when it is finished; returns the exit code.
 
@@ -149,16 +157,21 @@ def run_sweep(
     cluster = None if address.kind == "embedded" else probe_cluster(address)
     gpus = (0 if inline else count_gpus()) if cluster is None else sum(node.gpus for node in cluster.alive)
     plan = build_plan(loaded, results_dir, gpus)
-    existing = None if again else latest_run(results_dir, plan.run_name)
+    target = CopyTarget(copy_to, take_over)
+    existing = None if again else latest_run(results_dir, plan.run_name) or target.fetch(results_dir, plan.run_name)
     if existing is not None and _is_settled(RunDirectory.open(existing), plan, retry_failed):
         click.echo(f"{existing.name} is finished; --again starts a new run of the same sweep", err=True)
-        _compact(RunDirectory.open(existing))
+        with target.copying(RunDirectory.open(existing)):
+            _compact(RunDirectory.open(existing))
         return _report(RunDirectory.open(existing), plan, None, require_energy)
     cache_dir = host_cache_dir()
     check_prompts(plan)
     if cluster is None:
         check_plan(plan, gpus, str(cache_dir), alone=inline)
-    rundir = RunDirectory.create(results_dir, plan.run_name, again=again) if existing is None else RunDirectory.open(existing)
+    if existing is None:
+        rundir = RunDirectory.create(results_dir, plan.run_name, again=again, taken=target.taken_names() if again else ())
+    else:
+        rundir = RunDirectory.open(existing)
     options = RunOptions(
         begin_ns=begin_ns,
         cache_dir=str(cache_dir),
@@ -166,7 +179,7 @@ def run_sweep(
         allow_mixed=allow_mixed,
         facts={"llem_ray": __version__},
     )
-    with rundir.lock(), _log_to(rundir.log_path):
+    with rundir.lock(), _log_to(rundir.log_path), target.copying(rundir):
         result = _run(plan, loaded, rundir, InlineExecutor() if inline else make_executor(address, cluster), options)
     return _report(rundir, plan, result, require_energy)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from llem_ray.config.fields import Path
-from llem_ray.core.spec import ModelSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, ModelSpec, WorkloadSpec
 
 
 class Broken(NamedTuple):
@@ -29,6 +29,8 @@ def broken_rule(section: object) -> Broken | None:
         return _model(section)
     if isinstance(section, WorkloadSpec):
         return _workload(section)
+    if isinstance(section, EngineSpec):
+        return _engine(section)
     return None
 
 
@@ -46,6 +48,15 @@ def _model(model: ModelSpec) -> Broken | None:
         return Broken(("model", "revision"), "a revision belongs to a hub id, not to a config")
     if model.initializer_range is not None and model.weights != "random":
         return Broken(("model", "initializer_range"), "initializer_range is for random weights", "set model.weights: random")
+    return None
+
+
+def _engine(engine: EngineSpec) -> Broken | None:
+    if "CUDA_VISIBLE_DEVICES" in (engine.python or ""):
+        hint = "leave it out: the scheduler chooses the GPUs, and energy is that of the GPUs it granted"
+        return Broken(("engine", "python"), "CUDA_VISIBLE_DEVICES must not be set in the engine's environment", hint)
+    if engine.nodes is not None and engine.gpus and engine.gpus % engine.nodes:
+        return Broken(("engine", "nodes"), f"{engine.gpus} GPUs cannot be spread evenly over {engine.nodes} nodes")
     return None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from llem_ray import __version__
 from llem_ray.core.clock import Clock
 from llem_ray.core.errors import EngineDied, HangError, LlemRayError, PlacementError
 from llem_ray.core.power import Calibration, Device, DeviceState, SampleBatch, SamplerInfo, Trace
@@ -396,6 +397,7 @@ class Meter:
             opening.sampler.close()
             return
         self._refuse_twins(answer)
+        _refuse_other_release(answer)
         with self._lock:
             self._epochs[answer.node] = max(answer.epoch, self._epochs.get(answer.node, 0))
             self._buffers.setdefault(answer.node, TraceBuffer())
@@ -432,3 +434,12 @@ class Meter:
             self.adopt([link.node])
         except LlemRayError as error:
             LOG.error("the sampler of %s could not be started anew: %s", link.info.hostname, error)  # noqa: TRY400
+
+
+def _refuse_other_release(info: SamplerInfo) -> None:
+    """All hosts of a run measure and serve with one release."""
+    there = info.host.get("llem_ray", __version__)
+    if there != __version__:
+        raise PlacementError(
+            f"{info.hostname} has llem-ray {there}, here is {__version__}", f"pip install llem-ray=={__version__} there"
+        )

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import psutil
 
+from llem_ray import __version__
 from llem_ray.core.errors import PowerError
 from llem_ray.power.nvml import driver_facts
 
@@ -29,7 +30,7 @@ def host_id() -> str:
 def read_host_facts() -> Mapping[str, Any]:
     """Facts for the ``nodes`` table; a fact that cannot be read is None.
 
-    Keys: host_id, hostname, os, kernel, python, cpu_model, cpu_count_logical, cpu_count_physical, cpu_governor,
+    Keys: host_id, hostname, os, kernel, python, llem_ray, cpu_model, cpu_count_logical, cpu_count_physical, cpu_governor,
     memory_bytes, container (docker, kubernetes and the like), virtual_machine (True, False), and what
     ``nvml.driver_facts`` adds where an NVIDIA driver answers.
     """
@@ -40,6 +41,7 @@ def read_host_facts() -> Mapping[str, Any]:
         "os": _os_name(),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "llem_ray": __version__,
         "cpu_model": cpu_model(cpuinfo),
         "cpu_count_logical": psutil.cpu_count(),
         "cpu_count_physical": psutil.cpu_count(logical=False),

@@ -127,8 +127,12 @@ class JournalState:
             self.given_up[trial_id] = str(record.get("kind") or "unknown")
 
 
-def _whole_lines(path: Path) -> tuple[bytes, int]:
-    """The newline-terminated part of the file and its length; a torn last line is left out."""
+def whole_lines(path: Path) -> tuple[bytes, int]:
+    """The newline-terminated part of a journal and its length in bytes; a torn last line is left out.
+
+    Raises:
+        ResultsError: It cannot be read.
+    """
     with storage_errors(path, "read"):
         data = path.read_bytes()
     length = data.rfind(b"\n") + 1
@@ -160,7 +164,7 @@ def replay(path: Path) -> JournalState:
     state = JournalState()
     if not path.exists():
         return state
-    for number, record in _records(path, _whole_lines(path)[0]):
+    for number, record in _records(path, whole_lines(path)[0]):
         try:
             state.apply(record)
         except ValueError as error:
@@ -184,7 +188,7 @@ class Journal:
             ResultsError: It cannot be opened or written.
         """
         created = not path.exists()
-        length = 0 if created else _whole_lines(path)[1]
+        length = 0 if created else whole_lines(path)[1]
         with storage_errors(path, "open"):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             os.ftruncate(descriptor, length)

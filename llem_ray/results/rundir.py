@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -43,8 +43,14 @@ class RunDirectory:
         self._lock_path = path / "lock"
 
     @classmethod
-    def create(cls, root: Path, run_name: str, *, again: bool = False) -> RunDirectory:
+    def create(cls, root: Path, run_name: str, *, again: bool = False, taken: Iterable[str] = ()) -> RunDirectory:
         """Make ``root/run_name``, or with ``again`` the next free ``root/run_name-2``, ``-3`` and so on.
+
+        Args:
+            root: Folder of run directories.
+            run_name: The run's name.
+            again: Take the next free name.
+            taken: Further names that are not free.
 
         Raises:
             ResultsError: It exists already (without ``again``) or cannot be made.
@@ -52,7 +58,7 @@ class RunDirectory:
         root = root.absolute()
         with files.storage_errors(root, "create"):
             root.mkdir(parents=True, exist_ok=True)
-        path = root / (next_run_name(root, run_name) if again else run_name)
+        path = root / (next_run_name(root, run_name, taken) if again else run_name)
         fresh = root / f".{path.name}-{os.getpid()}{files.TEMPORARY_SUFFIX}"
         with files.storage_errors(path, "create"):
             if path.exists():
@@ -207,25 +213,27 @@ def _try_lock(descriptor: int) -> bool:
     return False
 
 
-def _numbered(root: Path, run_name: str) -> dict[int, Path]:
-    """Runs of that name: 1 -> ``run_name``, 2 -> ``run_name-2`` and so on."""
-    if not root.is_dir():
-        return {}
+def run_numbers(names: Iterable[str], run_name: str) -> dict[int, str]:
+    """Those of ``names`` that are runs of ``run_name``: 1 -> ``run_name``, 2 -> ``run_name-2`` and so on."""
     pattern = re.compile(re.escape(run_name) + r"(?:-([2-9]|[1-9][0-9]+))?")
-    matches = ((pattern.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir())
-    return {int(match[1] or 1): path for match, path in matches if match}
+    matches = ((pattern.fullmatch(name), name) for name in names)
+    return {int(match[1] or 1): name for match, name in matches if match}
 
 
-def next_run_name(root: Path, run_name: str) -> str:
-    """``run_name`` when it is free, else ``run_name-2`` or the number after the highest there is."""
-    taken = _numbered(root, run_name)
-    return f"{run_name}-{max(taken) + 1}" if taken else run_name
+def _run_names(root: Path) -> list[str]:
+    return [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+
+
+def next_run_name(root: Path, run_name: str, taken: Iterable[str] = ()) -> str:
+    """``run_name`` when it is free, else ``run_name-2`` or the number after the highest under ``root`` and among ``taken``."""
+    numbered = run_numbers([*_run_names(root), *taken], run_name)
+    return f"{run_name}-{max(numbered) + 1}" if numbered else run_name
 
 
 def latest_run(root: Path, run_name: str) -> Path | None:
     """The run of that name with the highest number, or None: what ``submit`` resumes."""
-    taken = _numbered(root, run_name)
-    return taken[max(taken)] if taken else None
+    numbered = run_numbers(_run_names(root), run_name)
+    return root / numbered[max(numbered)] if numbered else None
 
 
 def list_runs(root: Path) -> tuple[Path, ...]:

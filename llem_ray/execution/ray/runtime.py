@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, TypeVar
 
-from llem_ray.core.errors import EngineDied, LlemRayError
+from llem_ray import __version__
+from llem_ray.core.errors import EngineDied, LlemRayError, PlacementError
 from llem_ray.execution.calls import Call
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ def answer_of(ref: Any, timeout_s: float, what: str) -> Any:
     Raises:
         TimeoutError: It has not, within ``timeout_s``.
         EngineDied: The actor, or its node, is gone or cannot be reached.
+        PlacementError: llem-ray is not installed where the actor was to run.
         LlemRayError: What the method raised.
     """
     ray = import_ray()
@@ -65,7 +67,11 @@ def answer_of(ref: Any, timeout_s: float, what: str) -> Any:
         if isinstance(cause, LlemRayError):
             raise cause from error
         raise LlemRayError(f"{what} failed: {cause!r}", str(error)) from error
-    except ray.exceptions.RayError as error:  # its actor died, or Ray killed it because the host's memory was nearly full
+    except ray.exceptions.RayError as error:
+        if "No module named 'llem_ray'" in str(error):
+            hint = f"pip install llem-ray=={__version__} in the environment that Ray runs in there"
+            raise PlacementError("llem-ray is not installed on a node of the cluster", hint) from error
+        # Its actor died, or Ray killed it because the host's memory was nearly full
         raise EngineDied(f"the process died during {what}: {first_line(error)}") from error
 
 
