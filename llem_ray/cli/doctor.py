@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
 from llem_ray.cli.output import echo_json
-from llem_ray.cli.sweeps import AS_JSON
+from llem_ray.cli.sweeps import ADDRESS, AS_JSON, TOKEN_FILE
+from llem_ray.core.errors import ConfigError
 from llem_ray.execution.doctor import EngineCheck, HostReport, SourceCheck, examine_host
+from llem_ray.execution.ray.address import parse_address, prepare_environment
+from llem_ray.execution.ray.survey import NodeReport, survey_cluster
 from llem_ray.reporting.numbers import count_noun
 
 
 @click.command()
 @AS_JSON
-def doctor(as_json: bool) -> None:
-    """Say what works on this host, and why the rest does not.
+@ADDRESS
+@TOKEN_FILE
+def doctor(as_json: bool, address: str | None, token_file: Path | None) -> None:
+    """Say what works on this host, or on every node of a cluster, and why the rest does not.
 
     Imports every inference engine and opens every power source; loads no model, measures nothing.
     """
+    where = parse_address(address)
+    if where.kind == "jobs":
+        raise ConfigError("the doctor joins the cluster itself", field="--address", found=where.text, allowed="auto, HOST:PORT")
+    if where.kind != "embedded":
+        prepare_environment(where, token_file)
+        nodes = survey_cluster(where)
+        if as_json:
+            echo_json([node.as_dict() for node in nodes])
+        else:
+            click.echo("\n".join(line for node in nodes for line in _node(node)))
+        return
     report = examine_host()
     if as_json:
         echo_json(report.as_dict())
     else:
         click.echo("\n".join(_lines(report)))
+
+
+def _node(node: NodeReport) -> Iterator[str]:
+    kind = f" {node.gpu_type}" if node.gpu_type else ""
+    yield f"{node.hostname} ({node.address}), {count_noun(node.gpus, f'{kind.strip()} GPU'.strip())}"
+    if node.problem:
+        yield f"  no  {node.problem}"
+    if node.host is not None:
+        yield from (f"  {line}" for line in _lines(node.host))
 
 
 def _lines(report: HostReport) -> Iterator[str]:

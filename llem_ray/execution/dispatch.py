@@ -79,6 +79,8 @@ class Dispatcher:
             try:
                 self._run.waits.tick()
                 self._run.fleet.look()
+                if self._measure.wait_for_nodes_s and not self._pending:
+                    self._run.fleet.release_idle()
                 if not self._run.waits.stop_requested:
                     stopped = self._start_what_fits() or stopped
             except (Aborted, Exception) as caught:  # noqa: BLE001 - raised again once all lanes have ended
@@ -163,6 +165,7 @@ class Dispatcher:
             avoid = lane.work.request.avoid | ({result.lost} if result.lost else frozenset())
             request = gang_request(lane.work.group, result.left, self._measure)
             self._pending.append(_Work(lane.work.group, result.left, replace(request, avoid=avoid)))
+            self._run.fleet.recall()
             self._sort()
 
     def _wait_or_give_up(self, rooms: Sequence[NodeRoom]) -> str | None:

@@ -20,6 +20,7 @@ from llem_ray.planning.packing import NodeRoom, Seat
 LOG = logging.getLogger(__name__)
 
 LOOK_S: Final = 2.0
+IDLE_S: Final = 60.0
 PING_S: Final = 4.0
 SETTLE_S: Final = 30.0
 """What a gang held must be free again by then."""
@@ -45,6 +46,7 @@ class Fleet:
         self._seats: dict[str, tuple[Seat, ...]] = {}
         self._lost: set[str] = set()
         self._suspect_ns: dict[str, int] = {}
+        self._idle_ns: dict[str, int] = {}
         self.quarantined: dict[tuple[str, str], str] = {}
         """(host, UUID) -> why the GPU is not used any more."""
         self._looked_ns = 0
@@ -143,6 +145,27 @@ class Fleet:
                 )
             )
         return tuple(rooms)
+
+    def release_idle(self) -> None:
+        """End the samplers of nodes that have had no gang for a minute, so that an autoscaler can take the nodes away.
+
+        Call it when no gang waits for a place any more.
+        """
+        now_ns = self._clock.monotonic_ns()
+        with self._lock:
+            busy = {seat.node for seats in self._seats.values() for seat in seats}
+            nodes = list(self._nodes.values())
+        for node in nodes:
+            if node.node_id in busy or not self._meter.has_sampler(node.node_id):
+                self._idle_ns.pop(node.node_id, None)
+            elif now_ns - self._idle_ns.setdefault(node.node_id, now_ns) > IDLE_S * NS_PER_S:
+                LOG.info("node %s is not needed any more: its sampler ends", node.hostname)
+                self._meter.release(node.node_id)
+
+    def recall(self) -> None:
+        """Nodes whose samplers were ended are needed again."""
+        self._idle_ns.clear()
+        self._meter.adopt(self.nodes)
 
     def hosts_of(self, seats: Iterable[Seat]) -> tuple[str, ...]:
         """Stable ids of the seats' hosts."""

@@ -166,6 +166,10 @@ class Meter:
         """Stable host id of a node; None while it is not known."""
         return self._hosts.get(node_id)
 
+    def has_sampler(self, node_id: str) -> bool:
+        """A sampler of this very node polls."""
+        return node_id in self._links
+
     def is_in_service(self, host: str) -> bool:
         """A sampler of the host polls, as far as is known."""
         with self._lock:

@@ -90,7 +90,7 @@ class RayExecutor:
             known = ray.nodes()
         except Exception as error:
             raise PlacementError(f"Ray's head does not answer: {first_line(error)}") from error
-        return tuple(_node(entry) for entry in known if entry["Alive"])
+        return tuple(as_node(entry) for entry in known if entry["Alive"])
 
     def open_sampler(self, node: Node, settings: SamplerSettings) -> Sampler:
         """A sampler actor on the node, ended when this process is."""
@@ -99,7 +99,7 @@ class RayExecutor:
     def _sampler_actor(self, node: Node, settings: SamplerSettings, options: Mapping[str, Any], spool_dir: str | None) -> Any:
         ray = import_ray()
         actor = ray.remote(num_cpus=0, num_gpus=0, max_concurrency=4)(SamplerActor)
-        placed = actor.options(scheduling_strategy=_pinned(node.node_id), **options)
+        placed = actor.options(scheduling_strategy=pinned(node.node_id), **options)
         return placed.remote(settings.sources, settings.sample_hz, lease_s=SAMPLER_LEASE_S, spool_dir=spool_dir)
 
     def check(self, groups: Sequence[LoadGroup], base_dir: str, cache_dir: str) -> None:
@@ -113,7 +113,7 @@ class RayExecutor:
             PlacementError: The node does not answer, or llem-ray is not installed there.
         """
         ray = import_ray()
-        actor = ray.remote(num_cpus=0, num_gpus=0)(CheckActor).options(scheduling_strategy=_pinned(node_id)).remote()
+        actor = ray.remote(num_cpus=0, num_gpus=0)(CheckActor).options(scheduling_strategy=pinned(node_id)).remote()
         try:
             answer_of(actor.check.remote(tuple(groups), base_dir, cache_dir), CHECK_TIMEOUT_S, "the engines' check")
         except TimeoutError as error:
@@ -135,7 +135,7 @@ class RayExecutor:
             )
         actors = []
         for rank, (index, gpus) in enumerate(processes):
-            strategy = _pinned(seats[index].node) if placement is None else _in_bundle(placement, index)
+            strategy = pinned(seats[index].node) if placement is None else _in_bundle(placement, index)
             hidden = {} if gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
             actor = ray.remote(
                 num_cpus=0,
@@ -188,7 +188,7 @@ class RayExecutor:
         taken: list[Any] = []
         try:
             while True:
-                actor = ray.remote(num_cpus=0, num_gpus=1)(HolderActor).options(scheduling_strategy=_pinned(node_id)).remote()
+                actor = ray.remote(num_cpus=0, num_gpus=1)(HolderActor).options(scheduling_strategy=pinned(node_id)).remote()
                 taken.append(actor)
                 if answer_of(actor.gpu.remote(), HOLD_TIMEOUT_S, "quarantine") == gpu_uuid:
                     self._holders.append((node_id, taken.pop()))
@@ -225,7 +225,8 @@ def seats_of_processes(group: LoadGroup, seats: Sequence[Seat]) -> list[tuple[in
     return [(index, group.gpus // engine.world_size) for index in range(len(seats)) for _ in range(share)]
 
 
-def _pinned(node_id: str) -> Any:
+def pinned(node_id: str) -> Any:
+    """Scheduling on this node or not at all."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415 - as import_ray
 
     return NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -237,7 +238,8 @@ def _in_bundle(placement: Any, index: int) -> Any:
     return PlacementGroupSchedulingStrategy(placement, placement_group_bundle_index=index)
 
 
-def _node(entry: Mapping[str, Any]) -> Node:
+def as_node(entry: Mapping[str, Any]) -> Node:
+    """A node as ``ray.nodes()`` tells it."""
     resources, labels = entry.get("Resources", {}), entry.get("Labels") or {}
     named = next((name.removeprefix(TYPE_RESOURCE) for name in resources if name.startswith(TYPE_RESOURCE)), None)
     return Node(
