@@ -121,6 +121,11 @@ class DatasetWriter:
                 self._compact_if_due()
                 self._write({})
 
+    @property
+    def held_rows(self) -> int:
+        """Samples taken in that are not on the disk yet."""
+        return self._pending_rows
+
     def flush(self) -> None:
         """Bring samples that are held back to the disk.
 
