@@ -49,8 +49,8 @@ def _keys(run: str, batches: Sequence[SampleBatch], lengths: Sequence[int]) -> d
     """Columns that a batch has the same in all of its rows."""
     of_row = np.repeat(np.arange(len(batches), dtype=np.int32), lengths)
     return {
-        "run": pa.repeat(pa.scalar(run, pa.string()), len(of_row)),
-        "node": pa.array([batch.node for batch in batches], pa.string()).take(pa.array(of_row)),
+        "run": _encoded(np.zeros(len(of_row), np.int32), [run]),
+        "node": _encoded(of_row, [batch.node for batch in batches]),
         "epoch": pa.array(np.repeat(np.array([batch.epoch for batch in batches], np.int32), lengths)),
     }
 
@@ -59,7 +59,11 @@ def _named(uuids: Sequence[tuple[str, ...]], device: Sequence[Any]) -> pa.Array:
     """UUID of each row: each batch numbers its own devices."""
     starts = np.cumsum([0, *map(len, uuids)])
     numbers = [index + start for index, start in zip(device, starts.tolist(), strict=False)]
-    return pa.array([uuid for some in uuids for uuid in some], pa.string()).take(pa.array(_joined(numbers, np.int32)))
+    return _encoded(_joined(numbers, np.int32), [uuid for some in uuids for uuid in some])
+
+
+def _encoded(numbers: Any, names: Sequence[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(names, pa.string()))
 
 
 def _readings(columns: Sequence[Float64]) -> pa.Array:

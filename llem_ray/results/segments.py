@@ -38,15 +38,24 @@ _ENCODINGS: Final[Mapping[TableName, Mapping[str, str]]] = {
     "power": {"t_ns": "DELTA_BINARY_PACKED", "hw_ns": "DELTA_BINARY_PACKED", "energy_mj": "BYTE_STREAM_SPLIT"}
 }
 
+_NAMES: Final = frozenset({"run", "node", "device_uuid"})
+
+
+def _stream_type(table: TableName, field: pa.Field) -> pa.DataType:
+    """Samples are many and their names few: as numbers into a dictionary they cost a tenth of the time."""
+    named = table in {"power", "states"} and field.name in _NAMES
+    return pa.dictionary(pa.int32(), pa.string()) if named else field.type
+
+
 _STREAM_SCHEMAS: Final[Mapping[TableName, pa.Schema]] = {
-    table: pa.schema([pa.field(field.name, field.type) for field in schema], metadata=schema.metadata)
+    table: pa.schema([pa.field(field.name, _stream_type(table, field)) for field in schema], metadata=schema.metadata)
     for table, schema in SCHEMAS.items()
 }
 """As ``SCHEMAS`` without descriptions, which would be most of a one-row segment."""
 
 
 def stream_schema(table: TableName) -> pa.Schema:
-    """Schema of ``table`` in segments: types and version, no descriptions."""
+    """Schema of ``table`` in segments: types and version, no descriptions; names of samples are dictionary-encoded."""
     return _STREAM_SCHEMAS[table]
 
 
@@ -265,17 +274,19 @@ class _OpenPart:
         if self._rows >= ROW_GROUP:
             self.write()
         elif len(self._fresh) >= _MERGE_PIECES:
-            self._merged.append(_merge(self._fresh))
+            self._merged.append(_merge(self._name, self._fresh))
             self._fresh = []
 
     def write(self) -> None:
         if self._rows:
-            _write_rows(self._writer, conform(self._name, _merge([*self._merged, *self._fresh])))
+            _write_rows(self._writer, conform(self._name, _merge(self._name, [*self._merged, *self._fresh])))
         self._merged, self._fresh, self._rows = [], [], 0
 
 
-def _merge(pieces: list[pa.Table]) -> pa.Table:
-    return pa.concat_tables(pieces, promote_options="default").combine_chunks()
+def _merge(name: TableName, pieces: list[pa.Table]) -> pa.Table:
+    if any(not piece.schema.equals(pieces[0].schema) for piece in pieces):  # an older llem-ray began the run
+        pieces = [conform(name, piece) for piece in pieces]
+    return pa.concat_tables(pieces).combine_chunks()
 
 
 def delete(folder: Path, paths: Iterable[Path]) -> None:
