@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +75,86 @@ class DeviceState:
     power_limit_mw: float | None = None
 
 
+_ABSENT: Final = -(2**63)
+_INT_PARTS: Final = ("clock_event_mask", "memory_used_bytes", "process_count")
+_FLOAT_PARTS: Final = ("temperature_c", "sm_clock_mhz", "memory_clock_mhz", "power_limit_mw")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceStates(Sequence[DeviceState]):
+    """Readings of the slow lane as columns: a large cluster sends thousands a second, too many to be objects each.
+
+    Args:
+        uuids: Devices that ``device`` indexes.
+        ints: One row each: device, t_ns, clock_event_mask, memory_used_bytes, process_count; the smallest integer for None.
+        floats: One row each: temperature_c, sm_clock_mhz, memory_clock_mhz, power_limit_mw; NaN for None.
+    """
+
+    uuids: tuple[str, ...]
+    ints: Int64
+    floats: Float64
+
+    @classmethod
+    def of(cls, states: Sequence[DeviceState]) -> DeviceStates:
+        """The same readings as columns, in the same order."""
+        if isinstance(states, DeviceStates):
+            return states
+        uuids = tuple(dict.fromkeys(state.device_uuid for state in states))
+        index = {uuid: i for i, uuid in enumerate(uuids)}
+        ints = np.array(
+            [
+                [index[state.device_uuid] for state in states],
+                [state.t_ns for state in states],
+                *([_ABSENT if (part := getattr(state, name)) is None else part for state in states] for name in _INT_PARTS),
+            ],
+            np.int64,
+        )
+        floats = np.array([[getattr(state, name) for state in states] for name in _FLOAT_PARTS], np.float64)
+        return cls(uuids, ints, floats)
+
+    @property
+    def device(self) -> Int64:
+        """Index into ``uuids``, by reading."""
+        return self.ints[0]
+
+    @property
+    def t_ns(self) -> Int64:
+        """Time, by reading."""
+        return self.ints[1]
+
+    def column(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """A part of all readings, and where it is None."""
+        if name in _INT_PARTS:
+            ints = self.ints[2 + _INT_PARTS.index(name)]
+            return ints, ints == _ABSENT
+        floats = self.floats[_FLOAT_PARTS.index(name)]
+        return floats, np.isnan(floats)
+
+    def of_device(self, uuid: str, begin_ns: int, end_ns: int) -> list[DeviceState]:
+        """Readings of one device with ``begin_ns <= t_ns <= end_ns``, in the order they have here."""
+        if uuid not in self.uuids:
+            return []
+        wanted = (self.device == self.uuids.index(uuid)) & (self.t_ns >= begin_ns) & (self.t_ns <= end_ns)
+        return [self[int(at)] for at in np.flatnonzero(wanted)]
+
+    def __len__(self) -> int:
+        return self.ints.shape[1]
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return DeviceStates(self.uuids, self.ints[:, at], self.floats[:, at])
+        device, t_ns, *ints = self.ints[:, at].tolist()
+        parts: dict[str, Any] = {name: None if part == _ABSENT else part for name, part in zip(_INT_PARTS, ints, strict=True)}
+        floats = self.floats[:, at].tolist()
+        parts |= {name: None if part != part else part for name, part in zip(_FLOAT_PARTS, floats, strict=True)}
+        return DeviceState(t_ns=t_ns, device_uuid=self.uuids[device], **parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
     """What watching a device for 2 s told about its sensor."""
@@ -142,11 +222,25 @@ class SampleBatch:
     power_avg_mw: Float64
     energy_mj: Float64
     errors: Mapping[int, str] = field(default_factory=dict)
-    states: tuple[DeviceState, ...] = ()
+    states: Sequence[DeviceState] = ()
     """Slow-lane readings of the same stretch of time."""
 
     def __len__(self) -> int:
         return len(self.t_ns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        columns = (self.device, self.t_ns, self.hw_ns, self.power_mw, self.power_avg_mw, self.energy_mj)
+        who = (self.node, self.epoch, self.seq, self.devices)
+        return _as_sent, (*who, *columns, dict(self.errors), DeviceStates.of(self.states) if self.states else ())
+
+
+_BATCH_PARTS: Final = (
+    "node", "epoch", "seq", "devices", "device", "t_ns", "hw_ns", "power_mw", "power_avg_mw", "energy_mj", "errors", "states"
+)  # fmt: skip
+
+
+def _as_sent(*parts: Any) -> SampleBatch:
+    return SampleBatch(**dict(zip(_BATCH_PARTS, parts, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Final
 
 import numpy as np
@@ -101,6 +102,17 @@ class _Sum:
         return LedgerSum(None if missing else self.energy_j, u_j, self.energy_j, self.spans, self.reason)
 
 
+class _Once:
+    """The power of a slice, worked out when a span has no counter: mostly never."""
+
+    def __init__(self, find: Callable[[], PowerCurve | None]) -> None:
+        self._find = find
+
+    @cached_property
+    def curve(self) -> PowerCurve | None:
+        return self._find()
+
+
 @dataclass(slots=True)
 class DeviceLedger:
     """Accounts for every instant of one device's time in a run, in slices, without keeping samples.
@@ -161,7 +173,7 @@ class DeviceLedger:
         check_tiling(spans, self._end_ns, spans[-1].end_ns)
         around = Window(node="", begin_ns=self._end_ns, end_ns=spans[-1].end_ns)
         trace = clean(trace, around).trace
-        curve = self._curve(trace)
+        curve = _Once(partial(self._curve, trace, self._end_ns))
         if not self._started:
             self._edge, self._started = self._edge_at(trace, self.begin_ns), True
         energies = []
@@ -185,7 +197,7 @@ class DeviceLedger:
     def _measurable(self) -> bool:
         return not self.device.shared and self.device.method != "unavailable"
 
-    def _curve(self, trace: Trace) -> PowerCurve | None:
+    def _curve(self, trace: Trace, origin_ns: int) -> PowerCurve | None:
         """Power of the slice; how often the meter publishes is found once, so that all slices agree on it."""
         if not self._measurable() or len(trace) == 0:
             return None
@@ -195,7 +207,7 @@ class DeviceLedger:
         found = power_curve(
             self.device,
             trace,
-            origin_ns=self._end_ns,
+            origin_ns=origin_ns,
             sample_period_s=self.sample_period_s,
             period_s=self._period_s,
         )
@@ -229,9 +241,7 @@ class DeviceLedger:
             return end
         return replace(end, c_j=begin.c_j)
 
-    def _account(
-        self, span: PhaseSpan, trace: Trace, curve: PowerCurve | None, begin: Edge | None, end: Edge | None
-    ) -> PhaseEnergy:
+    def _account(self, span: PhaseSpan, trace: Trace, power: _Once, begin: Edge | None, end: Edge | None) -> PhaseEnergy:
         if self.device.shared:
             return self._part(span, None, None, "unavailable", "attribution=shared: the reading is the board's (MIG)")
         if self.device.method == "unavailable":
@@ -249,6 +259,7 @@ class DeviceLedger:
             return self._part(span, end.c_j - begin.c_j, energy.u_j, "measured_counter", notes=notes)
         column = trace.power_mw if np.isfinite(trace.power_mw).any() else trace.power_avg_mw
         seen = coverage(trace, column, window, self.sample_period_s)
+        curve = power.curve
         if curve is None or (seen < LOW_COVERAGE and not self._nearly_sampled(trace, column, span)):
             told = f"{seen:.0%} of the span was sampled" if seen else "not sampled"
             return self._part(span, None, None, "unavailable", reason if reason and "reset" in reason else told)

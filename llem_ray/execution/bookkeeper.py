@@ -9,9 +9,9 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
-from typing import Final
+from typing import Final, TypeVar
 
 from llem_ray.core.clock import Clock
 from llem_ray.core.outcome import Failed
@@ -38,19 +38,43 @@ from llem_ray.results.writer import DatasetWriter
 
 LOG = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 PUMP_S: Final = 1.0
 PATIENCE_S: Final = 10.0
 """Samples that have not come by then are counted as lost; what is there decides."""
 SILENT_PATIENCE_S: Final = 60.0
 """The same where a host is silent but not given up: a link that heals brings them after all."""
 ADVANCE_S: Final = 30.0
-"""Devices outside any gang are accounted for this often."""
+"""Devices outside any gang are accounted for this often, host after host."""
+FLUSH_PHASES: Final = 4096
+"""Rows of theirs that wait for a trial to be written with, at most."""
 CLOCKS_S: Final = 30.0
 """Clock offsets are recorded this often."""
 END_TIMEOUT_S: Final = 90.0
 """A sampler that does not answer, or is being started anew, holds the thread for so long at most."""
-KEEP_S: Final = 30.0
-"""Samples kept behind what is still to be accounted for: sensors' averages look back."""
+KEEP_S: Final = 10.0
+"""Samples kept behind what is still to be accounted for, beside what an edge needs: states and idle powers look back."""
+
+
+class Turns:
+    """Whose turn it is: everybody's once in a period, spread evenly over it.
+
+    Args:
+        period_s: Time between two turns of one.
+        begin_ns: When the first period begins.
+    """
+
+    def __init__(self, period_s: float, begin_ns: int) -> None:
+        self._period_ns = ns_from_s(period_s)
+        self._served_ns = begin_ns
+
+    def take(self, items: Sequence[T], now_ns: int) -> list[T]:
+        """Those whose turn came since the last call, up to now; nobody twice."""
+        first_ns, self._served_ns = max(self._served_ns, now_ns - self._period_ns), now_ns
+        n, period_ns = len(items), self._period_ns
+        begin, end = first_ns * n // period_ns, now_ns * n // period_ns
+        return [items[number % n] for number in range(begin, end)]
 
 
 class Bookkeeper:
@@ -87,8 +111,11 @@ class Bookkeeper:
         self._lane_hosts: dict[str, frozenset[str]] = {}
         """Open lane -> its hosts, in the order they were opened."""
         self._phases: list[Row] = []
+        self._nobodys: list[Row] = []
+        """Phases of devices in no gang: of no attempt, so they may be written before any."""
         self._given: dict[str, int] = {}
-        self._advanced_ns = self._clocks_ns = clock.monotonic_ns()
+        self._clocks_ns = clock.monotonic_ns()
+        self._turns = Turns(ADVANCE_S, self._clocks_ns)
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._caught_up = threading.Event()
@@ -188,9 +215,8 @@ class Bookkeeper:
             if not isinstance(event, AttemptEnded) or self._error is None:
                 self._handle(event)
         self._waiting.clear()
-        self._phases.extend(self._ledger.finish())
-        self._writer.write_phases(self._phases)
-        self._phases = []
+        self._writer.write_phases([*self._nobodys, *self._phases, *self._ledger.finish()])
+        self._nobodys, self._phases = [], []
 
     @property
     def is_running(self) -> bool:
@@ -226,12 +252,10 @@ class Bookkeeper:
         if self._handled == self._added:
             self._caught_up.set()
         now_ns = self._clock.monotonic_ns()
-        if now_ns - self._advanced_ns > ADVANCE_S * NS_PER_S:
-            self._advance(now_ns)
+        self._advance(now_ns)
         if now_ns - self._clocks_ns > CLOCKS_S * NS_PER_S:
             self._clocks_ns = now_ns
             self._record_clocks()
-        self._trim()
 
     def _handle_ready(self) -> bool:
         """Handle every event whose samples are there; True when there was one."""
@@ -267,9 +291,14 @@ class Bookkeeper:
         return False
 
     def _advance(self, now_ns: int) -> None:
-        """Account for devices that are in no gang, so that their samples need not be kept."""
-        self._advanced_ns = now_ns
-        self._phases.extend(self._ledger.advance(now_ns - ns_from_s(PATIENCE_S)))
+        """Account for devices that are in no gang, so that their samples need not be kept; a few hosts at a time."""
+        hosts = self._meter.hosts
+        for host in self._turns.take(hosts, now_ns):
+            self._nobodys.extend(self._ledger.advance(host, now_ns - ns_from_s(PATIENCE_S)))
+            self._trim(host)
+        if len(self._nobodys) >= FLUSH_PHASES:
+            self._writer.write_phases(self._nobodys)
+            self._nobodys = []
 
     def _record_clocks(self) -> None:
         """What the hosts' clocks show beside ours."""
@@ -285,16 +314,15 @@ class Bookkeeper:
                 )
         self._writer.write_clocks(rows)
 
-    def _trim(self) -> None:
+    def _trim(self, host: str) -> None:
         """Forget samples that are accounted for, and that no event waits for."""
+        needed_ns = self._ledger.accounted_ns(host)
+        if needed_ns is None:
+            return
         waiting_ns = min((_begin_ns(event) for _, event in self._pending()), default=None)
-        for host in self._meter.hosts:
-            needed_ns = self._ledger.accounted_ns(host)
-            if needed_ns is None:
-                continue
-            if waiting_ns is not None:
-                needed_ns = min(needed_ns, self._meter.clocks.to_host(host, waiting_ns) or needed_ns)
-            self._meter.trim(host, needed_ns - ns_from_s(KEEP_S))
+        if waiting_ns is not None:
+            needed_ns = min(needed_ns, self._meter.clocks.to_host(host, waiting_ns) or needed_ns)
+        self._meter.trim(host, needed_ns - ns_from_s(KEEP_S + self._meter.reach_s(host)))
 
     def _pending(self) -> Iterator[tuple[int, Event]]:
         return (item for events in self._waiting.values() for item in events)
@@ -341,7 +369,7 @@ class Bookkeeper:
 
     def _record(self, ended: AttemptEnded) -> None:
         row = attempt_row(ended) | self._accounts.energy_columns(ended)
-        phases, self._phases = self._phases, []
+        phases, self._nobodys, self._phases = [*self._nobodys, *self._phases], [], []
         self._writer.write_trial(row, request_rows(ended, keep_token_times=True), phases)
         outcome = ended.outcome
         if isinstance(outcome, Failed):

@@ -7,10 +7,14 @@ too, widened by what two clocks may drift apart meanwhile. What is common to all
 from __future__ import annotations
 
 import threading
-from collections import deque
+from array import array
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
+from llem_ray.core.power import Int64
 from llem_ray.core.units import NS_PER_S
 
 MAX_DRIFT: Final = 200e-6
@@ -43,15 +47,37 @@ class Offset:
     delta_ns: int
 
 
-@dataclass(slots=True)
-class _Known:
-    at_ns: int
-    lo_ns: int
-    hi_ns: int
+class _Track:
+    """What exchanges with one host told, in order of time, as bare integers: a large cluster has hundreds of thousands."""
 
-    @property
-    def width_ns(self) -> int:
-        return self.hi_ns - self.lo_ns
+    def __init__(self) -> None:
+        self.at_ns, self.lo_ns, self.hi_ns = array("q"), array("q"), array("q")
+
+    def add(self, at_ns: int, lo_ns: int, hi_ns: int) -> None:
+        index = bisect_right(self.at_ns, at_ns)
+        if index and at_ns // SLOT_NS == self.at_ns[index - 1] // SLOT_NS:
+            if hi_ns - lo_ns < self.hi_ns[index - 1] - self.lo_ns[index - 1]:
+                self.at_ns[index - 1], self.lo_ns[index - 1], self.hi_ns[index - 1] = at_ns, lo_ns, hi_ns
+            return
+        for column, value in ((self.at_ns, at_ns), (self.lo_ns, lo_ns), (self.hi_ns, hi_ns)):
+            column.insert(index, value)
+        stale = bisect_left(self.at_ns, at_ns - round(KEEP_S * NS_PER_S))
+        for column in (self.at_ns, self.lo_ns, self.hi_ns):
+            del column[:stale]
+
+    def near(self, at_ns: int) -> tuple[Int64, Int64, Int64]:
+        """Those within reach: when, and the limits they set."""
+        reach_ns = round(REACH_S * NS_PER_S)
+        rows = slice(bisect_left(self.at_ns, at_ns - reach_ns), bisect_right(self.at_ns, at_ns + reach_ns))
+        at, lo, hi = (np.array(column[rows], np.int64) for column in (self.at_ns, self.lo_ns, self.hi_ns))
+        return at, lo, hi
+
+    def nearest(self, at_ns: int) -> tuple[int, int, int]:
+        """The one that is nearest, however far."""
+        right = bisect_right(self.at_ns, at_ns)
+        around = [index for index in (right - 1, right) if 0 <= index < len(self.at_ns)]
+        index = min(around, key=lambda index: abs(self.at_ns[index] - at_ns))
+        return self.at_ns[index], self.lo_ns[index], self.hi_ns[index]
 
 
 _SAME: Final = Offset(offset_ns=0, delta_ns=0)
@@ -68,7 +94,7 @@ class ClockTable:
     def __init__(self, own_host: str, max_drift: float = MAX_DRIFT) -> None:
         self._own_host = own_host
         self._max_drift = max_drift
-        self._known: dict[str, deque[_Known]] = {}
+        self._known: dict[str, _Track] = {}
         self._lock = threading.Lock()
 
     def is_own(self, host: str) -> bool:
@@ -76,25 +102,14 @@ class ClockTable:
         return host == self._own_host
 
     def add(self, host: str, exchange: Exchange) -> None:
-        """Take in one exchange. Exchanges must come in order of time, to within a slot."""
+        """Take in one exchange."""
         if self.is_own(host):
             return
-        fresh = _Known(
-            at_ns=(exchange.sent_ns + exchange.answered_ns) // 2,
-            lo_ns=exchange.replied_ns - exchange.answered_ns,
-            hi_ns=exchange.received_ns - exchange.sent_ns,
-        )
-        if fresh.width_ns < 0:  # answered before it was asked: no exchange
+        lo_ns, hi_ns = exchange.replied_ns - exchange.answered_ns, exchange.received_ns - exchange.sent_ns
+        if hi_ns < lo_ns:  # answered before it was asked: no exchange
             return
         with self._lock:
-            known = self._known.setdefault(host, deque())
-            if known and fresh.at_ns // SLOT_NS == known[-1].at_ns // SLOT_NS:
-                if fresh.width_ns < known[-1].width_ns:
-                    known[-1] = fresh
-            else:
-                known.append(fresh)
-            while known and known[0].at_ns < fresh.at_ns - KEEP_S * NS_PER_S:
-                known.popleft()
+            self._known.setdefault(host, _Track()).add((exchange.sent_ns + exchange.answered_ns) // 2, lo_ns, hi_ns)
 
     def forget(self, host: str) -> None:
         """The host was restarted: its clock is another one."""
@@ -109,35 +124,34 @@ class ClockTable:
         if self.is_own(host):
             return _SAME
         with self._lock:
-            near = [one for one in self._known.get(host, ()) if abs(one.at_ns - at_ns) <= REACH_S * NS_PER_S]
-            if not near:
-                return self._far(host, at_ns)
-        lo_ns, hi_ns = -(2**63), 2**63
-        for one in near:
-            drift_ns = round(self._max_drift * abs(one.at_ns - at_ns))
-            lo_ns, hi_ns = max(lo_ns, one.lo_ns - drift_ns), min(hi_ns, one.hi_ns + drift_ns)
-        lo_ns, hi_ns = min(lo_ns, hi_ns), max(lo_ns, hi_ns)
+            known = self._known.get(host)
+            if known is None:
+                return None
+            near_ns, los_ns, his_ns = known.near(at_ns)
+            if not len(near_ns):
+                return self._far(known, at_ns)
+        drift_ns = np.rint(self._max_drift * np.abs(near_ns - at_ns)).astype(np.int64)
+        limits_ns = int((los_ns - drift_ns).max()), int((his_ns + drift_ns).min())
+        lo_ns, hi_ns = min(limits_ns), max(limits_ns)
         return Offset(offset_ns=(lo_ns + hi_ns) // 2, delta_ns=(hi_ns - lo_ns + 1) // 2)
 
-    def _far(self, host: str, at_ns: int) -> Offset | None:
+    def _far(self, known: _Track, at_ns: int) -> Offset:
         """From the nearest exchange, however far: a host that fell silent still had its clock."""
-        nearest = min(self._known.get(host, ()), key=lambda one: abs(one.at_ns - at_ns), default=None)
-        if nearest is None:
-            return None
-        drift_ns = round(self._max_drift * abs(nearest.at_ns - at_ns))
-        middle_ns = (nearest.lo_ns + nearest.hi_ns) // 2
-        return Offset(offset_ns=middle_ns, delta_ns=(nearest.width_ns + 1) // 2 + drift_ns)
+        nearest_ns, lo_ns, hi_ns = known.nearest(at_ns)
+        drift_ns = round(self._max_drift * abs(nearest_ns - at_ns))
+        return Offset(offset_ns=(lo_ns + hi_ns) // 2, delta_ns=(hi_ns - lo_ns + 1) // 2 + drift_ns)
 
     def latest(self, host: str) -> Offset | None:
         """The offset of the newest exchange, as it was then."""
         if self.is_own(host):
             return _SAME
+        newest = self._newest(host)
+        return None if newest is None else Offset(offset_ns=sum(newest) // 2, delta_ns=(newest[1] - newest[0] + 1) // 2)
+
+    def _newest(self, host: str) -> tuple[int, int] | None:
         with self._lock:
             known = self._known.get(host)
-            if not known:
-                return None
-            newest = known[-1]
-        return Offset(offset_ns=(newest.lo_ns + newest.hi_ns) // 2, delta_ns=(newest.width_ns + 1) // 2)
+            return None if known is None else (known.lo_ns[-1], known.hi_ns[-1])
 
     def to_host(self, host: str, at_ns: int) -> int | None:
         """``at_ns`` of our clock on the host's clock, ns; None when its offset is not known."""
@@ -148,10 +162,8 @@ class ClockTable:
         """``host_ns`` of the host's clock on ours, ns; None when its offset is not known."""
         if self.is_own(host):
             return host_ns
-        with self._lock:
-            known = self._known.get(host)
-            if not known:
-                return None
-            guess_ns = host_ns - (known[-1].lo_ns + known[-1].hi_ns) // 2
-        found = self.offset(host, guess_ns)
+        newest = self._newest(host)
+        if newest is None:
+            return None
+        found = self.offset(host, host_ns - sum(newest) // 2)
         return None if found is None else host_ns - found.offset_ns

@@ -11,7 +11,7 @@ from llem_ray.core.energy import Phase, PhaseEnergy, PhaseSpan
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy.ledger import DeviceLedger
 from llem_ray.execution.meter import GPU_SCOPES, Meter
-from llem_ray.execution.records import DeviceKey, GangPlaced, GangRecord, HostDevice, LaneClosed, LaneOpened, SpansAdded
+from llem_ray.execution.records import GangPlaced, GangRecord, HostDevice, LaneClosed, LaneOpened, SpansAdded
 from llem_ray.results.rows import phase_row
 
 UNLEASED_ROW_S: Final = 600.0
@@ -53,8 +53,11 @@ class RunLedger:
 
     meter: Meter
     begin_ns: int
-    _books: dict[DeviceKey, _Book] = field(init=False, default_factory=dict)
+    _books: dict[str, dict[str, _Book]] = field(init=False, default_factory=dict)
+    """By host and UUID."""
     _lanes: dict[str, _Lane] = field(init=False, default_factory=dict)
+    _lanes_on: dict[str, dict[str, None]] = field(init=False, default_factory=dict)
+    """Host -> names of its lanes, in the order they were opened."""
     _startup_end_ns: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -63,14 +66,22 @@ class RunLedger:
     def open_lane(self, event: LaneOpened) -> None:
         """Some devices of its hosts may be a gang's from now on."""
         self._lanes[event.lane] = _Lane(frozenset(event.hosts), event.begin_ns)
+        self._note_hosts(event.lane, event.hosts)
 
     def place_gang(self, event: GangPlaced) -> None:
         """Now it is known which."""
         self._lanes[event.lane].gang = event.gang
+        self._note_hosts(event.lane, event.gang.hosts)
 
     def close_lane(self, event: LaneClosed) -> None:
         """They are nobody's again."""
         self._lanes.pop(event.lane, None)
+        for lanes in self._lanes_on.values():
+            lanes.pop(event.lane, None)
+
+    def _note_hosts(self, lane: str, hosts: Iterable[str]) -> None:
+        for host in hosts:
+            self._lanes_on.setdefault(host, {})[lane] = None
 
     def add(self, added: SpansAdded) -> list[Row]:
         """Account for new spans: of a gang's devices and of its hosts' CPUs, or of all that no lane has."""
@@ -91,39 +102,46 @@ class RunLedger:
                 rows += self._extend(self._book(item), added.spans, gang.name)
         return rows
 
-    def advance(self, until_ns: int) -> list[Row]:
-        """Account for devices that no lane has up to ``until_ns`` of the run driver's clock; it must have been sampled."""
+    def advance(self, host: str, until_ns: int) -> list[Row]:
+        """Account for devices of a host that no lane has up to ``until_ns`` of our clock; it must have been sampled."""
         rows: list[Row] = []
-        for book in self._all_books():
-            if not self._is_reserved(book.item) and until_ns > book.at_ns and not self.meter.is_silent(book.item.host):
+        if self.meter.is_silent(host):
+            return rows
+        for book in self._books_on(host):
+            if until_ns > book.at_ns and not self._is_reserved(book.item):
                 rows += self._extend(book, [PhaseSpan(phase="unleased", begin_ns=book.at_ns, end_ns=until_ns)], None)
         return rows
 
     def finish(self) -> list[Row]:
         """What had not been told yet."""
         rows: list[Row] = []
-        for book in self._books.values():
-            rows += self._tell_idle(book)
+        for books in self._books.values():
+            for book in books.values():
+                rows += self._tell_idle(book)
         return rows
 
     def accounted_ns(self, host: str) -> int | None:
         """Up to where all devices of a host are accounted for, on the host's clock; None when it has none."""
-        books = [book for book in self._books.values() if book.item.host == host]
-        return min((book.ledger.end_ns for book in books), default=None)
+        return min((book.ledger.end_ns for book in self._books.get(host, {}).values()), default=None)
 
     def _all_books(self) -> Iterator[_Book]:
         for host in self.meter.hosts:
-            for device in self.meter.devices(host):
-                if self.meter.clocks.to_host(host, self.begin_ns) is not None:
-                    yield self._book(HostDevice(host=host, device=device))
+            yield from self._books_on(host)
+
+    def _books_on(self, host: str) -> Iterator[_Book]:
+        if self.meter.clocks.latest(host) is None:
+            return
+        for device in self.meter.devices(host):
+            yield self._book(HostDevice(host=host, device=device))
 
     def _book(self, item: HostDevice) -> _Book:
         generation = self.meter.generation(item.host)
-        book = self._books.get(item.key)
+        books = self._books.setdefault(item.host, {})
+        book = books.get(item.device.uuid)
         if book is None or book.generation != generation:
             # After a restart of the host its old clock means nothing: accounting begins anew where samples do.
             begin_ns = self.begin_ns if book is None else self._first_sample_ns(item, book.at_ns)
-            book = self._books[item.key] = _Book(item, generation, self._new_ledger(item, begin_ns), begin_ns)
+            book = books[item.device.uuid] = _Book(item, generation, self._new_ledger(item, begin_ns), begin_ns)
         return book
 
     def _first_sample_ns(self, item: HostDevice, after_ns: int) -> int:
@@ -146,11 +164,15 @@ class RunLedger:
 
     def _is_reserved(self, item: HostDevice) -> bool:
         """A lane has the device, or may come to have it."""
-        return any(_may_hold(lane, item) for lane in self._lanes.values())
+        return any(_may_hold(lane, item) for lane in self._lanes_at(item.host))
 
     def _holder(self, item: HostDevice) -> GangRecord | None:
         """The gang that accounts for the device: where several share a host, the first of them for its CPU."""
-        return next((lane.gang for lane in self._lanes.values() if lane.gang is not None and _may_hold(lane, item)), None)
+        return next((lane.gang for lane in self._lanes_at(item.host) if lane.gang is not None and _may_hold(lane, item)), None)
+
+    def _lanes_at(self, host: str) -> list[_Lane]:
+        """Lanes on a host, in the order they were opened."""
+        return [self._lanes[name] for name in self._lanes_on.get(host, ())]
 
     def _extend(self, book: _Book, spans: Sequence[PhaseSpan], gang: str | None) -> list[Row]:
         wanted = [span for span in spans if span.end_ns > book.at_ns]

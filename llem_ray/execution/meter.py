@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from llem_ray import __version__
@@ -29,6 +29,8 @@ COLLECT_S: Final = 0.5
 GLANCE_S: Final = 0.05
 NODES_PER_S: Final = 50
 MAX_PERIOD_S: Final = 5.0
+LATEST_NS: Final = 6 * NS_PER_S
+"""A power that is older is not shown."""
 RESTARTED_NS: Final = NS_PER_S
 """A host whose clock is off by more than this from what it showed before was restarted."""
 
@@ -52,6 +54,24 @@ class _Link:
     @property
     def host(self) -> str:
         return self.info.node
+
+
+@dataclass(slots=True)
+class _Host:
+    """What is known of a host that was ever sampled."""
+
+    buffer: TraceBuffer
+    infos: dict[str, SamplerInfo]
+    devices: tuple[Device, ...] = ()
+    of_device: dict[str, SamplerInfo] = field(default_factory=dict)
+    margins_s: dict[str, float] = field(default_factory=dict)
+    """By UUID, once asked for."""
+
+    def take(self, key: str, info: SamplerInfo) -> None:
+        self.infos[key] = info
+        self.devices = tuple(device for known in self.infos.values() for device in known.devices)
+        self.of_device = {device.uuid: known for known in reversed(self.infos.values()) for device in known.devices}
+        self.margins_s = {}
 
 
 @dataclass(slots=True)
@@ -90,12 +110,15 @@ class Meter:
         self._prober = ClockProber(self.clocks, clock, self.sampler_of)
         self._lock = threading.RLock()
         self._links: dict[str, _Link] = {}
+        self._links_of: dict[str, tuple[_Link, ...]] = {}
+        """The same by host."""
         self._openings: dict[str, _Opening] = {}
-        self._buffers: dict[str, TraceBuffer] = {}
+        self._known: dict[str, _Host] = {}
+        self._gpu_hosts: dict[str, SamplerInfo] = {}
+        """UUID -> who reported the GPU first."""
         self._hosts: dict[str, str] = {}
         self._generations: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
-        self._infos: dict[str, dict[str, SamplerInfo]] = {}
         self.problems: dict[str, str] = {}
         """Node id -> why it has no sampler."""
 
@@ -129,8 +152,7 @@ class Meter:
     def drop(self, node_id: str, reason: str) -> None:
         """The node is gone: its samples so far stay. Its host may come back as another node."""
         with self._lock:
-            opening, link = self._openings.pop(node_id, None), self._links.pop(node_id, None)
-            self._hosts.pop(node_id, None)
+            opening, link = self._openings.pop(node_id, None), self._retire(node_id)
             self.problems[node_id] = reason
         for held in (opening, link):
             if held is not None:
@@ -145,10 +167,17 @@ class Meter:
             self._take(link, link.sampler.fetch(link.after_seq, link.info.epoch).result(FETCH_TIMEOUT_S))
         except (LlemRayError, TimeoutError) as error:
             LOG.warning("the last samples of %s were not fetched: %s", link.info.hostname, error)
-        with self._lock:
-            self._links.pop(node_id, None)
-            self._hosts.pop(node_id, None)
+        self._retire(node_id)
         link.sampler.close()
+
+    def _retire(self, node_id: str) -> _Link | None:
+        """No sampler of the node is in service any more; returns the one that was."""
+        with self._lock:
+            self._hosts.pop(node_id, None)
+            link = self._links.pop(node_id, None)
+            if link is not None:
+                self._links_of[link.host] = tuple(other for other in self._links_of[link.host] if other is not link)
+            return link
 
     @property
     def infos(self) -> tuple[SamplerInfo, ...]:
@@ -160,7 +189,7 @@ class Meter:
     def hosts(self) -> tuple[str, ...]:
         """Every host that was ever sampled in this session."""
         with self._lock:
-            return tuple(self._infos)
+            return tuple(self._known)
 
     def host_of(self, node_id: str) -> str | None:
         """Stable host id of a node; None while it is not known."""
@@ -172,14 +201,12 @@ class Meter:
 
     def is_in_service(self, host: str) -> bool:
         """A sampler of the host polls, as far as is known."""
-        with self._lock:
-            return any(link.host == host for link in self._links.values())
+        return bool(self._links_of.get(host))
 
     def is_silent(self, host: str) -> bool:
         """A sampler of the host has not answered for longer than it may take, and is not given up yet."""
         now_ns = self._clock.monotonic_ns()
-        with self._lock:
-            links = [link for link in self._links.values() if link.host == host]
+        links = self._links_of.get(host, ())
         return any(link.pending is not None and now_ns - link.sent_ns > 2 * NS_PER_S for link in links)
 
     def generation(self, host: str) -> int:
@@ -188,8 +215,7 @@ class Meter:
 
     def sampler_of(self, host: str) -> Sampler | None:
         """A sampler of the host."""
-        with self._lock:
-            return next((link.sampler for link in self._links.values() if link.host == host), None)
+        return next((link.sampler for link in self._links_of.get(host, ())), None)
 
     def pump(self, *, hurry: bool = False) -> list[SampleBatch]:
         """Fetch what was sampled, from every sampler that is due. One that died is started anew with the next epoch.
@@ -253,7 +279,7 @@ class Meter:
         self.clocks.add(link.host, exchange)
         taken = []
         for batch in answer.batches:
-            if self._buffers[link.host].append(batch):
+            if self._known[link.host].buffer.append(batch):
                 taken.append(batch)
             if batch.epoch == link.info.epoch:
                 link.after_seq = max(link.after_seq, batch.seq)
@@ -276,23 +302,22 @@ class Meter:
         LOG.warning("host %s was restarted: its clock and its counters begin anew", host)
         with self._lock:
             self.clocks.forget(host)
-            self._buffers[host] = TraceBuffer()
+            self._known[host].buffer = TraceBuffer()
             self._generations[host] = self._generations.get(host, 0) + 1
 
     def devices(self, host: str) -> tuple[Device, ...]:
         """Devices that the host's samplers read."""
-        with self._lock:
-            return tuple(device for info in self._infos.get(host, {}).values() for device in info.devices)
+        known = self._known.get(host)
+        return known.devices if known else ()
 
     def hostname(self, host: str) -> str:
         """Name of a host for people."""
-        with self._lock:
-            return next((info.hostname for info in self._infos.get(host, {}).values()), host)
+        known = self._known.get(host)
+        return next((info.hostname for info in known.infos.values()), host) if known else host
 
     def _info(self, host: str, uuid: str) -> SamplerInfo | None:
-        with self._lock:
-            infos = self._infos.get(host, {}).values()
-            return next((info for info in infos if any(device.uuid == uuid for device in info.devices)), None)
+        known = self._known.get(host)
+        return known.of_device.get(uuid) if known else None
 
     def calibration(self, host: str, device: Device) -> Calibration:
         """What calibration found, or nothing known."""
@@ -309,28 +334,36 @@ class Meter:
 
     def margin_s(self, host: str, device: Device) -> float:
         """How much of the trace around an edge makes the estimate there final."""
-        return edge_margin_s(self.calibration(host, device), self.period_s(host, device), device.method)
+        known = self._known.get(host)
+        margins_s = known.margins_s if known else {}
+        if device.uuid not in margins_s:
+            margins_s[device.uuid] = edge_margin_s(self.calibration(host, device), self.period_s(host, device), device.method)
+        return margins_s[device.uuid]
+
+    def reach_s(self, host: str) -> float:
+        """The largest margin of the host's devices."""
+        return max((self.margin_s(host, device) for device in self.devices(host)), default=0.0)
 
     def trace(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> Trace:
         """Samples of one device; times on its host's clock."""
-        return self._buffers[host].trace(uuid, begin_ns, end_ns)
+        return self._known[host].buffer.trace(uuid, begin_ns, end_ns)
 
     def states(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[DeviceState, ...]:
         """Slow-lane readings of one device."""
-        return self._buffers[host].states(uuid, begin_ns, end_ns)
+        return self._known[host].buffer.states(uuid, begin_ns, end_ns)
 
     def errors(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[tuple[int, str], ...]:
         """(t_ns, why) of the device's samples that lack a reading."""
-        return self._buffers[host].errors(uuid, begin_ns, end_ns)
+        return self._known[host].buffer.errors(uuid, begin_ns, end_ns)
 
     def is_sampled_until(self, t_ns: int, hosts: Collection[str] | None = None) -> bool:
         """Every device of the hosts has been sampled far enough past ``t_ns`` of our clock for an edge there to be final."""
         for host in self.hosts if hosts is None else hosts:
             host_ns = self.clocks.to_host(host, t_ns)
-            if host_ns is None or host not in self._buffers:
+            if host_ns is None or host not in self._known:
                 return False
             for device in self.devices(host):
-                last_ns = self._buffers[host].last_ns(device.uuid)
+                last_ns = self._known[host].buffer.last_ns(device.uuid)
                 # An estimate is held up to half-way to its neighbour: one reading beyond the edge settles it.
                 margin_s = 0.0 if device.method == "estimated_model" else self.margin_s(host, device)
                 if device.method != "unavailable" and (last_ns is None or last_ns < host_ns + ns_from_s(margin_s)):
@@ -347,14 +380,14 @@ class Meter:
             if host_ns is None:
                 continue
             for device in info.devices:
-                power_mw = self.trace(info.node, device.uuid, host_ns - 6 * NS_PER_S, host_ns).power_mw
-                if len(power_mw) and power_mw[-1] == power_mw[-1]:
-                    (estimated if device.method == "estimated_model" else measured).append(power_mw[-1] / 1e3)
+                power_mw = self._known[info.node].buffer.latest_power_mw(device.uuid, host_ns - LATEST_NS)
+                if power_mw is not None:
+                    (estimated if device.method == "estimated_model" else measured).append(power_mw / 1e3)
         return (sum(measured or estimated) if measured or estimated else None), not measured
 
     def trim(self, host: str, before_ns: int) -> None:
         """Forget samples of a host, older than ``before_ns`` of its clock, that nobody needs any more."""
-        self._buffers[host].trim(before_ns)
+        self._known[host].buffer.trim(before_ns)
 
     def close(self) -> None:
         """Stop the samplers, and log what trouble they had."""
@@ -393,7 +426,7 @@ class Meter:
         answer = opening.call.result(FETCH_TIMEOUT_S)
         if isinstance(answer, str):
             opening.host = self._hosts[opening.node.node_id] = answer
-            skip = [device.uuid for info in self.infos if info.node == answer for device in info.devices]
+            skip = [device.uuid for link in self._links_of.get(answer, ()) for device in link.info.devices]
             opening.call = opening.sampler.describe(skip, self._epochs.get(answer, 0) + 1)
             return
         del self._openings[opening.node.node_id]
@@ -404,35 +437,36 @@ class Meter:
         _refuse_other_release(answer)
         with self._lock:
             self._epochs[answer.node] = max(answer.epoch, self._epochs.get(answer.node, 0))
-            self._buffers.setdefault(answer.node, TraceBuffer())
-            self._infos.setdefault(answer.node, {})[self._key(answer)] = answer
-            self._links[opening.node.node_id] = _Link(opening.node, opening.sampler, answer)
+            self._known.setdefault(answer.node, _Host(TraceBuffer(), {})).take(self._key(answer), answer)
+            self._gpu_hosts |= {device.uuid: answer for device in answer.devices if device.scope in GPU_SCOPES}
+            link = self._links[opening.node.node_id] = _Link(opening.node, opening.sampler, answer)
+            self._links_of[answer.node] = (*self._links_of.get(answer.node, ()), link)
         self._on_sampler(answer)
 
     def _key(self, info: SamplerInfo) -> str:
         """A restarted sampler takes the place of the one that read the same devices."""
         uuids = {device.uuid for device in info.devices}
-        for key, known in self._infos.get(info.node, {}).items():
-            if uuids & {device.uuid for device in known.devices} or not uuids:
+        known = self._known.get(info.node)
+        for key, other in known.infos.items() if known else ():
+            if uuids & {device.uuid for device in other.devices} or not uuids:
                 return key
         return f"{info.pid}/{info.epoch}"
 
     def _refuse_twins(self, info: SamplerInfo) -> None:
         """A GPU exists once."""
-        gpus = {device.uuid for device in info.devices if device.scope in GPU_SCOPES}
-        for other in self.infos:
-            twins = gpus & {device.uuid for device in other.devices if device.scope in GPU_SCOPES}
-            if twins and other.node != info.node:
+        for device in info.devices:
+            other = self._gpu_hosts.get(device.uuid) if device.scope in GPU_SCOPES else None
+            if other is None or other.node == info.node or not self.is_in_service(other.node):
+                continue
+            if self._info(other.node, device.uuid) is not None:
                 raise PlacementError(
-                    f"GPU {min(twins)} is reported by {other.hostname} and by {info.hostname}",
+                    f"GPU {device.uuid} is reported by {other.hostname} and by {info.hostname}",
                     "where two containers share a host, give both the same LLEM_RAY_HOST_ID",
                 )
 
     def _restart(self, link: _Link, why: str) -> None:
         LOG.warning("the sampler of %s is started anew: %s", link.info.hostname, why)
-        with self._lock:
-            self._links.pop(link.node.node_id, None)
-            self._hosts.pop(link.node.node_id, None)
+        self._retire(link.node.node_id)
         link.sampler.close()
         try:
             self.adopt([link.node])

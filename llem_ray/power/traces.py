@@ -4,37 +4,50 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
-from operator import attrgetter, itemgetter
-from typing import Final, TypeVar
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Final, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from llem_ray.core.power import DeviceState, Float64, Int64, SampleBatch, Trace
+from llem_ray.core.power import DeviceState, DeviceStates, SampleBatch, Trace
 
-FIRST_CAPACITY: Final = 1024
+BLOCK_ROWS: Final = 1024
+"""Batches are joined as long as they are smaller together."""
 
 MAX_BEYOND: Final = 4096
 """Batches waited for in vain are given up once this many later ones have come."""
 
 _T = TypeVar("_T")
 
-_BY_TIME: Final = attrgetter("t_ns")
+_Column = npt.NDArray[Any]
+
+_TYPES: Final = (np.int64, np.int64, np.float64, np.float64, np.float64)
+"""Of t_ns, hw_ns, power_mw, power_avg_mw and energy_mj."""
 
 
 class TraceBuffer:
-    """The samples of one node, by device. Appending is amortised O(1) a row; a trace is O(log n) and views, not copies.
+    """The samples of one node, by device: blocks of rows as they came, put together when a trace is asked for.
+
+    On a large cluster most samples are never looked at singly, so taking one in must cost little time and memory: numbers that
+    fit are held in 4 bytes. A trace copies its rows; it stays as it is while later batches arrive and old ones are trimmed.
 
     One buffer a node: the monotonic clocks of two nodes must not be compared, and ``rapl:package-0`` exists on each.
     Batches may arrive twice, out of order, or overlapping in time (an old and a new sampler epoch). All methods may be
-    called from any thread; a trace stays as it is while later batches arrive and old ones are trimmed.
+    called from any thread.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._node: str | None = None
-        self._columns: dict[str, _Columns] = {}
-        self._states: dict[str, list[DeviceState]] = {}
+        self._blocks: deque[_Block] = deque()
+        self._last_ns: dict[str, int | None] = {}
+        self._disordered: set[str] = set()
+        """Devices of which a batch came too late, or again in parts."""
+        self._trimmed_ns = -(2**63)
         self._errors: dict[str, list[tuple[int, str]]] = {}
         self._seen: dict[int, _Seen] = {}
 
@@ -42,7 +55,7 @@ class TraceBuffer:
     def devices(self) -> tuple[str, ...]:
         """UUIDs of all devices that any batch named, in order of appearance."""
         with self._lock:
-            return tuple(self._columns)
+            return tuple(self._last_ns)
 
     def append(self, batch: SampleBatch) -> bool:
         """Take in one batch.
@@ -59,38 +72,49 @@ class TraceBuffer:
             self._node = batch.node
             if not self._seen.setdefault(batch.epoch, _Seen()).add(batch.seq):
                 return False
-            for index, uuid in enumerate(batch.devices):
-                columns = self._columns.setdefault(uuid, _Columns())
-                rows = np.flatnonzero(batch.device == index)
-                if len(rows):
-                    columns.append(batch, rows)
-            for state in batch.states:
-                _insert(self._states.setdefault(state.device_uuid, []), state, _BY_TIME)
+            block = _block_of(batch)
+            self._notice(block)
+            if self._blocks and self._blocks[-1].rows + block.rows <= BLOCK_ROWS:
+                block = _joined(self._blocks.pop(), block)
+            self._blocks.append(block)
             for row, text in batch.errors.items():
                 errors = self._errors.setdefault(batch.devices[int(batch.device[row])], [])
                 _insert(errors, (int(batch.t_ns[row]), text), itemgetter(0))
             return True
 
+    def _notice(self, block: _Block) -> None:
+        """Whose newest sample it has, and whose samples do not follow those that were here."""
+        for uuid, first, end in zip(block.devices, block.bounds[:-1], block.bounds[1:], strict=True):
+            known_ns = self._last_ns.setdefault(uuid, None)
+            if first == end:
+                continue
+            if not block.is_ascending or (known_ns is not None and block.t_ns[first] <= known_ns):
+                self._disordered.add(uuid)
+            last_ns = int(block.t_ns[end - 1] if block.is_ascending else block.t_ns[first:end].max())
+            self._last_ns[uuid] = last_ns if known_ns is None else max(known_ns, last_ns)
+
     def trace(self, uuid: str, begin_ns: int, end_ns: int) -> Trace:
         """The samples of ``uuid`` with ``begin_ns <= t_ns <= end_ns``; empty for a device never heard of."""
         with self._lock:
-            columns = self._columns.get(uuid) or _Columns()
-            lo, hi = columns.span(begin_ns, end_ns)
-            return Trace(
-                device_uuid=uuid,
-                t_ns=columns.ints[0, lo:hi],
-                hw_ns=columns.ints[1, lo:hi],
-                power_mw=columns.floats[0, lo:hi],
-                power_avg_mw=columns.floats[1, lo:hi],
-                energy_mj=columns.floats[2, lo:hi],
-            )
+            begin_ns = max(begin_ns, self._trimmed_ns)
+            pieces = [block.of_device(uuid, begin_ns, end_ns) for block in self._blocks if block.reaches(begin_ns, end_ns)]
+            disordered = uuid in self._disordered
+        pieces = [piece for piece in pieces if len(piece[0])]
+        parts = [_put_together([piece[i] for piece in pieces], dtype) for i, dtype in enumerate(_TYPES)]
+        if disordered:
+            _, first = np.unique(parts[0], return_index=True)
+            parts = [part[first] for part in parts]
+        return Trace(
+            device_uuid=uuid, t_ns=parts[0], hw_ns=parts[1], power_mw=parts[2], power_avg_mw=parts[3], energy_mj=parts[4]
+        )
 
     def states(self, uuid: str, begin_ns: int, end_ns: int) -> tuple[DeviceState, ...]:
         """The slow-lane readings of ``uuid`` with ``begin_ns <= t_ns <= end_ns``, in order of time."""
         with self._lock:
-            states = self._states.get(uuid, [])
-            lo = bisect_left(states, begin_ns, key=_BY_TIME)
-            return tuple(states[lo : bisect_right(states, end_ns, key=_BY_TIME)])
+            begin_ns = max(begin_ns, self._trimmed_ns)
+            held = [states for block in self._blocks if block.reaches(begin_ns, end_ns) for states in block.states]
+        found = (state for states in held for state in states.of_device(uuid, begin_ns, end_ns))
+        return tuple(sorted(found, key=lambda state: state.t_ns))
 
     def errors(self, uuid: str, begin_ns: int, end_ns: int) -> tuple[tuple[int, str], ...]:
         """(t_ns, why) of the samples of ``uuid`` in [begin_ns, end_ns] that lack a reading."""
@@ -102,75 +126,145 @@ class TraceBuffer:
     def last_ns(self, uuid: str) -> int | None:
         """Time of the newest sample of ``uuid``; None before the first."""
         with self._lock:
-            columns = self._columns.get(uuid)
-            return None if columns is None else columns.last_ns
+            last_ns = self._last_ns.get(uuid)
+            return None if last_ns is None or last_ns < self._trimmed_ns else last_ns
+
+    def latest_power_mw(self, uuid: str, since_ns: int) -> float | None:
+        """Instant power of the newest sample of ``uuid``; None where that is older than ``since_ns`` or was not read."""
+        last_ns = self.last_ns(uuid)
+        if last_ns is None or last_ns < since_ns:
+            return None
+        with self._lock:
+            for block in reversed(self._blocks):
+                power_mw = block.power_at(uuid, last_ns)
+                if power_mw is not None:
+                    return None if power_mw != power_mw else power_mw
+        return None
 
     def trim(self, before_ns: int) -> None:
-        """Forget everything older than ``before_ns``; memory is given back once half of a device's rows are gone."""
+        """Forget everything older than ``before_ns``; memory is given back block by block."""
         with self._lock:
-            for columns in self._columns.values():
-                columns.trim(before_ns)
-            for states in self._states.values():
-                del states[: bisect_left(states, before_ns, key=_BY_TIME)]
+            self._trimmed_ns = max(self._trimmed_ns, before_ns)
+            while self._blocks and self._blocks[0].last_ns < before_ns:
+                self._blocks.popleft()
             for errors in self._errors.values():
                 del errors[: bisect_left(errors, before_ns, key=itemgetter(0))]
 
 
-class _Columns:
-    """Growing columns of one device, ascending in time; rows [head, tail) are in use.
+@dataclass(slots=True)
+class _Block:
+    """Rows of one batch or several, device by device; those of a device in order of time if ``is_ascending``. Never changed."""
 
-    Rows in use are never changed in place: growing, merging and trimming make new arrays, so views handed out stay true.
-    """
-
-    def __init__(self) -> None:
-        self.ints: Int64 = np.empty((2, 0), np.int64)
-        self.floats: Float64 = np.empty((3, 0), np.float64)
-        self._head = self._tail = 0
+    devices: tuple[str, ...]
+    bounds: list[int]
+    """Rows of device i are [bounds[i], bounds[i + 1])."""
+    t_ns: _Column
+    others: tuple[_Column, ...]
+    """hw_ns, power_mw, power_avg_mw, energy_mj, in the smallest type that holds them exactly."""
+    states: list[DeviceStates]
+    first_ns: int
+    last_ns: int
+    is_ascending: bool
 
     @property
-    def last_ns(self) -> int | None:
-        return int(self.ints[0, self._tail - 1]) if self._tail > self._head else None
+    def rows(self) -> int:
+        return self.bounds[-1] + sum(map(len, self.states))
 
-    def append(self, batch: SampleBatch, rows: Int64) -> None:
-        ints = np.stack((batch.t_ns[rows], batch.hw_ns[rows]))
-        floats = np.stack((batch.power_mw[rows], batch.power_avg_mw[rows], batch.energy_mj[rows]))
-        ascending = bool(np.all(np.diff(ints[0]) > 0))
-        if ascending and (self.last_ns is None or ints[0, 0] > self.last_ns):
-            self._extend(ints, floats)
-        else:
-            self._merge(ints, floats)
+    def reaches(self, begin_ns: int, end_ns: int) -> bool:
+        return self.first_ns <= end_ns and self.last_ns >= begin_ns
 
-    def span(self, begin_ns: int, end_ns: int) -> tuple[int, int]:
-        t_ns = self.ints[0, self._head : self._tail]
-        lo, hi = np.searchsorted(t_ns, begin_ns, "left"), np.searchsorted(t_ns, end_ns, "right")
-        return self._head + int(lo), self._head + max(int(lo), int(hi))
+    def of_device(self, uuid: str, begin_ns: int, end_ns: int) -> tuple[_Column, ...]:
+        if uuid not in self.devices:
+            return (self.t_ns[:0], *(column[:0] for column in self.others))
+        index = self.devices.index(uuid)
+        rows = slice(self.bounds[index], self.bounds[index + 1])
+        t_ns = self.t_ns[rows]
+        if self.is_ascending:
+            if begin_ns > self.first_ns or end_ns < self.last_ns:
+                lo, hi = t_ns.searchsorted(begin_ns, "left"), t_ns.searchsorted(end_ns, "right")
+                rows = slice(rows.start + int(lo), rows.start + max(int(lo), int(hi)))
+            return (self.t_ns[rows], *(column[rows] for column in self.others))
+        wanted = (t_ns >= begin_ns) & (t_ns <= end_ns)
+        return (t_ns[wanted], *(column[rows][wanted] for column in self.others))
 
-    def trim(self, before_ns: int) -> None:
-        self._head += int(np.searchsorted(self.ints[0, self._head : self._tail], before_ns, "left"))
-        if self._head > FIRST_CAPACITY and 2 * self._head > self._tail:
-            self._replace(self.ints[:, self._head : self._tail], self.floats[:, self._head : self._tail])
+    def power_at(self, uuid: str, t_ns: int) -> float | None:
+        """Instant power of the sample that was taken just then; None where there is none."""
+        if not self.first_ns <= t_ns <= self.last_ns or uuid not in self.devices:
+            return None
+        index = self.devices.index(uuid)
+        for row in range(self.bounds[index + 1] - 1, self.bounds[index] - 1, -1):
+            if self.t_ns[row] == t_ns:
+                return float(self.others[1][row])
+            if self.is_ascending:
+                return None
+        return None
 
-    def _extend(self, ints: Int64, floats: Float64) -> None:
-        added = ints.shape[1]
-        if self._tail + added > self.ints.shape[1]:
-            self._replace(self.ints[:, self._head : self._tail], self.floats[:, self._head : self._tail], room=added)
-        self.ints[:, self._tail : self._tail + added] = ints
-        self.floats[:, self._tail : self._tail + added] = floats
-        self._tail += added
 
-    def _merge(self, ints: Int64, floats: Float64) -> None:
-        all_ints = np.concatenate((self.ints[:, self._head : self._tail], ints), axis=1)
-        all_floats = np.concatenate((self.floats[:, self._head : self._tail], floats), axis=1)
-        _, first = np.unique(all_ints[0], return_index=True)
-        self._replace(all_ints[:, first], all_floats[:, first])
+def _block_of(batch: SampleBatch) -> _Block:
+    order = np.argsort(batch.device, kind="stable")
+    counts = np.bincount(batch.device, minlength=len(batch.devices))
+    bounds = [0, *np.cumsum(counts).tolist()]
+    t_ns = batch.t_ns[order]
+    falls = (np.flatnonzero(np.diff(t_ns) <= 0) + 1).tolist()
+    times = [int(t_ns.min()), int(t_ns.max())] if len(t_ns) else []
+    states = [DeviceStates.of(batch.states)] if len(batch.states) else []
+    times += [int(edge) for one in states for edge in (one.t_ns.min(), one.t_ns.max())]
+    others = (
+        _compact(batch.hw_ns[order], np.int32),
+        _compact(batch.power_mw[order], np.float32),
+        _compact(batch.power_avg_mw[order], np.float32),
+        batch.energy_mj[order],
+    )
+    first_ns, last_ns = (min(times), max(times)) if times else (2**62, -(2**62))
+    return _Block(batch.devices, bounds, t_ns, others, states, first_ns, last_ns, set(falls) <= set(bounds))
 
-    def _replace(self, ints: Int64, floats: Float64, room: int = 0) -> None:
-        rows = ints.shape[1]
-        capacity = max(FIRST_CAPACITY, 2 * (rows + room))
-        self.ints, old_ints = np.empty((2, capacity), np.int64), ints
-        self.floats, old_floats = np.empty((3, capacity), np.float64), floats
-        self.ints[:, :rows], self.floats[:, :rows] = old_ints, old_floats
-        self._head, self._tail = 0, rows
+
+def _compact(column: _Column, dtype: type) -> _Column:
+    """The column in a smaller type, where that holds all of it exactly."""
+    with np.errstate(over="ignore"):
+        small = column.astype(dtype)
+    return small if np.array_equal(small, column, equal_nan=column.dtype.kind == "f") else column
+
+
+def _joined(old: _Block, new: _Block) -> _Block:
+    """Both as one block; of the rows of a device those of the older one come first."""
+    devices = tuple(dict.fromkeys((*old.devices, *new.devices)))
+    rows, bounds = [], [0]
+    for uuid in devices:
+        for block, shift in ((old, 0), (new, old.bounds[-1])):
+            if uuid in block.devices:
+                index = block.devices.index(uuid)
+                rows.append(np.arange(block.bounds[index], block.bounds[index + 1]) + shift)
+        bounds.append(sum(map(len, rows)))
+    order = np.concatenate(rows) if rows else np.empty(0, np.int64)
+    t_ns = np.concatenate((old.t_ns, new.t_ns))[order]
+    falls = (np.flatnonzero(np.diff(t_ns) <= 0) + 1).tolist()
+    return _Block(
+        devices,
+        bounds,
+        t_ns,
+        tuple(np.concatenate(pair)[order] for pair in zip(old.others, new.others, strict=True)),
+        _joined_states(old.states, new.states),
+        min(old.first_ns, new.first_ns),
+        max(old.last_ns, new.last_ns),
+        set(falls) <= set(bounds),
+    )
+
+
+def _joined_states(old: list[DeviceStates], new: list[DeviceStates]) -> list[DeviceStates]:
+    if not old or not new or old[-1].uuids != new[0].uuids:
+        return [*old, *new]
+    both = (old[-1], new[0])
+    joined = DeviceStates(
+        new[0].uuids,
+        np.concatenate([one.ints for one in both], axis=1),
+        np.concatenate([one.floats for one in both], axis=1),
+    )
+    return [*old[:-1], joined, *new[1:]]
+
+
+def _put_together(pieces: Sequence[_Column], dtype: type) -> _Column:
+    return np.concatenate(pieces, dtype=dtype) if pieces else np.empty(0, dtype)
 
 
 class _Seen:

@@ -22,6 +22,9 @@ COMPACT_BYTES: Final = 256 * 1024 * 1024
 FLUSH_ROWS: Final = 65_536
 """Samples held back at most, in rows; the next trial takes them along in its segment."""
 
+TABLE_BATCHES: Final = 256
+"""Batches turned into one table at a time."""
+
 Row = Mapping[str, Any]
 
 
@@ -113,13 +116,20 @@ class DatasetWriter:
             ResultsError: Many had gathered and cannot be written; they are kept for the next attempt.
         """
         with self._mutex:
-            for batch in batches:
-                self._pending["power"].append(power_table(self._run.name, batch))
-                self._pending["states"].append(state_table(self._run.name, batch))
-                self._pending_rows += len(batch)
+            some = list(batches)
+            for start in range(0, len(some), TABLE_BATCHES):
+                these = some[start : start + TABLE_BATCHES]
+                self._pending["power"].append(power_table(self._run.name, these))
+                self._pending["states"].append(state_table(self._run.name, these))
+                self._pending_rows += sum(map(len, these))
             if self._pending_rows >= FLUSH_ROWS:
                 self._compact_if_due()
                 self._write({})
+
+    @property
+    def held_rows(self) -> int:
+        """Samples taken in that are not on the disk yet."""
+        return self._pending_rows
 
     def flush(self) -> None:
         """Bring samples that are held back to the disk.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llem_ray.core.power import DeviceState, SampleBatch
-from llem_ray.power.traces import FIRST_CAPACITY, MAX_BEYOND, TraceBuffer
+from llem_ray.power.traces import BLOCK_ROWS, MAX_BEYOND, TraceBuffer
 
 UUIDS = ("a", "b")
 
@@ -99,7 +101,7 @@ def test_states_and_errors_by_time():
     buffer = TraceBuffer()
     states = [DeviceState(t_ns=t, device_uuid=u, temperature_c=float(t)) for t in (10, 20, 30) for u in UUIDS]
     buffer.append(batch([(0, 20), (1, 21)], seq=2, errors={1: "late"}, states=tuple(states[4:])))
-    buffer.append(batch([(0, 10), (1, 11)], seq=1, errors={1: "timeout"}, states=tuple(states[:4])))
+    buffer.append(pickle.loads(pickle.dumps(batch([(0, 10), (1, 11)], seq=1, errors={1: "timeout"}, states=tuple(states[:4])))))
     assert [s.t_ns for s in buffer.states("a", 10, 20)] == [10, 20]
     assert buffer.errors("b", 0, 100) == ((11, "timeout"), (21, "late"))
     assert buffer.errors("a", 0, 100) == ()
@@ -122,10 +124,36 @@ def test_a_trace_stays_as_it_was():
     assert np.array_equal(trace.energy_mj, before[1])
 
 
-def test_traces_are_views():
+def test_small_numbers_are_held_small_and_none_is_rounded():
+    exact, large = np.array([1.0, np.nan, 2.0**24]), np.array([0.1, 2.0**24 + 1, np.nan])
+    times = np.array([1, 2, 3], np.int64)
+
+    def one(seq, values, hw_ns):
+        return dataclasses.replace(
+            batch([(0, int(t) + 10 * seq) for t in times], seq=seq), power_mw=values, power_avg_mw=values, hw_ns=hw_ns
+        )
+
+    small, big = TraceBuffer(), TraceBuffer()
+    small.append(one(1, exact, times))
+    big.append(one(1, large, times * 2**31))
+    assert sum(column.nbytes for column in small._blocks[0].others) < sum(column.nbytes for column in big._blocks[0].others)
+    small.append(one(2, large, times * 2**31))
+    trace = small.trace("a", 0, 100)
+    assert np.array_equal(trace.power_mw, np.concatenate((exact, large)), equal_nan=True)
+    assert np.array_equal(trace.power_avg_mw, np.concatenate((exact, large)), equal_nan=True)
+    assert trace.hw_ns.tolist() == [*times, *(times * 2**31)]
+    assert (trace.t_ns.dtype, trace.hw_ns.dtype, trace.power_mw.dtype) == (np.int64, np.int64, np.float64)
+
+
+def test_newest_power():
     buffer = TraceBuffer()
-    buffer.append(steady(1))
-    assert np.shares_memory(buffer.trace("a", 0, 10**9).t_ns, buffer.trace("a", 100, 200).t_ns)
+    assert buffer.latest_power_mw("a", 0) is None
+    buffer.append(batch([(0, 10), (1, 11), (0, 20), (1, 21)]))
+    buffer.append(batch([(0, 5), (1, 30)], seq=2))
+    assert (buffer.latest_power_mw("a", 0), buffer.latest_power_mw("b", 30)) == (20.0, 30.0)
+    assert buffer.latest_power_mw("a", 21) is None
+    buffer.append(dataclasses.replace(batch([(0, 40)], seq=3), power_mw=np.array([np.nan])))
+    assert buffer.latest_power_mw("a", 0) is None
 
 
 def test_memory_of_a_long_run_is_bounded_by_trim():
@@ -140,19 +168,15 @@ def test_memory_of_a_long_run_is_bounded_by_trim():
     grown = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(buffer.trace("a", 0, 10**12)) == 200
-    assert grown < 40 * 8 * FIRST_CAPACITY
+    assert grown < 40 * 8 * BLOCK_ROWS
 
 
-def test_appending_copies_each_row_only_a_few_times():
+def test_small_batches_are_joined():
     buffer = TraceBuffer()
-    arrays, copied = set(), 0
     for seq in range(1, 1_000):
-        buffer.append(steady(seq, n=20))
-        columns = buffer._columns["a"].ints
-        if id(columns) not in arrays:
-            arrays.add(id(columns))
-            copied += seq * 20
-    assert copied < 3 * 1_000 * 20
+        buffer.append(steady(seq, n=4))
+    assert len(buffer._blocks) < 2 * 1_000 * 8 / BLOCK_ROWS
+    assert len(buffer.trace("b", 0, 10**12)) == 999 * 4
 
 
 def test_a_batch_that_never_comes_is_given_up():
