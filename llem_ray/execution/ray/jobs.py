@@ -249,7 +249,10 @@ class RunJobs:
                         metadata=dict(metadata),
                     )
                 except RuntimeError as error:
-                    if "No available agent" in str(error) and time.monotonic() < deadline:
+                    if "No available agent" in str(error):
+                        if time.monotonic() > deadline:
+                            hint = "on the head: is the port of its dashboard agent, 52365, taken by another Ray?"
+                            raise PlacementError(f"the head of {self._address} has no agent to run jobs", hint) from error
                         time.sleep(RETRY_S)
                         continue
                     if "already exists" not in str(error):
