@@ -121,6 +121,14 @@ def test_a_run_from_submit_to_its_results(remote: Remote) -> None:
     assert "is not running" in refused[2]
 
 
+def test_the_job_runs_the_sweep_on_the_cluster(remote: Remote) -> None:
+    """Engine and sampler are actors of the cluster, and prompts come from the job's package."""
+    code, out, err = remote.call("submit", remote.sweep("real"), "--results", remote.results)
+    assert code == 0, (out, err)
+    assert "2 of 2 trials completed" in out
+    assert json.loads((remote.run("real").path / "environment.json").read_text())
+
+
 def test_the_run_drivers_exit_code_is_ours(remote: Remote) -> None:
     sweep = remote.sweep("failing", engine=", engine_args: {fail: {kind: out_of_memory, batch_above: 1}}")
     code, out, _ = remote.submit(sweep)

@@ -32,11 +32,12 @@ def ray_head(*, dashboard: bool) -> Iterator[Head]:
     """A head with one CPU that demands ``TOKEN``. Never `ray stop`: it would end every Ray of this machine."""
     folder = Path(tempfile.mkdtemp(prefix="llem-head-", dir="/tmp"))
     (folder / "token").write_text(TOKEN + "\n")
-    port, jobs_port, client_port = free_ports(3)
+    port, jobs_port, client_port, agent_port = free_ports(4)
     address = _own_address()
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     command += [f"--node-ip-address={address}", f"--temp-dir={folder}", "--num-cpus=1", "--object-store-memory=80000000"]
     command += [f"--ray-client-server-port={client_port}", f"--include-dashboard={dashboard}", f"--dashboard-port={jobs_port}"]
+    command += [f"--dashboard-agent-listen-port={agent_port}"]  # with a port that is taken no job is ever run
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0"}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"

@@ -30,6 +30,8 @@ LOST_TIMEOUT_S: Final = 120.0
 SETTLE_TIMEOUT_S: Final = 60.0
 """How long the state of a job may lag behind the end of its log."""
 RETRY_S: Final = 2.0
+AGENT_TIMEOUT_S: Final = 60.0
+"""A head that has only just started has nobody yet who runs jobs."""
 PACKAGING_LOG: Final = "ray._private.runtime_env.packaging"
 STOP_WAIT_S: Final = 15
 """What Ray waits between SIGTERM and SIGKILL when it stops a job; its own default of 3 s is short for the last rows."""
@@ -236,17 +238,26 @@ class RunJobs:
         environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **variables}}
         if folder is not None:
             environment["working_dir"] = str(folder)
-        with self._told():
-            try:
-                self._client.submit_job(
-                    entrypoint=shlex.join(command),
-                    submission_id=job_id,
-                    runtime_env=environment,
-                    metadata=dict(metadata),
-                )
-            except RuntimeError as error:
-                if "already exists" not in str(error):
-                    raise
+        deadline = time.monotonic() + AGENT_TIMEOUT_S
+        while True:
+            with self._told():
+                try:
+                    self._client.submit_job(
+                        entrypoint=shlex.join(command),
+                        submission_id=job_id,
+                        runtime_env=environment,
+                        metadata=dict(metadata),
+                    )
+                except RuntimeError as error:
+                    if "No available agent" in str(error):
+                        if time.monotonic() > deadline:
+                            hint = "on the head: is the port of its dashboard agent, 52365, taken by another Ray?"
+                            raise PlacementError(f"the head of {self._address} has no agent to run jobs", hint) from error
+                        time.sleep(RETRY_S)
+                        continue
+                    if "already exists" not in str(error):
+                        raise
+                return
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
