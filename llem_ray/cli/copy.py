@@ -36,7 +36,7 @@ TAKE_OVER = click.option("--take-over", is_flag=True, help="Go on with a copy al
 def copy(run: str, uri: str, results_dir: Path, take_over: bool) -> None:
     """Copy RUN to the folder URI, or complete a copy of it.
 
-    URI is s3://bucket/folder, gs://bucket/folder, abfs://container@account/folder or file:///folder. What is there already is not
+    URI is s3://bucket/folder, gs://bucket/folder, abfs://account@container/folder or file:///folder. What is there already is not
     copied again.
     """
     directory = find_run(results_dir, run)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from typing import Final, TypeVar
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 import pyarrow as pa
 from pyarrow import fs
@@ -23,11 +24,13 @@ T = TypeVar("T")
 
 OPEN_TIMEOUT_S: Final = 30.0
 """A destination that has not answered by then is unreachable."""
+GCS_RETRY_S: Final = 10
+"""Of one operation on a Google server that refuses; pyarrow's own is 15 minutes, in which nobody would hear of it."""
 STORE_ERRORS: Final = (OSError, pa.ArrowException)
 """What pyarrow raises when a file system fails."""
 
 _SCHEMES: Final = ("s3", "gs", "gcs", "abfs", "abfss", "file")
-_ALLOWED: Final = "s3://bucket/folder, gs://bucket/folder, abfs://container@account/folder, or file:///folder"
+_ALLOWED: Final = "s3://bucket/folder, gs://bucket/folder, abfs://account@container/folder, or file:///folder"
 _OBJECT_STORES: Final = frozenset({"s3", "gcs", "abfs"})
 """pyarrow's names of file systems in which a file appears whole, when it is closed."""
 _CHUNK_BYTES: Final = 8 * 1024 * 1024
@@ -36,9 +39,11 @@ _REASONS: Final = (
     (
         re.compile(
             r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|PERMISSION_DENIED|UNAUTHENTICATED|response code 40[13]"
+            r"|AuthenticationException|Failed to get token"
         ),
         "access is denied",
-        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS, to credentials that may write there",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, or AZURE_CLIENT_ID and its kin, "
+        "to credentials that may write there",
     ),
     (
         re.compile(r"NETWORK_CONNECTION|curlCode|resolv|connect|UNAVAILABLE|timed? ?out", re.IGNORECASE),
@@ -133,7 +138,7 @@ def destination_error(destination: Destination | str, error: BaseException, acti
 
 
 @contextmanager
-def destination_errors(destination: Destination, action: str = "copy to") -> Any:
+def destination_errors(destination: Destination, action: str = "copy to") -> Iterator[None]:
     """Word a file system's errors inside the block.
 
     Raises:
@@ -163,7 +168,7 @@ def open_destination(uri: str, timeout_s: float = OPEN_TIMEOUT_S) -> Destination
 
     def check() -> Destination:
         try:
-            filesystem, path = fs.FileSystem.from_uri(uri)
+            filesystem, path = _open_filesystem(uri)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             reason = str(error).replace(uri, shown)
             raise ConfigError(f"not a place that runs can be copied to: {reason}", field="--copy-to", allowed=_ALLOWED) from error
@@ -186,10 +191,24 @@ def open_destination(uri: str, timeout_s: float = OPEN_TIMEOUT_S) -> Destination
         raise destination_error(shown, error) from error
 
 
+def _open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """File system and path, with operations that give up soon: a process cannot exit while one of S3 goes on."""
+    parts = urlsplit(uri)
+    if parts.scheme in {"gs", "gcs"} and "retry_limit_seconds" not in dict(parse_qsl(parts.query)):
+        uri = urlunsplit(parts._replace(query=f"{parts.query}&retry_limit_seconds={GCS_RETRY_S}".lstrip("&")))
+    filesystem, path = fs.FileSystem.from_uri(uri)
+    if parts.scheme == "s3":
+        filesystem = copy.copy(filesystem)  # made by the class, it tries 3 times; from_uri's goes on for over a minute
+    return filesystem, path
+
+
 def holds_secret(uri: str) -> bool:
     """A user name, password or key is part of the URI."""
-    before, at, _ = urlsplit(uri).netloc.rpartition("@")
-    return bool(at) and (":" in before or not uri.startswith("abfs"))  # abfs://container@account is no secret
+    parts = urlsplit(uri)
+    before, at, _ = parts.netloc.rpartition("@")
+    if any(name == "client_secret" for name, _ in parse_qsl(parts.query)):
+        return True
+    return bool(at) and (":" in before or not uri.startswith(("abfs", "gs://anonymous@", "gcs://anonymous@")))
 
 
 def _without_secrets(uri: str) -> str:

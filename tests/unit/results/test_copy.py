@@ -18,7 +18,7 @@ from llem_ray.core.errors import ConfigError, ResultsError, RunInUse
 from llem_ray.results import copied, copy
 from llem_ray.results.copied import Owner, fetch_run
 from llem_ray.results.copy import RunCopy
-from llem_ray.results.destination import Destination, open_destination
+from llem_ray.results.destination import Destination, destination_error, holds_secret, open_destination
 from llem_ray.results.journal import Journal, JournalEvent
 from llem_ray.results.reader import read_table, settled_state
 from llem_ray.results.rundir import RunDirectory
@@ -106,6 +106,42 @@ class TestDestination:
             uri = f"s3://a:b@bucket/folder?endpoint_override=127.0.0.1:{port}&scheme=http&region=us-east-1"
             with pytest.raises(ResultsError, match=r"no answer within 0\.5 s"):
                 open_destination(uri, timeout_s=0.5)
+
+    @pytest.mark.slow
+    def test_an_operation_on_a_server_that_does_not_answer_ends_by_itself(self) -> None:
+        """Otherwise the process could not exit after it gave up."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            uri = f"s3://a:b@bucket/folder?endpoint_override=127.0.0.1:{server.getsockname()[1]}&scheme=http&region=us-east-1"
+            with pytest.raises(ResultsError, match="it cannot be reached"):
+                open_destination(uri, timeout_s=60.0)
+
+    @pytest.mark.slow
+    def test_a_google_server_that_refuses_is_unreachable(self) -> None:
+        with pytest.raises(ResultsError, match="it cannot be reached"):
+            open_destination("gs://anonymous@bucket/folder?endpoint_override=127.0.0.1:1&scheme=http", timeout_s=60.0)
+
+    @pytest.mark.parametrize(
+        ("uri", "secret"),
+        [
+            ("s3://bucket/folder?region=eu-west-1", False),
+            ("s3://key:secret@bucket/folder", True),
+            ("s3://key@bucket/folder", True),
+            ("gs://anonymous@bucket/folder", False),
+            ("abfs://account@container/folder", False),
+            ("abfs://account:key@container/folder", True),
+            ("abfs://account@container/folder?tenant_id=t&client_id=c&client_secret=s", True),
+            ("file:///folder", False),
+        ],
+    )
+    def test_secrets_in_a_uri_are_found(self, uri: str, secret: bool) -> None:
+        assert holds_secret(uri) is secret
+
+    def test_missing_credentials_for_azure_are_said(self) -> None:
+        message = destination_error(
+            "abfs://a@c/f", OSError("N5Azure4Core11Credentials23AuthenticationExceptionE: Failed to get token")
+        )
+        assert "access is denied" in message.message
+        assert "AZURE_CLIENT_ID" in str(message)
 
     def test_nothing_of_the_check_remains(self, tmp_path: Path, target: Destination) -> None:
         assert list((tmp_path / "target").iterdir()) == []
