@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -146,7 +147,7 @@ class DeviceStates(Sequence[DeviceState]):
         device, t_ns, *ints = self.ints[:, at].tolist()
         parts: dict[str, Any] = {name: None if part == _ABSENT else part for name, part in zip(_INT_PARTS, ints, strict=True)}
         floats = self.floats[:, at].tolist()
-        parts |= {name: None if part != part else part for name, part in zip(_FLOAT_PARTS, floats, strict=True)}
+        parts |= {name: None if isnan(part) else part for name, part in zip(_FLOAT_PARTS, floats, strict=True)}
         return DeviceState(t_ns=t_ns, device_uuid=self.uuids[device], **parts)
 
     def __eq__(self, other: object) -> bool:

@@ -45,7 +45,7 @@ PATIENCE_S: Final = 10.0
 """Samples that have not come by then are counted as lost; what is there decides."""
 SILENT_PATIENCE_S: Final = 60.0
 """The same where a host is silent but not given up: a link that heals brings them after all."""
-ADVANCE_S: Final = 30.0
+ADVANCE_S: Final = 20.0
 """Devices outside any gang are accounted for this often, host after host."""
 FLUSH_PHASES: Final = 4096
 """Rows of theirs that wait for a trial to be written with, at most."""
@@ -53,7 +53,7 @@ CLOCKS_S: Final = 30.0
 """Clock offsets are recorded this often."""
 END_TIMEOUT_S: Final = 90.0
 """A sampler that does not answer, or is being started anew, holds the thread for so long at most."""
-KEEP_S: Final = 10.0
+KEEP_S: Final = 5.0
 """Samples kept behind what is still to be accounted for, beside what an edge needs: states and idle powers look back."""
 
 
@@ -245,7 +245,10 @@ class Bookkeeper:
         return 0.1 if self._wake.is_set() else PUMP_S
 
     def _step(self) -> None:
-        self._writer.write_power(self._meter.pump(hurry=self._wake.is_set() or self._ending))
+        if self._ending:
+            self._writer.write_power(self._meter.pump_last())
+        else:
+            self._writer.write_power(self._meter.pump(hurry=self._wake.is_set()))
         self._take_inbox()
         while self._handle_ready():
             pass

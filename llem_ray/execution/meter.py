@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,6 +27,9 @@ FETCH_TIMEOUT_S: Final = 10.0
 SILENT_S: Final = 30.0
 """A sampler that does not answer for so long is taken for dead."""
 COLLECT_S: Final = 0.5
+LAST_S: Final = 10.0
+ASKED_AT_ONCE: Final = 64
+"""Samplers that have not answered within a glance do not count."""
 GLANCE_S: Final = 0.05
 NODES_PER_S: Final = 50
 MAX_PERIOD_S: Final = 5.0
@@ -164,7 +168,8 @@ class Meter:
         if link is None:
             return
         try:
-            self._take(link, link.sampler.fetch(link.after_seq, link.info.epoch).result(FETCH_TIMEOUT_S))
+            answer = link.sampler.fetch(link.after_seq, link.info.epoch).result(FETCH_TIMEOUT_S)
+            self._take(link, answer, self._clock.monotonic_ns())
         except (LlemRayError, TimeoutError) as error:
             LOG.warning("the last samples of %s were not fetched: %s", link.info.hostname, error)
         self._retire(node_id)
@@ -217,44 +222,70 @@ class Meter:
         """A sampler of the host."""
         return next((link.sampler for link in self._links_of.get(host, ())), None)
 
-    def pump(self, *, hurry: bool = False) -> list[SampleBatch]:
+    def pump(self, *, hurry: bool = False, patience_s: float = COLLECT_S) -> list[SampleBatch]:
         """Fetch what was sampled, from every sampler that is due. One that died is started anew with the next epoch.
+
+        Few are asked at a time: an exchange that waits for others tells little of the host's clock.
 
         Args:
             hurry: From every sampler, due or not.
+            patience_s: Answers that have not come by then are left for the next time, and so are samplers not asked yet.
         """
         self._step_openings()
         now_ns = self._clock.monotonic_ns()
         with self._lock:
             links = list(self._links.values())
-        period_ns = ns_from_s(min(max(1.0, len(links) / NODES_PER_S), MAX_PERIOD_S))
-        for index, link in enumerate(links):
-            if link.pending is None and (hurry or now_ns >= link.due_ns):
-                spread_ns = period_ns * index // len(links) if link.fresh else 0
-                link.due_ns = now_ns + period_ns - spread_ns // 2
-                self._ask(link)
-        fetched: list[SampleBatch] = []
         waiting = [link for link in links if link.pending is not None]
-        until_ns = now_ns + ns_from_s(COLLECT_S)
-        while waiting:
-            calls = [link.pending for link in waiting if link.pending is not None]
-            answered = {id(call) for call in self._executor.wait(calls, GLANCE_S)}
-            for link in waiting:
-                if id(link.pending) in answered:
-                    fetched.extend(self._collect(link))
+        due = deque(link for link in links if link.pending is None and (hurry or now_ns >= link.due_ns))
+        self._schedule(due, links, now_ns)
+        fetched: list[SampleBatch] = []
+        until_ns, slow = now_ns + ns_from_s(patience_s), len(waiting)
+        while waiting or due:
+            while due and len(waiting) < slow + ASKED_AT_ONCE:
+                waiting.append(due.popleft())
+                self._ask(waiting[-1])
+            answered = self._answered(waiting)
+            slow = slow if answered else len(waiting)
+            for link, answered_ns in answered:
+                fetched.extend(self._collect(link, answered_ns))
             waiting = [link for link in waiting if link.pending is not None]
+            slow = min(slow, len(waiting))
             if self._clock.monotonic_ns() >= until_ns:
                 break
+        for link in due:
+            link.due_ns = now_ns
         for link in waiting:
             if self._clock.monotonic_ns() - link.sent_ns > SILENT_S * NS_PER_S:
                 self._restart(link, f"no answer for {SILENT_S:g} s")
         return fetched
 
+    def pump_last(self) -> list[SampleBatch]:
+        """Fetch what was sampled up to now from every sampler that answers: before they are closed."""
+        fetched = self.pump(hurry=True, patience_s=LAST_S)
+        # Those that were asked before this began answered before it, too.
+        return fetched + self.pump(hurry=True, patience_s=LAST_S)
+
+    def _schedule(self, due: Iterable[_Link], links: Sequence[_Link], now_ns: int) -> None:
+        """When each is asked again: in step with the time before, spread over the period at first."""
+        period_ns = ns_from_s(min(max(1.0, len(links) / NODES_PER_S), MAX_PERIOD_S))
+        for index, link in enumerate(due):
+            if link.fresh:
+                link.due_ns = now_ns + period_ns * (index + 1) // max(1, len(links))
+            elif link.due_ns <= now_ns:
+                link.due_ns = max(link.due_ns, now_ns - period_ns) + period_ns
+
+    def _answered(self, waiting: Sequence[_Link]) -> list[tuple[_Link, int]]:
+        """Those of them that answered, and by when."""
+        calls = [link.pending for link in waiting if link.pending is not None]
+        answered = {id(call) for call in self._executor.wait(calls, GLANCE_S)}
+        answered_ns = self._clock.monotonic_ns()
+        return [(link, answered_ns) for link in waiting if id(link.pending) in answered]
+
     def _ask(self, link: _Link) -> None:
         link.sent_ns = self._clock.monotonic_ns()
         link.pending = link.sampler.fetch(link.after_seq, link.info.epoch)
 
-    def _collect(self, link: _Link) -> Sequence[SampleBatch]:
+    def _collect(self, link: _Link, answered_ns: int) -> Sequence[SampleBatch]:
         call, link.pending = link.pending, None
         assert call is not None
         try:
@@ -264,14 +295,11 @@ class Meter:
             return ()
         except TimeoutError:
             return ()
-        return self._take(link, answer)
+        return self._take(link, answer, answered_ns)
 
-    def _take(self, link: _Link, answer: Fetched) -> Sequence[SampleBatch]:
+    def _take(self, link: _Link, answer: Fetched, answered_ns: int) -> Sequence[SampleBatch]:
         exchange = Exchange(
-            sent_ns=link.sent_ns,
-            received_ns=answer.received_ns,
-            replied_ns=answer.replied_ns,
-            answered_ns=self._clock.monotonic_ns(),
+            sent_ns=link.sent_ns, received_ns=answer.received_ns, replied_ns=answer.replied_ns, answered_ns=answered_ns
         )
         if link.fresh:
             self._notice_restart(link.host, exchange)

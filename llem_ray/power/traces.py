@@ -7,6 +7,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isnan
 from operator import itemgetter
 from typing import Any, Final, TypeVar
 
@@ -138,7 +139,7 @@ class TraceBuffer:
             for block in reversed(self._blocks):
                 power_mw = block.power_at(uuid, last_ns)
                 if power_mw is not None:
-                    return None if power_mw != power_mw else power_mw
+                    return None if isnan(power_mw) else power_mw
         return None
 
     def trim(self, before_ns: int) -> None:
@@ -207,7 +208,7 @@ def _block_of(batch: SampleBatch) -> _Block:
     t_ns = batch.t_ns[order]
     falls = (np.flatnonzero(np.diff(t_ns) <= 0) + 1).tolist()
     times = [int(t_ns.min()), int(t_ns.max())] if len(t_ns) else []
-    states = [DeviceStates.of(batch.states)] if len(batch.states) else []
+    states = [_own(DeviceStates.of(batch.states))] if len(batch.states) else []
     times += [int(edge) for one in states for edge in (one.t_ns.min(), one.t_ns.max())]
     others = (
         _compact(batch.hw_ns[order], np.int32),
@@ -217,6 +218,11 @@ def _block_of(batch: SampleBatch) -> _Block:
     )
     first_ns, last_ns = (min(times), max(times)) if times else (2**62, -(2**62))
     return _Block(batch.devices, bounds, t_ns, others, states, first_ns, last_ns, set(falls) <= set(bounds))
+
+
+def _own(states: DeviceStates) -> DeviceStates:
+    """A copy: what came from another process is a view of the whole message, and would keep it."""
+    return DeviceStates(states.uuids, states.ints.copy(), states.floats.copy())
 
 
 def _compact(column: _Column, dtype: type) -> _Column:

@@ -41,9 +41,8 @@ def state_table(run: str, batches: Sequence[SampleBatch]) -> pa.Table:
         if name not in columns:
             parts = [one.column(name) for one in states]
             values = _joined([part for part, _ in parts], parts[0][0].dtype if parts else np.float64)
-            columns[name] = pa.array(values, mask=_joined([absent for _, absent in parts], np.bool_)).cast(
-                schema.field(name).type
-            )
+            absent = _joined([absent for _, absent in parts], np.bool_)
+            columns[name] = pa.array(values, mask=absent).cast(schema.field(name).type)
     return pa.table(columns, schema=schema)
 
 
