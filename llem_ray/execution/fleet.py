@@ -45,6 +45,7 @@ class Fleet:
         self._seats: dict[str, tuple[Seat, ...]] = {}
         self._lost: set[str] = set()
         self._suspect_ns: dict[str, int] = {}
+        self._warned: set[str] = set()
         self.quarantined: dict[tuple[str, str], str] = {}
         """(host, UUID) -> why the GPU is not used any more."""
         self._looked_ns = 0
@@ -89,14 +90,12 @@ class Fleet:
             fresh = [node for node_id, node in found.items() if node_id not in self._nodes]
             self._nodes = found
         for node in gone:
-            host = self._meter.host_of(node.node_id)
-            if host is not None:
-                self._lost.add(node.node_id)
+            self._lost.add(node.node_id)
             self._tell(f"node {node.hostname} ({node.address}) is gone")
             self._meter.drop(node.node_id, "the node is gone")
         for node in fresh:
             self._tell(f"node {node.hostname} ({node.address}) has joined")
-        self._meter.adopt(fresh)
+        self._meter.adopt(found.values())
 
     def take(self, lane: str, seats: Sequence[Seat]) -> None:
         """The seats are the lane's until it gives them back."""
@@ -128,21 +127,31 @@ class Fleet:
         rooms = []
         for node in nodes:
             host = hosts[node.node_id]
-            if host is None or not self._is_sound(node, host):
+            if host is None or not self._meter.is_in_service(host) or not self._is_sound(node, host):
                 continue
-            unfit = sum(held == host for held, _ in self.quarantined)
-            gpus = max(0, node.gpus - node.gpus_elsewhere - unfit)
+            gpus = self._usable_gpus(node, host)
             rooms.append(
                 NodeRoom(
                     node=node.node_id,
                     gpus=gpus,
-                    free_gpus=max(0, gpus - taken.get(node.node_id, 0)),
+                    free_gpus=max(0, gpus - node.gpus_elsewhere - taken.get(node.node_id, 0)),
                     gangs=gangs.get(host, 0),
                     cpu_gangs=on_cpu.get(host, 0),
                     gpu_type=node.gpu_type,
                 )
             )
         return tuple(rooms)
+
+    def _usable_gpus(self, node: Node, host: str) -> int:
+        """Those of its GPUs that can be measured and are not quarantined."""
+        measured = sum(device.scope in GPU_SCOPES for device in self._meter.devices(host))
+        if node.gpus > measured and node.node_id not in self._warned:
+            self._warned.add(node.node_id)
+            where = f"node {node.hostname} ({node.address})"
+            self._tell(f"{where} has {node.gpus} GPUs for Ray, of which {measured} can be measured: only these are used")
+        with self._lock:
+            unfit = sum(held == host for held, _ in self.quarantined)
+        return max(0, min(node.gpus, measured) - unfit)
 
     def hosts_of(self, seats: Iterable[Seat]) -> tuple[str, ...]:
         """Stable ids of the seats' hosts."""
@@ -155,7 +164,7 @@ class Fleet:
             return True
         if self._clock.monotonic_ns() - since_ns < LOOK_S * NS_PER_S or not self._answers(host):
             return False
-        del self._suspect_ns[node.node_id]
+        self._suspect_ns.pop(node.node_id, None)
         return True
 
     def raise_if_lost(self, seats: Sequence[Seat]) -> None:
@@ -194,7 +203,8 @@ class Fleet:
                 break
             self._clock.sleep_until_ns(self._clock.monotonic_ns() + NS_PER_S // 5)
         for item, reason in problems:
-            self.quarantined[item.key] = reason
+            with self._lock:
+                self.quarantined[item.key] = reason
             name = self._meter.hostname(item.host)
             LOG.error("GPU %s on %s is quarantined: %s", item.device.uuid, name, reason)
             self._tell(f"GPU {item.device.uuid} on {name} is not used any more: {reason}")

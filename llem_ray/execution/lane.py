@@ -386,8 +386,15 @@ class GangLane:
         self._record = None
 
     def _add_spans(self, spans: Iterable[PhaseSpan]) -> None:
-        self._timeline.add(spans, slack_ns=CLOCK_SLACK_NS)
+        self._timeline.add(spans, slack_ns=CLOCK_SLACK_NS + 2 * self._clock_delta_ns())
         self._report()
+
+    def _clock_delta_ns(self) -> int:
+        """How far the clock of the gang's leading host may be off, as far as is known."""
+        if self._record is None:
+            return 0
+        offset = self._run.meter.clocks.latest(self._record.node)
+        return 0 if offset is None else offset.delta_ns
 
     def _cover(self, phase: Phase, trial_id: str | None = None, attempt: int | None = None) -> None:
         self._timeline.close_at(phase, self._run.clock.monotonic_ns(), trial_id, attempt)

@@ -9,21 +9,23 @@ from dataclasses import dataclass
 from typing import Final
 
 from llem_ray.core.clock import Clock
-from llem_ray.core.errors import EngineDied, HangError, LlemRayError, PlacementError
+from llem_ray.core.errors import LlemRayError, PlacementError, Unreachable
 from llem_ray.core.power import Calibration, Device, DeviceState, SampleBatch, SamplerInfo, Trace
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy.estimator import edge_margin_s
 from llem_ray.execution.calls import Call, Executor, Fetched, Node, Sampler, SamplerSettings
 from llem_ray.execution.clocks import ClockTable, Exchange
 from llem_ray.execution.probing import ClockProber
+from llem_ray.execution.starter import SamplerStarter, Started
 from llem_ray.power.traces import TraceBuffer
 
 LOG = logging.getLogger(__name__)
 
-START_TIMEOUT_S: Final = 90.0
 FETCH_TIMEOUT_S: Final = 10.0
 SILENT_S: Final = 30.0
 """A sampler that does not answer for so long is taken for dead."""
+LATE_S: Final = 2.0
+"""An answer that takes longer is late: what it brings may be waited for."""
 COLLECT_S: Final = 0.5
 GLANCE_S: Final = 0.05
 NODES_PER_S: Final = 50
@@ -44,6 +46,8 @@ class _Link:
     after_seq: int = 0
     pending: Call[Fetched] | None = None
     sent_ns: int = 0
+    unanswered_ns: int | None = None
+    """When the first of the questions that it has not answered was sent."""
     due_ns: int = 0
     fresh: bool = True
     """Nothing has been fetched from it yet."""
@@ -51,17 +55,6 @@ class _Link:
     @property
     def host(self) -> str:
         return self.info.node
-
-
-@dataclass(slots=True)
-class _Opening:
-    """A sampler that is being started."""
-
-    node: Node
-    sampler: Sampler
-    call: Call[str] | Call[SamplerInfo]
-    begun_ns: int
-    host: str | None = None
 
 
 class Meter:
@@ -89,14 +82,13 @@ class Meter:
         self._prober = ClockProber(self.clocks, clock, self.sampler_of)
         self._lock = threading.RLock()
         self._links: dict[str, _Link] = {}
-        self._openings: dict[str, _Opening] = {}
+        self._starter = SamplerStarter(executor, settings, clock, self._learn_host, self._begin_of)
         self._buffers: dict[str, TraceBuffer] = {}
         self._hosts: dict[str, str] = {}
         self._generations: dict[str, int] = {}
+        self._restarted_ns: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
         self._infos: dict[str, dict[str, SamplerInfo]] = {}
-        self.problems: dict[str, str] = {}
-        """Node id -> why it has no sampler."""
 
     def open(self, nodes: Iterable[Node]) -> tuple[SamplerInfo, ...]:
         """Start the samplers of all nodes and wait until they poll.
@@ -108,32 +100,35 @@ class Meter:
         """
         self.adopt(nodes)
         first: LlemRayError | None = None
-        while self._openings:
-            calls = [opening.call for opening in self._openings.values()]
-            self._executor.wait(calls, GLANCE_S)
-            first = self._step_openings() or first
+        while self._starter.is_busy():
+            self._starter.wait(GLANCE_S)
+            first = self._serve_started() or first
         if first is not None and (not self._links or isinstance(first, PlacementError)):
             raise first
         return self.infos
 
     def adopt(self, nodes: Iterable[Node]) -> None:
-        """Start samplers on nodes that have none; ``pump`` brings them into service."""
+        """Start samplers on those of the nodes that nobody samples; ``pump`` brings them into service."""
         for node in nodes:
-            if node.node_id in self._links or node.node_id in self._openings or node.node_id in self._hosts:
-                continue
-            self.problems.pop(node.node_id, None)
-            sampler = self._executor.open_sampler(node, self._settings)
-            self._openings[node.node_id] = _Opening(node, sampler, sampler.host(), self._clock.monotonic_ns())
+            with self._lock:
+                host = self._hosts.get(node.node_id)
+                served = node.node_id in self._links or (host is not None and self.is_in_service(host))
+            if not served:
+                self._starter.want(node)
 
     def drop(self, node_id: str, reason: str) -> None:
         """The node is gone: its samples so far stay. Its host may come back as another node."""
         with self._lock:
-            opening, link = self._openings.pop(node_id, None), self._links.pop(node_id, None)
+            link = self._links.pop(node_id, None)
             self._hosts.pop(node_id, None)
-            self.problems[node_id] = reason
-        for held in (opening, link):
-            if held is not None:
-                held.sampler.close()
+        self._starter.forget(node_id, reason)
+        if link is not None:
+            link.sampler.close(force=True)
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Node id -> why it has no sampler."""
+        return dict(self._starter.problems)
 
     def release(self, node_id: str) -> None:
         """Fetch what a node's sampler still has, then end it: an autoscaler may remove the node."""
@@ -175,11 +170,15 @@ class Meter:
         now_ns = self._clock.monotonic_ns()
         with self._lock:
             links = [link for link in self._links.values() if link.host == host]
-        return any(link.pending is not None and now_ns - link.sent_ns > 2 * NS_PER_S for link in links)
+        return any(link.unanswered_ns is not None and now_ns - link.unanswered_ns > LATE_S * NS_PER_S for link in links)
 
     def generation(self, host: str) -> int:
         """Counts the restarts of a host, whose clock and counters begin anew each time."""
         return self._generations.get(host, 0)
+
+    def restarted_ns(self, host: str) -> int | None:
+        """When the latest restart of a host was noticed, on the run driver's clock; None when there was none."""
+        return self._restarted_ns.get(host)
 
     def sampler_of(self, host: str) -> Sampler | None:
         """A sampler of the host."""
@@ -192,7 +191,7 @@ class Meter:
         Args:
             hurry: From every sampler, due or not.
         """
-        self._step_openings()
+        self._serve_started()
         now_ns = self._clock.monotonic_ns()
         with self._lock:
             links = list(self._links.values())
@@ -214,13 +213,15 @@ class Meter:
             waiting = [link for link in waiting if link.pending is not None]
             if self._clock.monotonic_ns() >= until_ns:
                 break
-        for link in waiting:
-            if self._clock.monotonic_ns() - link.sent_ns > SILENT_S * NS_PER_S:
+        for link in links:
+            if link.unanswered_ns is not None and self._clock.monotonic_ns() - link.unanswered_ns > SILENT_S * NS_PER_S:
                 self._restart(link, f"no answer for {SILENT_S:g} s")
         return fetched
 
     def _ask(self, link: _Link) -> None:
         link.sent_ns = self._clock.monotonic_ns()
+        if link.unanswered_ns is None:
+            link.unanswered_ns = link.sent_ns
         link.pending = link.sampler.fetch(link.after_seq, link.info.epoch)
 
     def _collect(self, link: _Link) -> Sequence[SampleBatch]:
@@ -228,10 +229,11 @@ class Meter:
         assert call is not None
         try:
             answer = call.result(FETCH_TIMEOUT_S)
-        except EngineDied as error:
-            self._restart(link, str(error))
-            return ()
-        except TimeoutError:
+        except (TimeoutError, Unreachable) as error:
+            LOG.warning("the sampler of %s does not answer: %s", link.info.hostname, error)
+            return ()  # it is asked again: a network that is cut for some seconds is no reason to lose its samples
+        except LlemRayError as error:
+            self._restart(link, error.message)
             return ()
         return self._take(link, answer)
 
@@ -242,9 +244,9 @@ class Meter:
             replied_ns=answer.replied_ns,
             answered_ns=self._clock.monotonic_ns(),
         )
-        if link.fresh:
-            self._notice_restart(link.host, exchange)
-            link.fresh = False
+        link.fresh = False
+        link.unanswered_ns = None
+        self._starter.settle(link.node.node_id)
         self.clocks.add(link.host, exchange)
         taken = []
         for batch in answer.batches:
@@ -265,14 +267,18 @@ class Meter:
     def _notice_restart(self, host: str, exchange: Exchange) -> None:
         """A host that was restarted under the same id has another clock: nothing old may be mixed with it."""
         known = self.clocks.offset(host, exchange.answered_ns)
-        seen_ns = exchange.replied_ns - exchange.answered_ns
-        if known is None or abs(known.offset_ns - seen_ns) <= known.delta_ns + RESTARTED_NS:
+        if known is None or self.clocks.is_own(host):
+            return
+        slack_ns = known.delta_ns + RESTARTED_NS
+        latest_ns, earliest_ns = exchange.received_ns - exchange.sent_ns, exchange.replied_ns - exchange.answered_ns
+        if earliest_ns <= known.offset_ns + slack_ns and latest_ns >= known.offset_ns - slack_ns:
             return
         LOG.warning("host %s was restarted: its clock and its counters begin anew", host)
         with self._lock:
             self.clocks.forget(host)
             self._buffers[host] = TraceBuffer()
             self._generations[host] = self._generations.get(host, 0) + 1
+            self._restarted_ns[host] = exchange.answered_ns
 
     def devices(self, host: str) -> tuple[Device, ...]:
         """Devices that the host's samplers read."""
@@ -355,7 +361,7 @@ class Meter:
         """Stop the samplers, and log what trouble they had."""
         self._prober.close()
         with self._lock:
-            links, openings = list(self._links.values()), list(self._openings.values())
+            links = list(self._links.values())
         last = [(link, link.sampler.describe()) for link in links]
         self._executor.wait([call for _, call in last], FETCH_TIMEOUT_S)
         for link, call in last:
@@ -364,44 +370,46 @@ class Meter:
                     LOG.warning("the sampler of %s: %s", link.info.hostname, note)
             except (LlemRayError, TimeoutError) as error:
                 LOG.warning("the sampler of %s gave no last word: %s", link.info.hostname, error)
-        for sampler in (*(link.sampler for link in links), *(opening.sampler for opening in openings)):
-            sampler.close()
+        for link in links:
+            link.sampler.close(force=self.is_silent(link.host))
+        self._starter.close()
 
-    def _step_openings(self) -> LlemRayError | None:
-        """Bring samplers that are being started one step further; returns what the first that cannot start raises."""
-        failed: LlemRayError | None = None
-        answered = {id(call) for call in self._executor.wait([one.call for one in self._openings.values()], 0.0)}
-        for node_id, opening in list(self._openings.items()):
+    def _learn_host(self, node_id: str, host: str) -> None:
+        with self._lock:
+            self._hosts[node_id] = host
+
+    def _begin_of(self, host: str) -> tuple[Sequence[str], int]:
+        """What a new sampler of the host leaves to those that are there, and its lowest epoch."""
+        skip = [device.uuid for info in self.infos if info.node == host for device in info.devices]
+        return skip, self._epochs.get(host, 0) + 1
+
+    def _serve_started(self) -> LlemRayError | None:
+        """Bring samplers into service that poll now; returns what the first that cannot start raises."""
+        started, failed = self._starter.step()
+        for one in started:
             try:
-                if id(opening.call) in answered:
-                    self._step(opening)
-                elif self._clock.monotonic_ns() - opening.begun_ns > START_TIMEOUT_S * NS_PER_S:
-                    raise HangError(f"the power sampler of {opening.node.hostname} did not start within {START_TIMEOUT_S:g} s")
-            except LlemRayError as error:
-                LOG.error("no sampler on %s: %s", opening.node.hostname, error)  # noqa: TRY400 - the text says it all
-                self.drop(node_id, str(error))
-                self._hosts.setdefault(node_id, opening.host or node_id)
+                self._serve(one)
+            except PlacementError as error:
+                LOG.error("no sampler on %s: %s", one.node.hostname, error)  # noqa: TRY400 - the text says it all
+                self.drop(one.node.node_id, error.message)
+                one.sampler.close(force=True)
                 failed = failed or error
         return failed
 
-    def _step(self, opening: _Opening) -> None:
-        answer = opening.call.result(FETCH_TIMEOUT_S)
-        if isinstance(answer, str):
-            opening.host = self._hosts[opening.node.node_id] = answer
-            skip = [device.uuid for info in self.infos if info.node == answer for device in info.devices]
-            opening.call = opening.sampler.describe(skip, self._epochs.get(answer, 0) + 1)
+    def _serve(self, one: Started) -> None:
+        info = one.info
+        if not info.devices and self.is_in_service(info.node):  # another node of the same host: one sampler is enough
+            one.sampler.close()
             return
-        del self._openings[opening.node.node_id]
-        if not answer.devices and self.is_in_service(answer.node):  # another node of the same host: one sampler is enough
-            opening.sampler.close()
-            return
-        self._refuse_twins(answer)
+        self._refuse_twins(info)
+        self._notice_restart(info.node, one.exchange)
+        self.clocks.add(info.node, one.exchange)
         with self._lock:
-            self._epochs[answer.node] = max(answer.epoch, self._epochs.get(answer.node, 0))
-            self._buffers.setdefault(answer.node, TraceBuffer())
-            self._infos.setdefault(answer.node, {})[self._key(answer)] = answer
-            self._links[opening.node.node_id] = _Link(opening.node, opening.sampler, answer)
-        self._on_sampler(answer)
+            self._epochs[info.node] = max(info.epoch, self._epochs.get(info.node, 0))
+            self._buffers.setdefault(info.node, TraceBuffer())
+            self._infos.setdefault(info.node, {})[self._key(info)] = info
+            self._links[one.node.node_id] = _Link(one.node, one.sampler, info)
+        self._on_sampler(info)
 
     def _key(self, info: SamplerInfo) -> str:
         """A restarted sampler takes the place of the one that read the same devices."""
@@ -423,12 +431,10 @@ class Meter:
                 )
 
     def _restart(self, link: _Link, why: str) -> None:
-        LOG.warning("the sampler of %s is started anew: %s", link.info.hostname, why)
         with self._lock:
-            self._links.pop(link.node.node_id, None)
-            self._hosts.pop(link.node.node_id, None)
-        link.sampler.close()
-        try:
-            self.adopt([link.node])
-        except LlemRayError as error:
-            LOG.error("the sampler of %s could not be started anew: %s", link.info.hostname, error)  # noqa: TRY400
+            if self._links.get(link.node.node_id) is not link:  # its node is gone
+                return
+            del self._links[link.node.node_id]
+        LOG.warning("the sampler of %s is started anew: %s", link.info.hostname, why)
+        link.sampler.close(force=True)
+        self.adopt([link.node])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, TypeVar
 
-from llem_ray.core.errors import EngineDied, LlemRayError
+from llem_ray.core.errors import EngineDied, LlemRayError, Unreachable
 from llem_ray.execution.calls import Call
 
 T = TypeVar("T")
@@ -52,7 +52,8 @@ def answer_of(ref: Any, timeout_s: float, what: str) -> Any:
 
     Raises:
         TimeoutError: It has not, within ``timeout_s``.
-        EngineDied: The actor, or its node, is gone or cannot be reached.
+        EngineDied: The actor, or its node, is gone.
+        Unreachable: The same, or it may answer again later.
         LlemRayError: What the method raised.
     """
     ray = import_ray()
@@ -65,6 +66,8 @@ def answer_of(ref: Any, timeout_s: float, what: str) -> Any:
         if isinstance(cause, LlemRayError):
             raise cause from error
         raise LlemRayError(f"{what} failed: {cause!r}", str(error)) from error
+    except ray.exceptions.ActorUnavailableError as error:
+        raise Unreachable(f"the process cannot be reached for {what}: {first_line(error)}") from error
     except ray.exceptions.RayError as error:  # its actor died, or Ray killed it because the host's memory was nearly full
         raise EngineDied(f"the process died during {what}: {first_line(error)}") from error
 
