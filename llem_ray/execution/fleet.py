@@ -12,9 +12,9 @@ import numpy as np
 from llem_ray.core.clock import Clock
 from llem_ray.core.errors import LlemRayError, NodeLost, PlacementError
 from llem_ray.core.units import NS_PER_S
-from llem_ray.execution.calls import Executor, Node
+from llem_ray.execution.calls import Executor, Leased, Node
 from llem_ray.execution.meter import GPU_SCOPES, Meter
-from llem_ray.execution.records import GangRecord, HostDevice
+from llem_ray.execution.records import DeviceKey, GangRecord, HostDevice
 from llem_ray.planning.packing import NodeRoom, Seat
 
 LOG = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Fleet:
         self._lost: set[str] = set()
         self._suspect_ns: dict[str, int] = {}
         self._warned: set[str] = set()
-        self.quarantined: dict[tuple[str, str], str] = {}
+        self.quarantined: dict[DeviceKey, str] = {}
         """(host, UUID) -> why the GPU is not used any more."""
         self._looked_ns = 0
         self._unanswered: str | None = None
@@ -208,9 +208,21 @@ class Fleet:
             name = self._meter.hostname(item.host)
             LOG.error("GPU %s on %s is quarantined: %s", item.device.uuid, name, reason)
             self._tell(f"GPU {item.device.uuid} on {name} is not used any more: {reason}")
+        self.hold([item.key for item, _ in problems])
+
+    def hold(self, unfit: Iterable[DeviceKey]) -> None:
+        """Keep every gang off the GPUs."""
+        for host, uuid in unfit:
             for node in self.nodes:
-                if self._meter.host_of(node.node_id) == item.host:
-                    self._executor.quarantine(node.node_id, item.device.uuid)
+                if node.gpus and self._meter.host_of(node.node_id) == host:
+                    self._executor.quarantine(node.node_id, uuid)
+
+    def unfit(self, workers: Iterable[Leased]) -> list[DeviceKey]:
+        """Those of the GPUs that processes hold which are quarantined."""
+        with self._lock:
+            return [
+                (worker.node, uuid) for worker in workers for uuid in worker.gpu_uuids if (worker.node, uuid) in self.quarantined
+            ]
 
     def _leftovers(self, gang: GangRecord) -> list[tuple[HostDevice, str]]:
         found: list[tuple[HostDevice, str]] = []

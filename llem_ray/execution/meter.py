@@ -125,6 +125,10 @@ class Meter:
         if link is not None:
             link.sampler.close(force=True)
 
+    def is_starting(self) -> bool:
+        """A sampler is being started: ``pump`` brings it further each time."""
+        return self._starter.is_busy()
+
     @property
     def problems(self) -> dict[str, str]:
         """Node id -> why it has no sampler."""
@@ -323,6 +327,10 @@ class Meter:
     def errors(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[tuple[int, str], ...]:
         """(t_ns, why) of the device's samples that lack a reading."""
         return self._buffers[host].errors(uuid, begin_ns, end_ns)
+
+    def last_ns(self, host: str, uuid: str) -> int | None:
+        """Time of the newest sample of one device, on its host's clock; None before the first."""
+        return self._buffers[host].last_ns(uuid)
 
     def is_sampled_until(self, t_ns: int, hosts: Collection[str] | None = None) -> bool:
         """Every device of the hosts has been sampled far enough past ``t_ns`` of our clock for an edge there to be final."""

@@ -48,6 +48,8 @@ class GangRecord:
     resident: dict[DeviceKey, Baseline] = field(default_factory=dict)
     load_energy_j: float | None = None
     """Once per load."""
+    generations: dict[str, int] = field(default_factory=dict)
+    """Host -> how often it had been restarted when the gang was placed."""
     begin_ns: int = 0
     end_ns: int | None = None
     """When its processes were gone; None while they are not."""

@@ -82,9 +82,10 @@ class SamplerStarter:
         """Node id -> why it has none."""
 
     def is_busy(self) -> bool:
-        """A sampler is being started, or will be."""
+        """A sampler is being started, or will be soon."""
+        soon_ns = self._clock.monotonic_ns() + ns_from_s(TRIES * RETRY_S)
         with self._lock:
-            return bool(self._wanted or self._openings)
+            return bool(self._openings) or any(begin_ns <= soon_ns for _, begin_ns in self._wanted.values())
 
     def want(self, node: Node) -> None:
         """Start a sampler on the node, unless that is under way or was refused for good."""
