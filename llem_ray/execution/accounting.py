@@ -54,7 +54,7 @@ class Accounts:
             baseline = self._baseline(item, window, resident=idle.resident)
             (gang.resident if idle.resident else gang.bare)[item.key] = baseline
             if not idle.resident:
-                self._check_foreign(item, window, baseline)
+                self._check_foreign(gang, item, window, baseline)
 
     def take_load(self, load: LoadEnded) -> None:
         """Energy of loading the model."""
@@ -168,12 +168,14 @@ class Accounts:
             kind="resident" if resident else "bare",
         )
 
-    def _check_foreign(self, item: HostDevice, window: Window, baseline: Baseline) -> None:
+    def _check_foreign(self, gang: GangRecord, item: HostDevice, window: Window, baseline: Baseline) -> None:
         """Before our model is loaded: memory in use, or idle power above the lowest seen on this device in this run."""
         if item.device.scope not in GPU_SCOPES:
             return
         states = self._meter.states(item.host, item.device.uuid, window.begin_ns, window.end_ns)
         used = [state.memory_used_bytes for state in states if state.memory_used_bytes is not None]
+        if used:
+            gang.bare_memory_bytes[item.key] = used[-1]
         self._foreign[item.key] = check_foreign_load(
             memory_used_bytes=max(used) if used else None,
             idle_power_w=baseline.power_w,

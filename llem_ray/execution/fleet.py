@@ -250,11 +250,11 @@ class Fleet:
         baseline = gang.bare.get(item.key)
         if now_ns is None or baseline is None:
             return None
-        before = self._meter.states(item.host, item.device.uuid, 0, baseline.end_ns)
+        before = gang.bare_memory_bytes.get(item.key)
         latest = self._meter.states(item.host, item.device.uuid, now_ns - 5 * NS_PER_S, now_ns)
-        used = [state.memory_used_bytes for state in (*before[-1:], *latest[-1:])]
-        if len(used) == 2 and None not in used and (extra := (used[1] or 0) - (used[0] or 0)) > MEMORY_SLACK_BYTES:
-            return f"{extra / 2**20:.0f} MiB more memory in use than before its load"
+        used = latest[-1].memory_used_bytes if latest else None
+        if before is not None and used is not None and used - before > MEMORY_SLACK_BYTES:
+            return f"{(used - before) / 2**20:.0f} MiB more memory in use than before its load"
         power_mw = self._meter.trace(item.host, item.device.uuid, now_ns - 2 * NS_PER_S, now_ns).power_mw
         known = power_mw[np.isfinite(power_mw)]
         if baseline.peak_w is None or not len(known):

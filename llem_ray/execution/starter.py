@@ -119,7 +119,7 @@ class SamplerStarter:
         failed: LlemRayError | None = None
         for opening in openings:
             try:
-                if id(opening.call) in answered:
+                if id(opening.call) in answered and not self._must_wait(opening, started):
                     started += self._advance(opening)
                 elif self._clock.monotonic_ns() - opening.begun_ns > START_TIMEOUT_S * NS_PER_S:
                     raise HangError(f"the power sampler of {opening.node.hostname} did not start within {START_TIMEOUT_S:g} s")
@@ -162,6 +162,15 @@ class SamplerStarter:
                 self._tries[node.node_id] = self._tries.get(node.node_id, 0) + 1
                 self._openings[node.node_id] = opening
                 self.problems.pop(node.node_id, None)
+
+    def _must_wait(self, opening: _Opening, started: Sequence[Started]) -> bool:
+        """Samplers of one host begin one after the other: each leaves out the devices of those before."""
+        if opening.host is not None:
+            return False
+        host = opening.call.result(ANSWER_S)
+        with self._lock:
+            begun = {other.host for other in self._openings.values()}
+        return host in begun or host in {one.info.node for one in started}
 
     def _advance(self, opening: _Opening) -> list[Started]:
         answer = opening.call.result(ANSWER_S)
