@@ -162,7 +162,11 @@ class Fleet:
         since_ns = self._suspect_ns.get(node.node_id)
         if since_ns is None:
             return True
-        if self._clock.monotonic_ns() - since_ns < LOOK_S * NS_PER_S or not self._answers(host):
+        now_ns = self._clock.monotonic_ns()
+        if now_ns - since_ns < LOOK_S * NS_PER_S or self._meter.is_silent(host):
+            return False
+        if not self._answers(host):
+            self._suspect_ns[node.node_id] = self._clock.monotonic_ns()
             return False
         self._suspect_ns.pop(node.node_id, None)
         return True
@@ -189,14 +193,19 @@ class Fleet:
         except (LlemRayError, TimeoutError):
             return False
 
-    def settle(self, gang: GangRecord) -> None:
+    def settle(self, gang: GangRecord, lost: str | None = None) -> None:
         """Wait until what a closed gang held is free again: its processes gone, its GPUs' memory and idle power as before.
 
         A GPU that is not by then is quarantined: no gang of this run gets it any more, and the user is told which and why.
+
+        Args:
+            gang: The gang.
+            lost: A node of it that does not answer: nothing can be said of what it holds.
         """
+        without = None if lost is None else self._meter.host_of(lost)
         until_ns = self._clock.monotonic_ns() + round(SETTLE_S * NS_PER_S)
         while True:
-            problems = self._leftovers(gang)
+            problems = self._leftovers(gang, without)
             if not problems:
                 return
             if self._clock.monotonic_ns() >= until_ns:
@@ -224,9 +233,11 @@ class Fleet:
                 (worker.node, uuid) for worker in workers for uuid in worker.gpu_uuids if (worker.node, uuid) in self.quarantined
             ]
 
-    def _leftovers(self, gang: GangRecord) -> list[tuple[HostDevice, str]]:
+    def _leftovers(self, gang: GangRecord, without: str | None) -> list[tuple[HostDevice, str]]:
         found: list[tuple[HostDevice, str]] = []
         for host in gang.hosts:
+            if host == without:
+                continue
             gpus = [item for item in gang.devices if item.host == host and item.device.scope in GPU_SCOPES]
             if not gpus or not self._meter.is_in_service(host):
                 continue

@@ -390,8 +390,8 @@ class GangLane:
         gang.close(0.0 if force else CLOSE_TIMEOUT_S)
         record = self._record
         LOG.info("%s closed%s", record.name if record else "a gang without a lease", " by force" if force else "")
-        if record is not None and self._lost is None:
-            self._run.fleet.settle(record)
+        if record is not None:
+            self._run.fleet.settle(record, self._lost)
         self._cover("shutdown")
         if record is not None:
             record.end_ns = self._timeline.end_ns

@@ -234,7 +234,8 @@ class Meter:
         try:
             answer = call.result(FETCH_TIMEOUT_S)
         except (TimeoutError, Unreachable) as error:
-            LOG.warning("the sampler of %s does not answer: %s", link.info.hostname, error)
+            if link.unanswered_ns == link.sent_ns:
+                LOG.warning("the sampler of %s does not answer: %s", link.info.hostname, error)
             return ()  # it is asked again: a network that is cut for some seconds is no reason to lose its samples
         except LlemRayError as error:
             self._restart(link, error.message)
