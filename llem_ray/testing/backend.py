@@ -225,6 +225,7 @@ class FakeBackend:
             meeting = self._meeting = socket.create_server(("", place.master_port), backlog=place.world_size)
         except OSError as error:
             raise LoadError(f"the fake engine cannot listen at port {place.master_port}: {error}") from error
+        meeting.settimeout(LOOK_S)
         threading.Thread(target=_hold, args=(meeting,), name="fake-rendezvous", daemon=True).start()
 
     def _checked(self) -> FakeArgs:
@@ -265,7 +266,6 @@ class FakeBackend:
 def _hold(meeting: socket.socket) -> None:
     """Keep every rank that connects, until the meeting is closed."""
     lines: list[socket.socket] = []
-    meeting.settimeout(LOOK_S)
     while meeting.fileno() >= 0:
         try:
             lines.append(meeting.accept()[0])
