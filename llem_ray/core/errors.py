@@ -12,7 +12,8 @@
     |  |- NumericsError                   because it produced NaN or Inf logits
     |  |- HangError                       because it answered nothing before its deadline
     |  '- EngineDied                      its process ended
-    |     '- NodeLost                     with the node it ran on
+    |     |- NodeLost                     with the node it ran on
+    |     '- Unreachable                  or not: nothing can be heard of it now
     |- PowerError                     4   a power source failed
     |  |- SourceUnavailable               the source does not exist on this host
     |  |- PowerPermissionDenied           it exists, but this user may not read it
@@ -140,6 +141,10 @@ class EngineDied(BackendError):
 
 class NodeLost(EngineDied):
     """A node of the gang is gone, or cannot be reached."""
+
+
+class Unreachable(EngineDied):
+    """A process cannot be reached now. It may be dead, or answer again later: what it was asked is lost either way."""
 
 
 class PowerError(LlemRayError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
-from typing import Any, Final, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -116,12 +116,12 @@ class DeviceStates(Sequence[DeviceState]):
     @property
     def device(self) -> Int64:
         """Index into ``uuids``, by reading."""
-        return self.ints[0]
+        return cast("Int64", self.ints[0])
 
     @property
     def t_ns(self) -> Int64:
         """Time, by reading."""
-        return self.ints[1]
+        return cast("Int64", self.ints[1])
 
     def column(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """A part of all readings, and where it is None."""
@@ -139,7 +139,7 @@ class DeviceStates(Sequence[DeviceState]):
         return [self[int(at)] for at in np.flatnonzero(wanted)]
 
     def __len__(self) -> int:
-        return self.ints.shape[1]
+        return int(self.ints.shape[1])
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):

@@ -10,7 +10,7 @@ from llem_ray.core.energy import Baseline, EnergyReading, EnergyTotal, Flag, Pha
 from llem_ray.core.outcome import Completed
 from llem_ray.core.power import Trace
 from llem_ray.core.spec import MeasureSpec
-from llem_ray.core.units import ns_from_s
+from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy import metrics
 from llem_ray.energy.balance import idle_bubble_share, rank_imbalance
 from llem_ray.energy.estimator import read_window
@@ -25,6 +25,8 @@ from llem_ray.results.rows import device_columns, flag_columns
 Row = dict[str, Any]
 
 METHODS_BY_STRENGTH: Final = ("measured_counter", "measured_power_integral", "estimated_model", "unavailable")
+SILENT_S: Final = 0.5
+"""A device whose samples end so long before a window does was not read to its end."""
 ESTIMATE_NOTE: Final = "modelled from CPU load and memory size, not measured"
 
 
@@ -52,7 +54,7 @@ class Accounts:
             baseline = self._baseline(item, window, resident=idle.resident)
             (gang.resident if idle.resident else gang.bare)[item.key] = baseline
             if not idle.resident:
-                self._check_foreign(item, window, baseline)
+                self._check_foreign(gang, item, window, baseline)
 
     def take_load(self, load: LoadEnded) -> None:
         """Energy of loading the model."""
@@ -66,6 +68,8 @@ class Accounts:
         if not isinstance(outcome, Completed):
             waste = self._sum(gang, PhaseSpan(phase="waste", begin_ns=ended.begin_ns, end_ns=ended.end_ns))
             reason = "the attempt failed: its energy is waste"
+            if waste.energy_j is None:
+                reason = f"the attempt failed, and its waste is not known: {waste.reason}"
             return {"waste_energy_j": waste.energy_j, "energy_reason": reason, "power_valid": False, "est_reason": reason}
         window = outcome.window
         held = self._read_all(gang, gang.devices, window)
@@ -95,6 +99,10 @@ class Accounts:
         local = self._moved(window, host)
         if local is None:
             return _unread(item, window, f"the clock of {self._meter.hostname(host)} is not known")
+        if gang.generations.get(host, 0) != self._meter.generation(host):
+            return _unread(item, window, f"{self._meter.hostname(host)} was restarted: its clock is another one")
+        if reason := self._silent(item, local):
+            return _unread(item, window, reason)
         idle = gang.resident.get(item.key) or gang.bare.get(item.key)
         errors = self._meter.errors(host, device.uuid, local.begin_ns, local.end_ns)
         reading = read_window(
@@ -108,6 +116,15 @@ class Accounts:
             states=self._meter.states(host, device.uuid, local.begin_ns - ns_from_s(2.0), local.end_ns),
         )
         return replace(reading, flags=(*reading.flags, *check_errors(errors, local.begin_ns, local.end_ns)))
+
+    def _silent(self, item: HostDevice, local: Window) -> str | None:
+        """Why a device has no energy although it was read at first: its samples ended within the window. No end is guessed."""
+        last_ns = self._meter.last_ns(item.host, item.device.uuid)
+        slack_s = SILENT_S + 2 * self._meter.period_s(item.host, item.device)
+        if last_ns is None or local.end_ns - last_ns <= ns_from_s(slack_s):
+            return None
+        left_s = (local.end_ns - max(last_ns, local.begin_ns)) / NS_PER_S
+        return f"no sample from {self._meter.hostname(item.host)} in the last {left_s:.1f} s"
 
     def _moved(self, window: Window, host: str) -> Window | None:
         """The window on another host's clock, with what is known of both offsets; None when one is not known."""
@@ -151,12 +168,14 @@ class Accounts:
             kind="resident" if resident else "bare",
         )
 
-    def _check_foreign(self, item: HostDevice, window: Window, baseline: Baseline) -> None:
+    def _check_foreign(self, gang: GangRecord, item: HostDevice, window: Window, baseline: Baseline) -> None:
         """Before our model is loaded: memory in use, or idle power above the lowest seen on this device in this run."""
         if item.device.scope not in GPU_SCOPES:
             return
         states = self._meter.states(item.host, item.device.uuid, window.begin_ns, window.end_ns)
         used = [state.memory_used_bytes for state in states if state.memory_used_bytes is not None]
+        if used:
+            gang.bare_memory_bytes[item.key] = used[-1]
         self._foreign[item.key] = check_foreign_load(
             memory_used_bytes=max(used) if used else None,
             idle_power_w=baseline.power_w,

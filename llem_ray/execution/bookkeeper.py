@@ -241,8 +241,8 @@ class Bookkeeper:
             self._error = error
 
     def _nap_s(self) -> float:
-        """Until the next look: soon when somebody waits for the last samples of a window, else a second."""
-        return 0.1 if self._wake.is_set() else PUMP_S
+        """Until the next look: soon when somebody waits for the last samples of a window, or a sampler starts, else a second."""
+        return 0.1 if self._wake.is_set() or self._meter.is_starting() else PUMP_S
 
     def _step(self) -> None:
         if self._ending:

@@ -27,7 +27,7 @@ class Call(Protocol[T_co]):
 
         Raises:
             TimeoutError: It has not come within ``timeout_s``; asking again is allowed.
-            LlemRayError: What the other side raised; EngineDied when its process is gone.
+            LlemRayError: What the other side raised; EngineDied when its process is gone, Unreachable when that is not certain.
         """
         ...
 
@@ -164,8 +164,8 @@ class Sampler(Protocol):
         """Those of the processes that still exist on its host."""
         ...
 
-    def close(self) -> None:
-        """Stop polling and end its process. Never raises."""
+    def close(self, *, force: bool = False) -> None:
+        """Stop polling and end its process; with ``force`` nobody waits for its answer. Never raises."""
         ...
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from llem_ray.core.clock import Clock
 from llem_ray.core.errors import LlemRayError, NodeLost, PlacementError
 from llem_ray.core.units import NS_PER_S
-from llem_ray.execution.calls import Executor, Node
+from llem_ray.execution.calls import Executor, Leased, Node
 from llem_ray.execution.meter import GPU_SCOPES, Meter
-from llem_ray.execution.records import GangRecord, HostDevice
+from llem_ray.execution.records import DeviceKey, GangRecord, HostDevice
 from llem_ray.planning.packing import NodeRoom, Seat
 
 LOG = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ class Fleet:
         self._lost: set[str] = set()
         self._suspect_ns: dict[str, int] = {}
         self._idle_ns: dict[str, int] = {}
-        self.quarantined: dict[tuple[str, str], str] = {}
+        self._warned: set[str] = set()
+        self.quarantined: dict[DeviceKey, str] = {}
         """(host, UUID) -> why the GPU is not used any more."""
         self._looked_ns = 0
         self._unanswered: str | None = None
@@ -91,14 +92,12 @@ class Fleet:
             fresh = [node for node_id, node in found.items() if node_id not in self._nodes]
             self._nodes = found
         for node in gone:
-            host = self._meter.host_of(node.node_id)
-            if host is not None:
-                self._lost.add(node.node_id)
+            self._lost.add(node.node_id)
             self._tell(f"node {node.hostname} ({node.address}) is gone")
             self._meter.drop(node.node_id, "the node is gone")
         for node in fresh:
             self._tell(f"node {node.hostname} ({node.address}) has joined")
-        self._meter.adopt(fresh)
+        self._meter.adopt(found.values())
 
     def take(self, lane: str, seats: Sequence[Seat]) -> None:
         """The seats are the lane's until it gives them back."""
@@ -130,15 +129,14 @@ class Fleet:
         rooms = []
         for node in nodes:
             host = hosts[node.node_id]
-            if host is None or not self._is_sound(node, host):
+            if host is None or not self._meter.is_in_service(host) or not self._is_sound(node, host):
                 continue
-            unfit = sum(held == host for held, _ in self.quarantined)
-            gpus = max(0, node.gpus - node.gpus_elsewhere - unfit)
+            gpus = self._usable_gpus(node, host)
             rooms.append(
                 NodeRoom(
                     node=node.node_id,
                     gpus=gpus,
-                    free_gpus=max(0, gpus - taken.get(node.node_id, 0)),
+                    free_gpus=max(0, gpus - node.gpus_elsewhere - taken.get(node.node_id, 0)),
                     gangs=gangs.get(host, 0),
                     cpu_gangs=on_cpu.get(host, 0),
                     gpu_type=node.gpu_type,
@@ -167,6 +165,17 @@ class Fleet:
         self._idle_ns.clear()
         self._meter.adopt(self.nodes)
 
+    def _usable_gpus(self, node: Node, host: str) -> int:
+        """Those of its GPUs that can be measured and are not quarantined."""
+        measured = sum(device.scope in GPU_SCOPES for device in self._meter.devices(host))
+        if node.gpus > measured and node.node_id not in self._warned:
+            self._warned.add(node.node_id)
+            where = f"node {node.hostname} ({node.address})"
+            self._tell(f"{where} has {node.gpus} GPUs for Ray, of which {measured} can be measured: only these are used")
+        with self._lock:
+            unfit = sum(held == host for held, _ in self.quarantined)
+        return max(0, min(node.gpus, measured) - unfit)
+
     def hosts_of(self, seats: Iterable[Seat]) -> tuple[str, ...]:
         """Stable ids of the seats' hosts."""
         hosts = (self._meter.host_of(seat.node) for seat in seats)
@@ -176,9 +185,13 @@ class Fleet:
         since_ns = self._suspect_ns.get(node.node_id)
         if since_ns is None:
             return True
-        if self._clock.monotonic_ns() - since_ns < LOOK_S * NS_PER_S or not self._answers(host):
+        now_ns = self._clock.monotonic_ns()
+        if now_ns - since_ns < LOOK_S * NS_PER_S or self._meter.is_silent(host):
             return False
-        del self._suspect_ns[node.node_id]
+        if not self._answers(host):
+            self._suspect_ns[node.node_id] = self._clock.monotonic_ns()
+            return False
+        self._suspect_ns.pop(node.node_id, None)
         return True
 
     def raise_if_lost(self, seats: Sequence[Seat]) -> None:
@@ -203,31 +216,51 @@ class Fleet:
         except (LlemRayError, TimeoutError):
             return False
 
-    def settle(self, gang: GangRecord) -> None:
+    def settle(self, gang: GangRecord, lost: str | None = None) -> None:
         """Wait until what a closed gang held is free again: its processes gone, its GPUs' memory and idle power as before.
 
         A GPU that is not by then is quarantined: no gang of this run gets it any more, and the user is told which and why.
+
+        Args:
+            gang: The gang.
+            lost: A node of it that does not answer: nothing can be said of what it holds.
         """
+        without = None if lost is None else self._meter.host_of(lost)
         until_ns = self._clock.monotonic_ns() + round(SETTLE_S * NS_PER_S)
         while True:
-            problems = self._leftovers(gang)
+            problems = self._leftovers(gang, without)
             if not problems:
                 return
             if self._clock.monotonic_ns() >= until_ns:
                 break
             self._clock.sleep_until_ns(self._clock.monotonic_ns() + NS_PER_S // 5)
         for item, reason in problems:
-            self.quarantined[item.key] = reason
+            with self._lock:
+                self.quarantined[item.key] = reason
             name = self._meter.hostname(item.host)
             LOG.error("GPU %s on %s is quarantined: %s", item.device.uuid, name, reason)
             self._tell(f"GPU {item.device.uuid} on {name} is not used any more: {reason}")
-            for node in self.nodes:
-                if self._meter.host_of(node.node_id) == item.host:
-                    self._executor.quarantine(node.node_id, item.device.uuid)
+        self.hold([item.key for item, _ in problems])
 
-    def _leftovers(self, gang: GangRecord) -> list[tuple[HostDevice, str]]:
+    def hold(self, unfit: Iterable[DeviceKey]) -> None:
+        """Keep every gang off the GPUs."""
+        for host, uuid in unfit:
+            for node in self.nodes:
+                if node.gpus and self._meter.host_of(node.node_id) == host:
+                    self._executor.quarantine(node.node_id, uuid)
+
+    def unfit(self, workers: Iterable[Leased]) -> list[DeviceKey]:
+        """Those of the GPUs that processes hold which are quarantined."""
+        with self._lock:
+            return [
+                (worker.node, uuid) for worker in workers for uuid in worker.gpu_uuids if (worker.node, uuid) in self.quarantined
+            ]
+
+    def _leftovers(self, gang: GangRecord, without: str | None) -> list[tuple[HostDevice, str]]:
         found: list[tuple[HostDevice, str]] = []
         for host in gang.hosts:
+            if host == without:
+                continue
             gpus = [item for item in gang.devices if item.host == host and item.device.scope in GPU_SCOPES]
             if not gpus or not self._meter.is_in_service(host):
                 continue
@@ -251,11 +284,11 @@ class Fleet:
         baseline = gang.bare.get(item.key)
         if now_ns is None or baseline is None:
             return None
-        before = self._meter.states(item.host, item.device.uuid, 0, baseline.end_ns)
+        before = gang.bare_memory_bytes.get(item.key)
         latest = self._meter.states(item.host, item.device.uuid, now_ns - 5 * NS_PER_S, now_ns)
-        used = [state.memory_used_bytes for state in (*before[-1:], *latest[-1:])]
-        if len(used) == 2 and None not in used and (extra := (used[1] or 0) - (used[0] or 0)) > MEMORY_SLACK_BYTES:
-            return f"{extra / 2**20:.0f} MiB more memory in use than before its load"
+        used = latest[-1].memory_used_bytes if latest else None
+        if before is not None and used is not None and used - before > MEMORY_SLACK_BYTES:
+            return f"{(used - before) / 2**20:.0f} MiB more memory in use than before its load"
         power_mw = self._meter.trace(item.host, item.device.uuid, now_ns - 2 * NS_PER_S, now_ns).power_mw
         known = power_mw[np.isfinite(power_mw)]
         if baseline.peak_w is None or not len(known):

@@ -129,10 +129,10 @@ class InlineSampler:
         """Processes that still exist."""
         return self._worker.ask(self._host.alive, pids)
 
-    def close(self) -> None:
+    def close(self, *, force: bool = False) -> None:
         """Stop polling."""
         with contextlib.suppress(Exception):
-            self._worker.ask(self._host.close).result(10.0)
+            self._worker.ask(self._host.close).result(0.0 if force else 10.0)
         self._worker.end()
 
 

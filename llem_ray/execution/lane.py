@@ -39,6 +39,7 @@ from llem_ray.planning.packing import Seat
 LOG = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 30.0
+PLACEMENTS = 3
 CLOCK_SLACK_NS = 20 * NS_PER_MS
 """Times of another host are known to better than this, or its clock is not known at all."""
 
@@ -256,9 +257,7 @@ class GangLane:
             run.gangs_opened += 1
             name = f"gang-{run.gangs_opened}"
         try:
-            gang = run.executor.open_gang(self._group, self._seats, run.plan.base_dir, run.cache_dir)
-            self._gang, self._record = gang, None
-            workers = self._lease(gang)
+            gang, workers = self._lease_fit()
             record = self._record = self._make_record(name, workers)
             run.book.add(GangPlaced(lane=self._name, gang=record))
             self._cover("startup")
@@ -281,6 +280,21 @@ class GangLane:
             return self._failed(error)
         return None
 
+    def _lease_fit(self) -> tuple[Gang, tuple[Leased, ...]]:
+        """Place a gang on GPUs of which none is quarantined: between its end and its quarantine a GPU may be granted again."""
+        run = self._run
+        for _ in range(PLACEMENTS):
+            gang = self._gang = run.executor.open_gang(self._group, self._seats, run.plan.base_dir, run.cache_dir)
+            self._record = None
+            workers = self._lease(gang)
+            unfit = run.fleet.unfit(workers)
+            if not unfit:
+                return gang, workers
+            LOG.warning("the cluster granted a quarantined GPU: %s", ", ".join(uuid for _, uuid in unfit))
+            gang.close(0.0)
+            run.fleet.hold(unfit)
+        raise PlacementError(f"the cluster grants quarantined GPUs again and again: {', '.join(uuid for _, uuid in unfit)}")
+
     def _lease(self, gang: Gang) -> tuple[Leased, ...]:
         timeout_s = self._run.plan.measure.placement_timeout_s
         try:
@@ -301,6 +315,7 @@ class GangLane:
             devices=devices,
             context=context,
             reason=reason,
+            generations={worker.node: self._run.meter.generation(worker.node) for worker in workers},
             begin_ns=self._timeline.end_ns,
         )
         with self._run.lock:
@@ -375,8 +390,8 @@ class GangLane:
         gang.close(0.0 if force else CLOSE_TIMEOUT_S)
         record = self._record
         LOG.info("%s closed%s", record.name if record else "a gang without a lease", " by force" if force else "")
-        if record is not None and self._lost is None:
-            self._run.fleet.settle(record)
+        if record is not None:
+            self._run.fleet.settle(record, self._lost)
         self._cover("shutdown")
         if record is not None:
             record.end_ns = self._timeline.end_ns
@@ -386,8 +401,15 @@ class GangLane:
         self._record = None
 
     def _add_spans(self, spans: Iterable[PhaseSpan]) -> None:
-        self._timeline.add(spans, slack_ns=CLOCK_SLACK_NS)
+        self._timeline.add(spans, slack_ns=CLOCK_SLACK_NS + 2 * self._clock_delta_ns())
         self._report()
+
+    def _clock_delta_ns(self) -> int:
+        """How far the clock of the gang's leading host may be off, as far as is known."""
+        if self._record is None:
+            return 0
+        offset = self._run.meter.clocks.latest(self._record.node)
+        return 0 if offset is None else offset.delta_ns
 
     def _cover(self, phase: Phase, trial_id: str | None = None, attempt: int | None = None) -> None:
         self._timeline.close_at(phase, self._run.clock.monotonic_ns(), trial_id, attempt)

@@ -59,6 +59,8 @@ class RunLedger:
     _lanes_on: dict[str, dict[str, None]] = field(init=False, default_factory=dict)
     """Host -> names of its lanes, in the order they were opened."""
     _startup_end_ns: int = field(init=False, default=0)
+    _rest: list[Row] = field(init=False, default_factory=list)
+    """Of books that a restart of their host closed."""
 
     def __post_init__(self) -> None:
         self._startup_end_ns = self.begin_ns
@@ -114,7 +116,7 @@ class RunLedger:
 
     def finish(self) -> list[Row]:
         """What had not been told yet."""
-        rows: list[Row] = []
+        rows, self._rest = self._rest, []
         for books in self._books.values():
             for book in books.values():
                 rows += self._tell_idle(book)
@@ -140,7 +142,10 @@ class RunLedger:
         book = books.get(item.device.uuid)
         if book is None or book.generation != generation:
             # After a restart of the host its old clock means nothing: accounting begins anew where samples do.
-            begin_ns = self.begin_ns if book is None else self._first_sample_ns(item, book.at_ns)
+            begin_ns = self.begin_ns
+            if book is not None:
+                begin_ns = self._first_sample_ns(item, book.at_ns)
+                self._rest += self._tell_idle(book)
             book = books[item.device.uuid] = _Book(item, generation, self._new_ledger(item, begin_ns), begin_ns)
         return book
 
@@ -148,7 +153,7 @@ class RunLedger:
         """When the samples of a restarted host begin, on our clock."""
         trace = self.meter.trace(item.host, item.device.uuid, -(2**62), 2**62)
         ours_ns = self.meter.clocks.to_own(item.host, int(trace.t_ns[0])) if len(trace) else None
-        return max(after_ns, ours_ns or after_ns)
+        return max(after_ns, ours_ns or self.meter.restarted_ns(item.host) or after_ns)
 
     def _new_ledger(self, item: HostDevice, begin_ns: int) -> DeviceLedger:
         offset, latest = self.meter.clocks.offset(item.host, begin_ns), self.meter.clocks.latest(item.host)

@@ -11,21 +11,23 @@ from typing import Final
 
 from llem_ray import __version__
 from llem_ray.core.clock import Clock
-from llem_ray.core.errors import EngineDied, HangError, LlemRayError, PlacementError
+from llem_ray.core.errors import LlemRayError, PlacementError, Unreachable
 from llem_ray.core.power import Calibration, Device, DeviceState, SampleBatch, SamplerInfo, Trace
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy.estimator import edge_margin_s
 from llem_ray.execution.calls import Call, Executor, Fetched, Node, Sampler, SamplerSettings
 from llem_ray.execution.clocks import ClockTable, Exchange
 from llem_ray.execution.probing import ClockProber
+from llem_ray.execution.starter import SamplerStarter, Started
 from llem_ray.power.traces import TraceBuffer
 
 LOG = logging.getLogger(__name__)
 
-START_TIMEOUT_S: Final = 90.0
 FETCH_TIMEOUT_S: Final = 10.0
 SILENT_S: Final = 30.0
 """A sampler that does not answer for so long is taken for dead."""
+LATE_S: Final = 2.0
+"""An answer that takes longer is late: what it brings may be waited for."""
 COLLECT_S: Final = 0.5
 LAST_S: Final = 10.0
 ASKED_AT_ONCE: Final = 64
@@ -51,6 +53,8 @@ class _Link:
     after_seq: int = 0
     pending: Call[Fetched] | None = None
     sent_ns: int = 0
+    unanswered_ns: int | None = None
+    """When the first of the questions that it has not answered was sent."""
     due_ns: int = 0
     fresh: bool = True
     """Nothing has been fetched from it yet."""
@@ -76,17 +80,6 @@ class _Host:
         self.devices = tuple(device for known in self.infos.values() for device in known.devices)
         self.of_device = {device.uuid: known for known in reversed(self.infos.values()) for device in known.devices}
         self.margins_s = {}
-
-
-@dataclass(slots=True)
-class _Opening:
-    """A sampler that is being started."""
-
-    node: Node
-    sampler: Sampler
-    call: Call[str] | Call[SamplerInfo]
-    begun_ns: int
-    host: str | None = None
 
 
 class Meter:
@@ -116,15 +109,14 @@ class Meter:
         self._links: dict[str, _Link] = {}
         self._links_of: dict[str, tuple[_Link, ...]] = {}
         """The same by host."""
-        self._openings: dict[str, _Opening] = {}
+        self._starter = SamplerStarter(executor, settings, clock, self._learn_host, self._begin_of)
         self._known: dict[str, _Host] = {}
         self._gpu_hosts: dict[str, SamplerInfo] = {}
         """UUID -> who reported the GPU first."""
         self._hosts: dict[str, str] = {}
         self._generations: dict[str, int] = {}
+        self._restarted_ns: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
-        self.problems: dict[str, str] = {}
-        """Node id -> why it has no sampler."""
 
     def open(self, nodes: Iterable[Node]) -> tuple[SamplerInfo, ...]:
         """Start the samplers of all nodes and wait until they poll.
@@ -136,31 +128,38 @@ class Meter:
         """
         self.adopt(nodes)
         first: LlemRayError | None = None
-        while self._openings:
-            calls = [opening.call for opening in self._openings.values()]
-            self._executor.wait(calls, GLANCE_S)
-            first = self._step_openings() or first
+        while self._starter.is_busy():
+            self._starter.wait(GLANCE_S)
+            first = self._serve_started() or first
         if first is not None and (not self._links or isinstance(first, PlacementError)):
             raise first
         return self.infos
 
     def adopt(self, nodes: Iterable[Node]) -> None:
-        """Start samplers on nodes that have none; ``pump`` brings them into service."""
+        """Start samplers on those of the nodes that nobody samples; ``pump`` brings them into service."""
         for node in nodes:
-            if node.node_id in self._links or node.node_id in self._openings or node.node_id in self._hosts:
-                continue
-            self.problems.pop(node.node_id, None)
-            sampler = self._executor.open_sampler(node, self._settings)
-            self._openings[node.node_id] = _Opening(node, sampler, sampler.host(), self._clock.monotonic_ns())
+            with self._lock:
+                host = self._hosts.get(node.node_id)
+                served = node.node_id in self._links or (host is not None and self.is_in_service(host))
+            if not served:
+                self._starter.want(node)
 
     def drop(self, node_id: str, reason: str) -> None:
         """The node is gone: its samples so far stay. Its host may come back as another node."""
         with self._lock:
-            opening, link = self._openings.pop(node_id, None), self._retire(node_id)
-            self.problems[node_id] = reason
-        for held in (opening, link):
-            if held is not None:
-                held.sampler.close()
+            link = self._retire(node_id)
+        self._starter.forget(node_id, reason)
+        if link is not None:
+            link.sampler.close(force=True)
+
+    def is_starting(self) -> bool:
+        """A sampler is being started: ``pump`` brings it further each time."""
+        return self._starter.is_busy()
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Node id -> why it has no sampler."""
+        return dict(self._starter.problems)
 
     def release(self, node_id: str) -> None:
         """Fetch what a node's sampler still has, then end it: an autoscaler may remove the node."""
@@ -212,11 +211,15 @@ class Meter:
         """A sampler of the host has not answered for longer than it may take, and is not given up yet."""
         now_ns = self._clock.monotonic_ns()
         links = self._links_of.get(host, ())
-        return any(link.pending is not None and now_ns - link.sent_ns > 2 * NS_PER_S for link in links)
+        return any(link.unanswered_ns is not None and now_ns - link.unanswered_ns > LATE_S * NS_PER_S for link in links)
 
     def generation(self, host: str) -> int:
         """Counts the restarts of a host, whose clock and counters begin anew each time."""
         return self._generations.get(host, 0)
+
+    def restarted_ns(self, host: str) -> int | None:
+        """When the latest restart of a host was noticed, on the run driver's clock; None when there was none."""
+        return self._restarted_ns.get(host)
 
     def sampler_of(self, host: str) -> Sampler | None:
         """A sampler of the host."""
@@ -231,7 +234,7 @@ class Meter:
             hurry: From every sampler, due or not.
             patience_s: Answers that have not come by then are left for the next time, and so are samplers not asked yet.
         """
-        self._step_openings()
+        self._serve_started()
         now_ns = self._clock.monotonic_ns()
         with self._lock:
             links = list(self._links.values())
@@ -254,8 +257,8 @@ class Meter:
                 break
         for link in due:
             link.due_ns = now_ns
-        for link in waiting:
-            if self._clock.monotonic_ns() - link.sent_ns > SILENT_S * NS_PER_S:
+        for link in links:
+            if link.unanswered_ns is not None and self._clock.monotonic_ns() - link.unanswered_ns > SILENT_S * NS_PER_S:
                 self._restart(link, f"no answer for {SILENT_S:g} s")
         return fetched
 
@@ -283,6 +286,8 @@ class Meter:
 
     def _ask(self, link: _Link) -> None:
         link.sent_ns = self._clock.monotonic_ns()
+        if link.unanswered_ns is None:
+            link.unanswered_ns = link.sent_ns
         link.pending = link.sampler.fetch(link.after_seq, link.info.epoch)
 
     def _collect(self, link: _Link, answered_ns: int) -> Sequence[SampleBatch]:
@@ -290,10 +295,12 @@ class Meter:
         assert call is not None
         try:
             answer = call.result(FETCH_TIMEOUT_S)
-        except EngineDied as error:
-            self._restart(link, str(error))
-            return ()
-        except TimeoutError:
+        except (TimeoutError, Unreachable) as error:
+            if link.unanswered_ns == link.sent_ns:
+                LOG.warning("the sampler of %s does not answer: %s", link.info.hostname, error)
+            return ()  # it is asked again: a network that is cut for some seconds is no reason to lose its samples
+        except LlemRayError as error:
+            self._restart(link, error.message)
             return ()
         return self._take(link, answer, answered_ns)
 
@@ -301,9 +308,9 @@ class Meter:
         exchange = Exchange(
             sent_ns=link.sent_ns, received_ns=answer.received_ns, replied_ns=answer.replied_ns, answered_ns=answered_ns
         )
-        if link.fresh:
-            self._notice_restart(link.host, exchange)
-            link.fresh = False
+        link.fresh = False
+        link.unanswered_ns = None
+        self._starter.settle(link.node.node_id)
         self.clocks.add(link.host, exchange)
         taken = []
         for batch in answer.batches:
@@ -324,14 +331,18 @@ class Meter:
     def _notice_restart(self, host: str, exchange: Exchange) -> None:
         """A host that was restarted under the same id has another clock: nothing old may be mixed with it."""
         known = self.clocks.offset(host, exchange.answered_ns)
-        seen_ns = exchange.replied_ns - exchange.answered_ns
-        if known is None or abs(known.offset_ns - seen_ns) <= known.delta_ns + RESTARTED_NS:
+        if known is None or self.clocks.is_own(host):
+            return
+        slack_ns = known.delta_ns + RESTARTED_NS
+        latest_ns, earliest_ns = exchange.received_ns - exchange.sent_ns, exchange.replied_ns - exchange.answered_ns
+        if earliest_ns <= known.offset_ns + slack_ns and latest_ns >= known.offset_ns - slack_ns:
             return
         LOG.warning("host %s was restarted: its clock and its counters begin anew", host)
         with self._lock:
             self.clocks.forget(host)
             self._known[host].buffer = TraceBuffer()
             self._generations[host] = self._generations.get(host, 0) + 1
+            self._restarted_ns[host] = exchange.answered_ns
 
     def devices(self, host: str) -> tuple[Device, ...]:
         """Devices that the host's samplers read."""
@@ -384,6 +395,10 @@ class Meter:
         """(t_ns, why) of the device's samples that lack a reading."""
         return self._known[host].buffer.errors(uuid, begin_ns, end_ns)
 
+    def last_ns(self, host: str, uuid: str) -> int | None:
+        """Time of the newest sample of one device, on its host's clock; None before the first."""
+        return self._known[host].buffer.last_ns(uuid)
+
     def is_sampled_until(self, t_ns: int, hosts: Collection[str] | None = None) -> bool:
         """Every device of the hosts has been sampled far enough past ``t_ns`` of our clock for an edge there to be final."""
         for host in self.hosts if hosts is None else hosts:
@@ -421,7 +436,7 @@ class Meter:
         """Stop the samplers, and log what trouble they had."""
         self._prober.close()
         with self._lock:
-            links, openings = list(self._links.values()), list(self._openings.values())
+            links = list(self._links.values())
         last = [(link, link.sampler.describe()) for link in links]
         self._executor.wait([call for _, call in last], FETCH_TIMEOUT_S)
         for link, call in last:
@@ -430,46 +445,48 @@ class Meter:
                     LOG.warning("the sampler of %s: %s", link.info.hostname, note)
             except (LlemRayError, TimeoutError) as error:
                 LOG.warning("the sampler of %s gave no last word: %s", link.info.hostname, error)
-        for sampler in (*(link.sampler for link in links), *(opening.sampler for opening in openings)):
-            sampler.close()
+        for link in links:
+            link.sampler.close(force=self.is_silent(link.host))
+        self._starter.close()
 
-    def _step_openings(self) -> LlemRayError | None:
-        """Bring samplers that are being started one step further; returns what the first that cannot start raises."""
-        failed: LlemRayError | None = None
-        answered = {id(call) for call in self._executor.wait([one.call for one in self._openings.values()], 0.0)}
-        for node_id, opening in list(self._openings.items()):
+    def _learn_host(self, node_id: str, host: str) -> None:
+        with self._lock:
+            self._hosts[node_id] = host
+
+    def _begin_of(self, host: str) -> tuple[Sequence[str], int]:
+        """What a new sampler of the host leaves to those that are there, and its lowest epoch."""
+        skip = [device.uuid for link in self._links_of.get(host, ()) for device in link.info.devices]
+        return skip, self._epochs.get(host, 0) + 1
+
+    def _serve_started(self) -> LlemRayError | None:
+        """Bring samplers into service that poll now; returns what the first that cannot start raises."""
+        started, failed = self._starter.step()
+        for one in started:
             try:
-                if id(opening.call) in answered:
-                    self._step(opening)
-                elif self._clock.monotonic_ns() - opening.begun_ns > START_TIMEOUT_S * NS_PER_S:
-                    raise HangError(f"the power sampler of {opening.node.hostname} did not start within {START_TIMEOUT_S:g} s")
-            except LlemRayError as error:
-                LOG.error("no sampler on %s: %s", opening.node.hostname, error)  # noqa: TRY400 - the text says it all
-                self.drop(node_id, str(error))
-                self._hosts.setdefault(node_id, opening.host or node_id)
+                self._serve(one)
+            except PlacementError as error:
+                LOG.error("no sampler on %s: %s", one.node.hostname, error)  # noqa: TRY400 - the text says it all
+                self.drop(one.node.node_id, error.message)
+                one.sampler.close(force=True)
                 failed = failed or error
         return failed
 
-    def _step(self, opening: _Opening) -> None:
-        answer = opening.call.result(FETCH_TIMEOUT_S)
-        if isinstance(answer, str):
-            opening.host = self._hosts[opening.node.node_id] = answer
-            skip = [device.uuid for link in self._links_of.get(answer, ()) for device in link.info.devices]
-            opening.call = opening.sampler.describe(skip, self._epochs.get(answer, 0) + 1)
+    def _serve(self, one: Started) -> None:
+        info = one.info
+        if not info.devices and self.is_in_service(info.node):  # another node of the same host: one sampler is enough
+            one.sampler.close()
             return
-        del self._openings[opening.node.node_id]
-        if not answer.devices and self.is_in_service(answer.node):  # another node of the same host: one sampler is enough
-            opening.sampler.close()
-            return
-        self._refuse_twins(answer)
-        _refuse_other_release(answer)
+        self._refuse_twins(info)
+        _refuse_other_release(info)
+        self._notice_restart(info.node, one.exchange)
+        self.clocks.add(info.node, one.exchange)
         with self._lock:
-            self._epochs[answer.node] = max(answer.epoch, self._epochs.get(answer.node, 0))
-            self._known.setdefault(answer.node, _Host(TraceBuffer(), {})).take(self._key(answer), answer)
-            self._gpu_hosts |= {device.uuid: answer for device in answer.devices if device.scope in GPU_SCOPES}
-            link = self._links[opening.node.node_id] = _Link(opening.node, opening.sampler, answer)
-            self._links_of[answer.node] = (*self._links_of.get(answer.node, ()), link)
-        self._on_sampler(answer)
+            self._epochs[info.node] = max(info.epoch, self._epochs.get(info.node, 0))
+            self._known.setdefault(info.node, _Host(TraceBuffer(), {})).take(self._key(info), info)
+            self._gpu_hosts |= {device.uuid: info for device in info.devices if device.scope in GPU_SCOPES}
+            link = self._links[one.node.node_id] = _Link(one.node, one.sampler, info)
+            self._links_of[info.node] = (*self._links_of.get(info.node, ()), link)
+        self._on_sampler(info)
 
     def _key(self, info: SamplerInfo) -> str:
         """A restarted sampler takes the place of the one that read the same devices."""
@@ -493,13 +510,16 @@ class Meter:
                 )
 
     def _restart(self, link: _Link, why: str) -> None:
+        with self._lock:
+            if self._links.get(link.node.node_id) is not link:  # its node is gone
+                return
+            host = self._hosts.get(link.node.node_id)
+            self._retire(link.node.node_id)
+            if host is not None:
+                self._hosts[link.node.node_id] = host
         LOG.warning("the sampler of %s is started anew: %s", link.info.hostname, why)
-        self._retire(link.node.node_id)
-        link.sampler.close()
-        try:
-            self.adopt([link.node])
-        except LlemRayError as error:
-            LOG.error("the sampler of %s could not be started anew: %s", link.info.hostname, error)  # noqa: TRY400
+        link.sampler.close(force=True)
+        self.adopt([link.node])
 
 
 def _refuse_other_release(info: SamplerInfo) -> None:

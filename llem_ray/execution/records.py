@@ -46,8 +46,12 @@ class GangRecord:
     loaded: Loaded | None = None
     bare: dict[DeviceKey, Baseline] = field(default_factory=dict)
     resident: dict[DeviceKey, Baseline] = field(default_factory=dict)
+    bare_memory_bytes: dict[DeviceKey, int] = field(default_factory=dict)
+    """Memory in use before the load."""
     load_energy_j: float | None = None
     """Once per load."""
+    generations: dict[str, int] = field(default_factory=dict)
+    """Host -> how often it had been restarted when the gang was placed."""
     begin_ns: int = 0
     end_ns: int | None = None
     """When its processes were gone; None while they are not."""

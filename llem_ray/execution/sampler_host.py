@@ -114,7 +114,7 @@ class SamplerHost:
             self._closed = True
             if self._loop is not None:
                 self._loop.close()
-                if self._spool_dir is not None:
+                if self._spool_dir is not None and self._loop.info().devices:  # without devices another one samples here
                     remove_epochs(self._spool_dir, before=self._epoch + 1)
 
     def _open(self, skip: Sequence[str], min_epoch: int) -> SamplerLoop:

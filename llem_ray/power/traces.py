@@ -228,7 +228,7 @@ def _own(states: DeviceStates) -> DeviceStates:
 def _compact(column: _Column, dtype: type) -> _Column:
     """The column in a smaller type, where that holds all of it exactly."""
     with np.errstate(over="ignore"):
-        small = column.astype(dtype)
+        small: _Column = column.astype(dtype)
     return small if np.array_equal(small, column, equal_nan=column.dtype.kind == "f") else column
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from llem_ray.core.power import SampleBatch
 from llem_ray.results import segments
-from llem_ray.results.reader import recorded_attempts
+from llem_ray.results.reader import read_table, recorded_attempts
 from llem_ray.results.rundir import RunDirectory
 from llem_ray.results.samples import power_table, state_table
 from llem_ray.results.schema import SCHEMA_VERSION, SCHEMAS, TABLE_NAMES, TableName
@@ -46,6 +46,7 @@ class DatasetWriter:
         self._attempts = set(recorded_attempts(run.path))
         self._pending: dict[TableName, list[pa.Table]] = {"power": [], "states": [], "clocks": []}
         self._pending_rows = 0
+        self._sampled = _last_sampled(run)
         for folder in (run.segments_path, *(run.table_path(table) for table in TABLE_NAMES)):
             stale = tuple(segments.leftovers(folder))
             if stale:
@@ -112,11 +113,13 @@ class DatasetWriter:
     def write_power(self, batches: Iterable[SampleBatch]) -> None:
         """Take in raw samples and device states. They reach the disk with the next trial, or when many have gathered.
 
+        A sampler that outlived an earlier session hands out again what that one wrote down: such batches are left out.
+
         Raises:
             ResultsError: Many had gathered and cannot be written; they are kept for the next attempt.
         """
         with self._mutex:
-            some = list(batches)
+            some = [batch for batch in batches if not self._is_written(batch)]
             for start in range(0, len(some), TABLE_BATCHES):
                 these = some[start : start + TABLE_BATCHES]
                 self._pending["power"].append(power_table(self._run.name, these))
@@ -130,6 +133,11 @@ class DatasetWriter:
     def held_rows(self) -> int:
         """Samples taken in that are not on the disk yet."""
         return self._pending_rows
+
+    def _is_written(self, batch: SampleBatch) -> bool:
+        """An earlier session wrote it."""
+        last_ns = self._sampled.get((batch.node, batch.epoch))
+        return last_ns is not None and len(batch) > 0 and int(batch.t_ns.max()) <= last_ns
 
     def flush(self) -> None:
         """Bring samples that are held back to the disk.
@@ -187,3 +195,10 @@ class DatasetWriter:
         count = segments.compact(self._run.path, self._run.segments_path)
         self._loose_segments = self._loose_bytes = 0
         return count
+
+
+def _last_sampled(run: RunDirectory) -> dict[tuple[str, int], int]:
+    """Newest sample in the dataset of each start of a sampler, on its host's clock. Batches are written whole, in order."""
+    times = read_table(run.path, "power", ["node", "epoch", "t_ns"])
+    newest = times.group_by(["node", "epoch"]).aggregate([("t_ns", "max")]).to_pylist()
+    return {(row["node"], row["epoch"]): row["t_ns_max"] for row in newest}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,9 @@ from llem_ray.core.spec import SamplingSpec
 from llem_ray.core.units import NS_PER_MS
 
 FailKind = Literal["out_of_memory", "nan", "generation", "die", "hang", "load", "short"]
+
+CONNECT_S = 10.0
+LOOK_S = 0.2
 
 SPECIAL_TOKENS = 3
 """Ids below this are special: 0 padding, 1 begin, 2 end."""
@@ -79,6 +84,8 @@ class FakeBackend:
         self._loaded = False
         self._runs = 0
         self._closed = threading.Event()
+        self._meeting: socket.socket | None = None
+        """Rank 0 listens here; the others are connected to it for as long as it lives."""
 
     def check(self) -> None:
         """Validate ``engine_args``."""
@@ -97,6 +104,7 @@ class FakeBackend:
         self._spend(args.load_ms)
         if args.fail is not None and args.fail.kind == "load" and self._strikes(args.fail, 0):
             raise LoadError("the fake engine was told to fail while loading")
+        self._meet()
         self._loaded = True
         self._runs = 0
         return LoadReport(
@@ -186,14 +194,39 @@ class FakeBackend:
         """Nothing is cached."""
 
     def follow(self) -> None:
-        """Wait until ``close``: rank 0 needs no help to pretend."""
-        self._closed.clear()
-        self._closed.wait()
+        """Wait until ``close``, of this process or of rank 0: that needs no help to pretend."""
+        place = self._config.rendezvous
+        if place is None:
+            raise GenerationError("there is nobody to follow")
+        try:
+            with socket.create_connection((place.master_addr, place.master_port), timeout=CONNECT_S) as line:
+                line.settimeout(LOOK_S)
+                while not self._closed.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        if not line.recv(1):
+                            return
+        except OSError as error:
+            if not self._closed.is_set():
+                raise GenerationError(f"rank 0 at {place.master_addr} hung up: {error}") from error
 
     def close(self) -> None:
-        """Forget the model."""
+        """Forget the model; the ranks that follow end too."""
         self._loaded = False
         self._closed.set()
+        meeting, self._meeting = self._meeting, None
+        if meeting is not None:
+            meeting.close()
+
+    def _meet(self) -> None:
+        place = self._config.rendezvous
+        if place is None or place.world_size == 1 or place.rank or self._meeting is not None:
+            return
+        try:
+            meeting = self._meeting = socket.create_server(("", place.master_port), backlog=place.world_size)
+        except OSError as error:
+            raise LoadError(f"the fake engine cannot listen at port {place.master_port}: {error}") from error
+        meeting.settimeout(LOOK_S)
+        threading.Thread(target=_hold, args=(meeting,), name="fake-rendezvous", daemon=True).start()
 
     def _checked(self) -> FakeArgs:
         if self._args is None:
@@ -228,6 +261,20 @@ class FakeBackend:
                 pass
         else:
             self._clock.sleep_until_ns(until_ns)
+
+
+def _hold(meeting: socket.socket) -> None:
+    """Keep every rank that connects, until the meeting is closed."""
+    lines: list[socket.socket] = []
+    while meeting.fileno() >= 0:
+        try:
+            lines.append(meeting.accept()[0])
+        except TimeoutError:
+            continue
+        except OSError:
+            break
+    for line in lines:
+        line.close()
 
 
 def _refuse(wrong: bool, name: str, allowed: str) -> None:

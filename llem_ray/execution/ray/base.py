@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -57,11 +58,12 @@ class RaySampler:
         """Processes that still exist there."""
         return RayCall(self._actor.alive.remote(tuple(pids)), "process check")
 
-    def close(self) -> None:
+    def close(self, *, force: bool = False) -> None:
         """Stop polling, then kill the actor."""
         ray = import_ray()
         with contextlib.suppress(Exception):
-            ray.get(self._actor.close.remote(), timeout=CLOSE_TIMEOUT_S)
+            if not force:
+                ray.get(self._actor.close.remote(), timeout=CLOSE_TIMEOUT_S)
         with contextlib.suppress(Exception):
             ray.kill(self._actor)
 
@@ -78,6 +80,7 @@ class RayExecutor:
         self._holders: list[tuple[str, Any]] = []
         self._gangs: list[tuple[RayGang, tuple[Seat, ...]]] = []
         self._logs: Path | None = None
+        self._lock = threading.Lock()
 
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that Ray says are alive.
@@ -158,16 +161,19 @@ class RayExecutor:
                 )
             )
         gang = RayGang(actors, placement, self._logs)
-        self._gangs = [(known, held) for known, held in self._gangs if not known.closed] + [(gang, tuple(seats))]
+        with self._lock:
+            self._gangs = [(known, held) for known, held in self._gangs if not known.closed] + [(gang, tuple(seats))]
         return gang
 
     def _held_gpus(self) -> dict[str, int]:
         """GPUs that this run holds, by node."""
+        with self._lock:
+            gangs, holders = list(self._gangs), list(self._holders)
         held: dict[str, int] = {}
-        for gang, seats in self._gangs:
+        for gang, seats in gangs:
             for seat in () if gang.closed else seats:
                 held[seat.node] = held.get(seat.node, 0) + seat.gpus
-        for node_id, _ in self._holders:
+        for node_id, _ in holders:
             held[node_id] = held.get(node_id, 0) + 1
         return held
 

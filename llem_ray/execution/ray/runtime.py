@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Generic, TypeVar
 
 from llem_ray import __version__
-from llem_ray.core.errors import EngineDied, LlemRayError, PlacementError
+from llem_ray.core.errors import EngineDied, LlemRayError, PlacementError, Unreachable
 from llem_ray.execution.calls import Call
 
 T = TypeVar("T")
@@ -53,7 +53,8 @@ def answer_of(ref: Any, timeout_s: float, what: str) -> Any:
 
     Raises:
         TimeoutError: It has not, within ``timeout_s``.
-        EngineDied: The actor, or its node, is gone or cannot be reached.
+        EngineDied: The actor, or its node, is gone.
+        Unreachable: The same, or it may answer again later.
         PlacementError: llem-ray is not installed where the actor was to run.
         LlemRayError: What the method raised.
     """
@@ -67,6 +68,8 @@ def answer_of(ref: Any, timeout_s: float, what: str) -> Any:
         if isinstance(cause, LlemRayError):
             raise cause from error
         raise LlemRayError(f"{what} failed: {cause!r}", str(error)) from error
+    except ray.exceptions.ActorUnavailableError as error:
+        raise Unreachable(f"the process cannot be reached for {what}: {first_line(error)}") from error
     except ray.exceptions.RayError as error:
         if "No module named 'llem_ray'" in str(error):
             hint = f"pip install llem-ray=={__version__} in the environment that Ray runs in there"

@@ -3,13 +3,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gang import free_port, place
 
 from llem_ray.core.backend import BackendConfig, Request, RequestRecord, StepEvent
-from llem_ray.core.errors import ConfigError, DeviceMemoryError, LlemRayError, LoadError, NumericsError
+from llem_ray.core.errors import ConfigError, DeviceMemoryError, GenerationError, LlemRayError, LoadError, NumericsError
 from llem_ray.core.plugins import load_plugin
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 from llem_ray.testing.backend import FakeBackend
@@ -108,3 +111,48 @@ def test_bad_arguments_are_refused(tmp_path: Path, args: dict[str, Any], field: 
     with pytest.raises(ConfigError) as caught:
         fake(tmp_path, **args).check()
     assert str(caught.value.field).endswith(field)
+
+
+def gang_of(size: int) -> list[FakeBackend]:
+    port = free_port()
+    places = [place(rank, size, port) for rank in range(size)]
+    engine = EngineSpec(backend="fake", tensor_parallel=size)
+    made = [
+        FakeBackend(
+            BackendConfig(
+                model=ModelSpec(config="x"), engine=engine, device="cpu", host="h", base_dir=".", cache_dir=".", rendezvous=there
+            )
+        )
+        for there in places
+    ]
+    for backend in made:
+        backend.load()
+    return made
+
+
+@pytest.mark.parametrize("who", [0, 1], ids=["the leading rank", "the rank itself"])
+def test_a_rank_follows_until_it_or_the_leading_rank_closes(who: int) -> None:
+    made = gang_of(2)
+    following = threading.Thread(target=made[1].follow, daemon=True)
+    following.start()
+    time.sleep(0.3)
+    assert following.is_alive()
+    made[who].close()
+    following.join(10)
+    assert not following.is_alive()
+    made[1 - who].close()
+
+
+def test_a_rank_that_cannot_reach_the_leading_one_says_so() -> None:
+    made = gang_of(2)
+    made[0].close()
+    made[1]._closed.clear()
+    with pytest.raises(GenerationError, match=r"rank 0 at 127\.0\.0\.1 hung up"):
+        made[1].follow()
+
+
+def test_the_leading_rank_needs_its_port() -> None:
+    made = gang_of(2)
+    with pytest.raises(LoadError, match="cannot listen at port"):
+        FakeBackend(made[0]._config).load()
+    made[0].close()

@@ -85,6 +85,24 @@ def test_many_samples_reach_the_disk_without_a_trial(run: RunDirectory, make_bat
     assert read_table(run.path, "power").num_rows == 80_000
 
 
+@pytest.mark.parametrize("compacted", [False, True])
+def test_samples_that_an_earlier_session_wrote_are_left_out(run: RunDirectory, make_batch: Make, compacted: bool) -> None:
+    """A sampler that outlives its run driver hands out everything again to the next one."""
+    first = DatasetWriter(run)
+    first.write_power([make_batch(1), make_batch(2)])
+    first.finish() if compacted else first.flush()
+    rows = read_table(run.path, "power").num_rows
+    states = read_table(run.path, "states").num_rows
+    second = DatasetWriter(run)
+    second.write_power([make_batch(1), make_batch(2)])
+    second.flush()
+    assert read_table(run.path, "power").num_rows == rows
+    assert read_table(run.path, "states").num_rows == states
+    second.write_power([make_batch(3)])
+    second.flush()
+    assert read_table(run.path, "power").num_rows == rows * 3 // 2
+
+
 def test_an_attempt_is_written_once_also_by_a_later_writer(run: RunDirectory, make_trial: Make) -> None:
     writer = DatasetWriter(run, compact_trials=1)
     assert writer.write_trial(*make_trial(0, status="failed"))

@@ -1,0 +1,95 @@
+"""Nodes that are not what they seem, and a GPU that does not come back: what is used, what is named, what is refused."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from lab_fixtures import require_lab
+
+from llem_ray.testing.lab import HostSpec, Lab, default_gpus
+from llem_ray.testing.lab.runs import LabRun
+from llem_ray.testing.nvml import Fault
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+require_lab()
+
+FAULT_S = 30.0
+"""When a GPU's memory fills, s after the lab's begin."""
+
+SWEEP = """
+schema_version: 1
+name: odd
+base:
+  model: {config: llama-tiny}
+  engine: {backend: fake, device: cpu, gpus: 1, engine_args: {prefill_ms: 5}}
+  workload: {batch_size: 2, output_tokens: 10}
+sweep:
+  engine.engine_args.decode_ms: [5, 6]
+repeats: 1
+measure:
+  min_window_s: WINDOW
+  idle_baseline_s: 0.5
+  sources: [nvml]
+  warmup: {batches: 0}
+  exclusive: cluster
+  gates: {min_coverage: 0.3}
+"""
+
+H3 = default_gpus("h3", 4)
+VISIBLE = [gpu.uuid for gpu in H3[1:]]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """h1: two GPUs, the first of which fails later. h2: GPUs that only Ray knows. h3: four GPUs, of which Ray sees three."""
+    first, second = default_gpus("h1", 2)
+    fault = Fault(kind="memory_used", begin_s=FAULT_S, value=40e9)
+    hosts = [
+        HostSpec(name="h1", gpus=(replace(first, faults=(fault,)), second)),
+        HostSpec(name="h2", num_gpus=2, monotonic_offset_s=100),
+        HostSpec(name="h3", gpus=H3, num_gpus=3, env={"CUDA_VISIBLE_DEVICES": ",".join(VISIBLE)}, monotonic_offset_s=9000),
+    ]
+    with Lab(hosts, folder=tmp_path_factory.mktemp("lab")) as made:
+        yield made
+
+
+def begun_s(lab: Lab) -> float:
+    return lab.hosts["h1"].scenario.seconds(time.time_ns())
+
+
+def test_a_gpu_whose_memory_is_not_free_again_is_named_and_not_used_by_the_next_gang(lab: Lab, tmp_path: Path) -> None:
+    window_s = FAULT_S - begun_s(lab) - 3
+    assert window_s > 5, "the lab took too long to boot: FAULT_S must be later"
+    bad = lab.hosts["h1"].spec.gpus[0].uuid
+    run = LabRun(lab, tmp_path, SWEEP.replace("WINDOW", str(window_s)))
+    assert run.run() == 0, run.said()
+    rows = sorted(run.table("trials"), key=lambda row: row["begin_ns"])
+    used = [{uuid for worker in row["workers"] for uuid in worker["gpu_uuids"]} for row in rows]
+    assert len(used) == 2
+    assert bad in used[0], run.said()
+    assert bad not in used[1]
+    assert f"GPU {bad} on h1 is not used any more" in run.said()
+    assert "more memory in use than before its load" in run.said()
+
+
+def test_gpus_that_cannot_be_measured_are_not_used(lab: Lab, tmp_path: Path) -> None:
+    run = LabRun(lab, tmp_path, SWEEP.replace("WINDOW", "2").replace("gpus: 1", "gpus: 2, tensor_parallel: 2, nodes: 2"))
+    assert run.run() == 0, run.said()
+    for row in run.table("trials"):
+        assert {worker["hostname"] for worker in row["workers"]} == {"h1", "h3"}
+        (there,) = [worker["gpu_uuids"] for worker in row["workers"] if worker["hostname"] == "h3"]
+        assert len(there) == 1
+        assert there[0] in VISIBLE
+        assert row["power_valid"]
+
+
+def test_a_gang_for_which_too_few_can_be_measured_is_refused(lab: Lab, tmp_path: Path) -> None:
+    run = LabRun(lab, tmp_path, SWEEP.replace("WINDOW", "2").replace("gpus: 1", "gpus: 3, tensor_parallel: 3, nodes: 3"))
+    assert run.run() == 5
+    assert "needs 3 nodes" in run.said()
+    assert "no sampler on h2" in run.said()
