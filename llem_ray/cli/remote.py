@@ -184,7 +184,7 @@ def _exit_code(job: RunJob, log: str) -> int:
     install = f"on the head: {python} -m pip install llem-ray=={__version__}; {PYTHON_VARIABLE} chooses another interpreter"
     if re.search(r"No module named '?llem_ray", log):
         raise PlacementError(f"llem-ray is not installed for {python!r} on the head", install)
-    if job.exit_code == 127 or "not found" in log[-200:]:
+    if job.exit_code == 127:
         raise PlacementError(f"there is no {python!r} on the head", f"{PYTHON_VARIABLE} names the interpreter that has llem-ray")
     if re.search(r"No such command 'run'|not a resolved sweep of this schema version", log):
         raise PlacementError("llem-ray on the head is another release", install)

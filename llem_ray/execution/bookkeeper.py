@@ -45,6 +45,9 @@ PATIENCE_S: Final = 10.0
 """Samples that have not come by then are counted as lost; what is there decides."""
 SILENT_PATIENCE_S: Final = 60.0
 """The same where a host is silent but not given up: a link that heals brings them after all."""
+CONTEXT_BYTES: Final = 200e6
+"""Memory that samples of nodes outside a gang may take while a trial goes on."""
+ROW_BYTES: Final = 40
 ADVANCE_S: Final = 20.0
 """Devices outside any gang are accounted for this often, host after host."""
 FLUSH_PHASES: Final = 4096
@@ -108,6 +111,8 @@ class Bookkeeper:
         self._waiting: dict[str, deque[tuple[int, Event]]] = {}
         """Lane -> what it told and is not handled yet. Lanes do not wait for each other's hosts."""
         self._taken = 0
+        self._attempts: dict[tuple[str, int], int] = {}
+        """(trial, attempt) -> when it began, of those that run now."""
         self._lane_hosts: dict[str, frozenset[str]] = {}
         """Open lane -> its hosts, in the order they were opened."""
         self._phases: list[Row] = []
@@ -156,6 +161,8 @@ class Bookkeeper:
         self.label = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in trial.cell.settings.items())
         if self._first_trial_ns is None:
             self._first_trial_ns = self._clock.monotonic_ns()
+        with self._lock:
+            self._attempts[trial.trial_id, attempt] = self._clock.monotonic_ns()
         self._log(
             JournalEvent(
                 event="measuring",
@@ -322,10 +329,20 @@ class Bookkeeper:
         needed_ns = self._ledger.accounted_ns(host)
         if needed_ns is None:
             return
-        waiting_ns = min((_begin_ns(event) for _, event in self._pending()), default=None)
+        waiting_ns = min((*(_begin_ns(event) for _, event in self._pending()), *self._kept_attempts()), default=None)
         if waiting_ns is not None:
             needed_ns = min(needed_ns, self._meter.clocks.to_host(host, waiting_ns) or needed_ns)
         self._meter.trim(host, needed_ns - ns_from_s(KEEP_S + self._meter.reach_s(host)))
+
+    def _kept_attempts(self) -> list[int]:
+        """Begins of attempts that run now: nodes outside their gangs are context of their windows, as far as memory allows.
+
+        The samples of a gang's own hosts are kept in any case, since nothing accounts for them before the attempt has ended.
+        """
+        now_ns = self._clock.monotonic_ns()
+        budget_s = CONTEXT_BYTES / max(1.0, self._meter.rows_per_s() * ROW_BYTES)
+        with self._lock:
+            return [begin_ns for begin_ns in self._attempts.values() if now_ns - begin_ns <= budget_s * NS_PER_S]
 
     def _pending(self) -> Iterator[tuple[int, Event]]:
         return (item for events in self._waiting.values() for item in events)
@@ -371,6 +388,8 @@ class Bookkeeper:
                 self._record(event)
 
     def _record(self, ended: AttemptEnded) -> None:
+        with self._lock:
+            self._attempts.pop((ended.trial.trial_id, ended.attempt), None)
         row = attempt_row(ended) | self._accounts.energy_columns(ended)
         phases, self._nobodys, self._phases = [*self._nobodys, *self._phases], [], []
         self._writer.write_trial(row, request_rows(ended, keep_token_times=True), phases)

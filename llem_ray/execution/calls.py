@@ -69,6 +69,8 @@ class Leased:
     """Number of the process in its gang."""
     address: str = "127.0.0.1"
     """IP address of its host, as the others of the gang reach it."""
+    node_id: str = ""
+    """The scheduler's name of its node."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,7 +70,8 @@ def cluster_columns(
     """
     mine = [reading for reading in held if reading.scope in GPU_SCOPES]
     beside = [reading for reading in context if reading.scope in GPU_SCOPES]
-    others = [host for host in meter.hosts if host not in gang.hosts]
+    # A node that is gone has no energy: it is no gap in that of the cluster. One that is silent is.
+    others = [host for host in meter.hosts if host not in gang.hosts and (meter.is_in_service(host) or meter.is_silent(host))]
     far_j: list[float | None] = []
     seen = 0
     for host in others:
@@ -80,7 +81,7 @@ def cluster_columns(
         far_j += energies_j
         seen += local is not None and None not in energies_j
     beside_j, elsewhere_j = _sum(beside, GPU_SCOPES), _total(far_j)
-    parts = [_sum(mine, GPU_SCOPES), beside_j if beside else 0.0, elsewhere_j if far_j else 0.0]
+    parts = [_sum(mine, GPU_SCOPES) if mine else 0.0, beside_j if beside else 0.0, elsewhere_j if far_j else 0.0]
     return {
         "unleased_gpu_energy_j": beside_j,
         "other_nodes_gpu_energy_j": elsewhere_j,

@@ -91,7 +91,8 @@ class Dispatcher:
             self._ended.clear()
             for name in [name for name, lane in self._lanes.items() if lane.ended]:
                 lane = self._lanes.pop(name)
-                error = error or lane.error
+                if not (isinstance(lane.error, Aborted) and self._run.waits.halt.is_set() and not self._run.waits.user_stops):
+                    error = error or lane.error  # one that was told to end because another failed has nothing to say
                 stopped = stopped or lane.result.stop
                 self._take_back(name, lane)
         if error is not None:

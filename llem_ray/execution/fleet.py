@@ -151,10 +151,10 @@ class Fleet:
         """
         now_ns = self._clock.monotonic_ns()
         with self._lock:
-            busy = {seat.node for seats in self._seats.values() for seat in seats}
+            busy = {self._meter.host_of(seat.node) for seats in self._seats.values() for seat in seats}
             nodes = list(self._nodes.values())
         for node in nodes:
-            if node.node_id in busy or not self._meter.has_sampler(node.node_id):
+            if self._meter.host_of(node.node_id) in busy or not self._meter.has_sampler(node.node_id):
                 self._idle_ns.pop(node.node_id, None)
             elif now_ns - self._idle_ns.setdefault(node.node_id, now_ns) > IDLE_S * NS_PER_S:
                 LOG.info("node %s is not needed any more: its sampler ends", node.hostname)
@@ -264,9 +264,11 @@ class Fleet:
             gpus = [item for item in gang.devices if item.host == host and item.device.scope in GPU_SCOPES]
             if not gpus or not self._meter.is_in_service(host):
                 continue
-            pids = [worker.pid for worker in gang.workers if worker.node == host]
+            mine = [worker for worker in gang.workers if worker.node == host]
+            pids = [worker.pid for worker in mine]
             pids += [rank.pid for rank in gang.loaded.ranks if rank.host == host] if gang.loaded else []
-            sampler = self._meter.sampler_of(host)
+            # Process ids mean something in the container they are of, whose sampler is that of its own node.
+            sampler = self._meter.sampler_on(mine[0].node_id)
             try:
                 alive = sampler.alive(pids).result(PING_S) if sampler is not None else ()
             except (LlemRayError, TimeoutError):

@@ -115,6 +115,8 @@ class GangLane:
         self._gang: Gang | None = None
         self._record: GangRecord | None = None
         self._lost: str | None = None
+        self._settles = True
+        """Another gang may come to its GPUs."""
         begin_ns = context.clock.monotonic_ns()
         self._timeline = Timeline(begin_ns)
         context.book.add(LaneOpened(lane=name, hosts=context.fleet.hosts_of(seats), begin_ns=begin_ns))
@@ -129,6 +131,7 @@ class GangLane:
         try:
             return self._run_trials()
         except BaseException:
+            self._settles = False
             self._close_gang(force=True)  # it may be busy for long: nobody waits for its answer any more
             raise
         finally:
@@ -390,7 +393,7 @@ class GangLane:
         gang.close(0.0 if force else CLOSE_TIMEOUT_S)
         record = self._record
         LOG.info("%s closed%s", record.name if record else "a gang without a lease", " by force" if force else "")
-        if record is not None:
+        if record is not None and self._settles:
             self._run.fleet.settle(record, self._lost)
         self._cover("shutdown")
         if record is not None:

@@ -56,6 +56,8 @@ class _Link:
     unanswered_ns: int | None = None
     """When the first of the questions that it has not answered was sent."""
     due_ns: int = 0
+    leaving: bool = False
+    """Its next answer is its last."""
     fresh: bool = True
     """Nothing has been fetched from it yet."""
 
@@ -162,17 +164,11 @@ class Meter:
         return dict(self._starter.problems)
 
     def release(self, node_id: str) -> None:
-        """Fetch what a node's sampler still has, then end it: an autoscaler may remove the node."""
+        """End a node's sampler once what it still has was fetched: an autoscaler may remove the node."""
         link = self._links.get(node_id)
         if link is None:
             return
-        try:
-            answer = link.sampler.fetch(link.after_seq, link.info.epoch).result(FETCH_TIMEOUT_S)
-            self._take(link, answer, self._clock.monotonic_ns())
-        except (LlemRayError, TimeoutError) as error:
-            LOG.warning("the last samples of %s were not fetched: %s", link.info.hostname, error)
-        self._retire(node_id)
-        link.sampler.close()
+        link.leaving = True
 
     def _retire(self, node_id: str) -> _Link | None:
         """No sampler of the node is in service any more; returns the one that was."""
@@ -198,6 +194,11 @@ class Meter:
     def host_of(self, node_id: str) -> str | None:
         """Stable host id of a node; None while it is not known."""
         return self._hosts.get(node_id)
+
+    def sampler_on(self, node_id: str) -> Sampler | None:
+        """The sampler of this very node."""
+        link = self._links.get(node_id)
+        return link.sampler if link else None
 
     def has_sampler(self, node_id: str) -> bool:
         """A sampler of this very node polls."""
@@ -302,7 +303,11 @@ class Meter:
         except LlemRayError as error:
             self._restart(link, error.message)
             return ()
-        return self._take(link, answer, answered_ns)
+        taken = self._take(link, answer, answered_ns)
+        if link.leaving:
+            self._retire(link.node.node_id)
+            link.sampler.close()
+        return taken
 
     def _take(self, link: _Link, answer: Fetched, answered_ns: int) -> Sequence[SampleBatch]:
         exchange = Exchange(
@@ -378,6 +383,10 @@ class Meter:
         if device.uuid not in margins_s:
             margins_s[device.uuid] = edge_margin_s(self.calibration(host, device), self.period_s(host, device), device.method)
         return margins_s[device.uuid]
+
+    def rows_per_s(self) -> float:
+        """Samples that arrive per second, of all hosts together."""
+        return sum(1.0 / period_s for info in self.infos for period_s in info.periods_s.values() if period_s > 0)
 
     def reach_s(self, host: str) -> float:
         """The largest margin of the host's devices."""

@@ -38,6 +38,11 @@ class Waits:
         """Start nothing new."""
         return self._interrupts.stop_requested or self.halt.is_set()
 
+    @property
+    def user_stops(self) -> bool:
+        """It was the user who asked to stop."""
+        return self._interrupts.stop_requested
+
     def tick(self) -> None:
         """Look at the user's signals and at the run's surroundings, as every wait does.
 

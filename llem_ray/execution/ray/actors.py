@@ -45,6 +45,7 @@ class EngineActor(EngineHost):
             gpu_uuids=gpu_uuids(ids) if ids else (),
             rank=self._rank,
             address=ray.util.get_node_ip_address(),
+            node_id=ray.get_runtime_context().get_node_id(),
         )
 
     def reserve_port(self) -> int:
@@ -81,6 +82,17 @@ class CheckActor:
         """Raise what the first engine that cannot work raises."""
         for group in groups:
             check_group(group, base_dir, cache_dir)
+
+
+class ClaimActor:
+    """Holds the name of a run in a cluster for as long as its run driver lives."""
+
+    def __init__(self, host: str, pid: int) -> None:
+        self._holder = (host, pid)
+
+    def holder(self) -> tuple[str, int]:
+        """Host name and process id of the run driver."""
+        return self._holder
 
 
 class HolderActor:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from llem_ray.core.errors import LlemRayError, RunInUse
 from llem_ray.core.plan import LoadGroup
 from llem_ray.execution.calls import Node, Sampler, SamplerSettings
+from llem_ray.execution.ray.actors import ClaimActor
 from llem_ray.execution.ray.address import Address
 from llem_ray.execution.ray.base import RayExecutor, RaySampler
 from llem_ray.execution.ray.connect import ClusterFacts, connect, probe_cluster
-from llem_ray.execution.ray.runtime import first_line, import_ray
+from llem_ray.execution.ray.runtime import answer_of, first_line, import_ray
 
 LOG = logging.getLogger(__name__)
 
+CLAIM_TIMEOUT_S: Final = 30.0
+CLAIM_WAIT_S: Final = 15.0
 SPOOL_VARIABLE: Final = "LLEM_RAY_SPOOL"
 DEFAULT_SPOOL: Final = "llem-ray-spool"
 
@@ -40,6 +46,8 @@ class ClusterExecutor(RayExecutor):
         self._address = address
         self._found = found
         self._facts: dict[str, str] = {}
+        self._asked = False
+        self._claim: Any = None
 
     def start(self) -> None:
         """Look at the cluster, then join it.
@@ -76,7 +84,12 @@ class ClusterExecutor(RayExecutor):
             return None
 
     def open_sampler(self, node: Node, settings: SamplerSettings) -> Sampler:
-        """The run's sampler on the node."""
+        """The run's sampler on the node.
+
+        Raises:
+            RunInUse: Another run driver works on this run, on this cluster.
+        """
+        self._claim_run(settings.run)
         options = {
             "name": f"llem-ray-sampler-{settings.run}-{node.node_id}",
             "get_if_exists": True,
@@ -85,6 +98,29 @@ class ClusterExecutor(RayExecutor):
         }
         spool_dir = Path(os.environ.get(SPOOL_VARIABLE) or Path(tempfile.gettempdir()) / DEFAULT_SPOOL) / settings.run
         return RaySampler(self._sampler_actor(node, settings, options, spool_dir=str(spool_dir)))
+
+    def _claim_run(self, run: str) -> None:
+        """A name in the cluster that ends with this process: the lock of the run directory holds on one file system only."""
+        if self._claim is not None:
+            return
+        ray = import_ray()
+        name = f"llem-ray-run-{run}"
+        until = time.monotonic() + CLAIM_WAIT_S
+        while self._claim is None:
+            try:
+                claim = ray.remote(num_cpus=0)(ClaimActor).options(name=name).remote(socket.gethostname(), os.getpid())
+                answer_of(claim.holder.remote(), CLAIM_TIMEOUT_S, "the claim of the run")
+            except ValueError as error:  # the name is taken: Ray takes a moment to notice that a run driver was killed
+                if time.monotonic() < until:
+                    time.sleep(1.0)
+                    continue
+                raise RunInUse(
+                    f"{_holder(name)} works on {run} on this cluster", "wait until it ends, or stop it there"
+                ) from error
+            except (LlemRayError, TimeoutError) as error:
+                LOG.warning("the run could not be claimed on the cluster: %s", error)
+                return
+            self._claim = claim
 
     def check(self, groups: Sequence[LoadGroup], base_dir: str, _cache_dir: str) -> None:
         """Check every engine on a node of its kind, before anything is measured.
@@ -114,6 +150,7 @@ class ClusterExecutor(RayExecutor):
         bundles = [{"GPU": largest.gpus // nodes} if largest.gpus else {"CPU": 1} for _ in range(nodes)]
         with contextlib.suppress(Exception):  # without an autoscaler nothing comes of it, and the wait has a deadline
             ray.autoscaler.sdk.request_resources(bundles=bundles)
+            self._asked = True
 
     def facts(self) -> Mapping[str, str]:
         """For the environment record."""
@@ -122,4 +159,15 @@ class ClusterExecutor(RayExecutor):
     def close(self) -> None:
         """Leave the cluster. Samplers have been closed by whoever opened them; what died hard ends with its lease."""
         with contextlib.suppress(Exception):
+            if self._asked:  # a request stands until another takes its place
+                import_ray().autoscaler.sdk.request_resources(bundles=[])
+        with contextlib.suppress(Exception):
             import_ray().shutdown()
+
+
+def _holder(name: str) -> str:
+    with contextlib.suppress(Exception):
+        ray = import_ray()
+        host, pid = ray.get(ray.get_actor(name).holder.remote(), timeout=CLAIM_TIMEOUT_S)
+        return f"process {pid} on {host}"
+    return "another process"

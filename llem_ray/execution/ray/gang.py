@@ -77,7 +77,6 @@ class RayGang:
 
     def close(self, timeout_s: float) -> None:
         """Unload, then kill the actors and give the GPUs back."""
-        self.closed = True
         ray = import_ray()
         with contextlib.suppress(Exception):
             if timeout_s > 0:
@@ -90,6 +89,7 @@ class RayGang:
         if self._group is not None:
             with contextlib.suppress(Exception):
                 ray.util.remove_placement_group(self._group)
+        self.closed = True
 
     def last_words(self) -> str | None:
         """End of the actors' stderr, where this host has it."""
