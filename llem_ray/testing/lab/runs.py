@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from llem_ray.results.reader import read_table
 from llem_ray.results.schema import TableName
@@ -38,19 +38,13 @@ class LabRun:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "sweep.yaml").write_text(sweep, encoding="utf-8")
         self._process: Entered | None = None
-        self._log: IO[bytes] | None = None
 
     def start(self, *arguments: str, env: Mapping[str, str] | None = None) -> Entered:
         """Start the command."""
         command = [sys.executable, "-m", "llem_ray", "submit", str(self.folder / "sweep.yaml"), "--results", str(self.results)]
-        self._log = (self.folder / "output.txt").open("ab")
-        self._process = self.lab.popen(
-            self.host,
-            [*command, "--address", self.lab.address, *arguments],
-            env=env,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        command += ["--address", self.lab.address, *arguments]
+        with (self.folder / "output.txt").open("ab") as log:
+            self._process = self.lab.popen(self.host, command, env=env, stdout=log, stderr=subprocess.STDOUT)
         return self._process
 
     def finish(self, timeout_s: float = DEADLINE_S) -> int:
@@ -60,14 +54,11 @@ class LabRun:
             TimeoutError: It did not end; it has been killed, and the text is the end of what it said.
         """
         assert self._process is not None
-        assert self._log is not None
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._process.send_signal(signal.SIGKILL)
             raise TimeoutError(f"the run did not end within {timeout_s:g} s; the end of what it said:\n{self.said()}") from None
-        finally:
-            self._log.close()
 
     def run(self, *arguments: str, timeout_s: float = DEADLINE_S, env: Mapping[str, str] | None = None) -> int:
         """Start and finish."""
@@ -79,8 +70,6 @@ class LabRun:
         assert self._process is not None
         self._process.send_signal(signal.SIGKILL)
         self._process.wait(DEADLINE_S)
-        if self._log is not None:
-            self._log.close()
 
     def said(self) -> str:
         """What the command said, all sessions, and the end of the run's log."""
