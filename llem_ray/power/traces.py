@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from llem_ray.core.power import DeviceState, DeviceStates, SampleBatch, Trace
+from llem_ray.core.power import DeviceState, DeviceStates, Int64, SampleBatch, Trace
 
 BLOCK_ROWS: Final = 1024
 """Batches are joined as long as they are smaller together."""
@@ -89,18 +89,19 @@ class TraceBuffer:
             known_ns = self._last_ns.setdefault(uuid, None)
             if first == end:
                 continue
-            if not block.is_ascending or (known_ns is not None and block.t_ns[first] <= known_ns):
+            t_ns = block.times_ns(uuid)
+            if not block.is_ascending or (known_ns is not None and t_ns[0] <= known_ns):
                 self._disordered.add(uuid)
-            last_ns = int(block.t_ns[end - 1] if block.is_ascending else block.t_ns[first:end].max())
+            last_ns = int(t_ns[-1] if block.is_ascending else t_ns.max())
             self._last_ns[uuid] = last_ns if known_ns is None else max(known_ns, last_ns)
 
     def trace(self, uuid: str, begin_ns: int, end_ns: int) -> Trace:
         """The samples of ``uuid`` with ``begin_ns <= t_ns <= end_ns``; empty for a device never heard of."""
         with self._lock:
             begin_ns = max(begin_ns, self._trimmed_ns)
-            pieces = [block.of_device(uuid, begin_ns, end_ns) for block in self._blocks if block.reaches(begin_ns, end_ns)]
+            held = [block.of_device(uuid, begin_ns, end_ns) for block in self._blocks if block.reaches(begin_ns, end_ns)]
             disordered = uuid in self._disordered
-        pieces = [piece for piece in pieces if len(piece[0])]
+        pieces = [piece for piece in held if piece is not None]
         parts = [_put_together([piece[i] for piece in pieces], dtype) for i, dtype in enumerate(_TYPES)]
         if disordered:
             _, first = np.unique(parts[0], return_index=True)
@@ -153,15 +154,44 @@ class TraceBuffer:
 
 
 @dataclass(slots=True)
+class _Packed:
+    """Whole numbers, device by device, as what they are off from an even progression: 4 bytes each, exactly."""
+
+    first: list[int]
+    step: list[int]
+    rest: npt.NDArray[np.int32]
+
+    def unpacked(self, index: int, begin: int, end: int) -> Int64:
+        """All of device ``index``, whose rows these are."""
+        return self.first[index] + self.step[index] * np.arange(end - begin) + self.rest[begin:end]
+
+
+def _packed(values: _Column, bounds: Sequence[int]) -> _Packed | _Column:
+    """The values in half the space, or as they are where some are missing, broken or far from even."""
+    if not len(values) or not np.isfinite(values).all() or np.abs(values).max() >= 2**62:
+        return values
+    whole = values.astype(np.int64)
+    if not np.array_equal(whole, values):
+        return values
+    starts, counts = np.array(bounds[:-1]), np.diff(bounds)
+    first, last = whole[np.minimum(starts, len(whole) - 1)], whole[np.maximum(starts + counts - 1, 0)]
+    step = (last - first) // np.maximum(counts - 1, 1)
+    even = np.repeat(first - step * starts, counts) + np.repeat(step, counts) * np.arange(len(whole))
+    rest = whole - even
+    if np.abs(rest).max() >= 2**31:
+        return values
+    return _Packed(first.tolist(), step.tolist(), rest.astype(np.int32))
+
+
+@dataclass(slots=True)
 class _Block:
     """Rows of one batch or several, device by device; those of a device in order of time if ``is_ascending``. Never changed."""
 
     devices: tuple[str, ...]
     bounds: list[int]
     """Rows of device i are [bounds[i], bounds[i + 1])."""
-    t_ns: _Column
-    others: tuple[_Column, ...]
-    """hw_ns, power_mw, power_avg_mw, energy_mj, in the smallest type that holds them exactly."""
+    columns: tuple[_Packed | _Column, ...]
+    """t_ns, hw_ns, power_mw, power_avg_mw, energy_mj, in the smallest form that holds them exactly."""
     states: list[DeviceStates]
     first_ns: int
     last_ns: int
@@ -174,50 +204,61 @@ class _Block:
     def reaches(self, begin_ns: int, end_ns: int) -> bool:
         return self.first_ns <= end_ns and self.last_ns >= begin_ns
 
-    def of_device(self, uuid: str, begin_ns: int, end_ns: int) -> tuple[_Column, ...]:
+    def times_ns(self, uuid: str) -> Int64:
+        """Times of all rows of one device."""
+        return self._column(0, self.devices.index(uuid))
+
+    def _column(self, number: int, index: int) -> _Column:
+        column, (begin, end) = self.columns[number], self.bounds[index : index + 2]
+        return column.unpacked(index, begin, end) if isinstance(column, _Packed) else column[begin:end]
+
+    def of_device(self, uuid: str, begin_ns: int = -(2**63), end_ns: int = 2**63 - 1) -> tuple[_Column, ...] | None:
+        """Rows of one device as columns; None where it has none within these times."""
         if uuid not in self.devices:
-            return (self.t_ns[:0], *(column[:0] for column in self.others))
+            return None
         index = self.devices.index(uuid)
-        rows = slice(self.bounds[index], self.bounds[index + 1])
-        t_ns = self.t_ns[rows]
-        if self.is_ascending:
-            if begin_ns > self.first_ns or end_ns < self.last_ns:
-                lo, hi = t_ns.searchsorted(begin_ns, "left"), t_ns.searchsorted(end_ns, "right")
-                rows = slice(rows.start + int(lo), rows.start + max(int(lo), int(hi)))
-            return (self.t_ns[rows], *(column[rows] for column in self.others))
-        wanted = (t_ns >= begin_ns) & (t_ns <= end_ns)
-        return (t_ns[wanted], *(column[rows][wanted] for column in self.others))
+        columns = [self._column(number, index) for number in range(len(self.columns))]
+        if begin_ns > self.first_ns or end_ns < self.last_ns:
+            wanted = (columns[0] >= begin_ns) & (columns[0] <= end_ns)
+            columns = [column[wanted] for column in columns]
+        return tuple(columns) if len(columns[0]) else None
 
     def power_at(self, uuid: str, t_ns: int) -> float | None:
         """Instant power of the sample that was taken just then; None where there is none."""
         if not self.first_ns <= t_ns <= self.last_ns or uuid not in self.devices:
             return None
         index = self.devices.index(uuid)
-        for row in range(self.bounds[index + 1] - 1, self.bounds[index] - 1, -1):
-            if self.t_ns[row] == t_ns:
-                return float(self.others[1][row])
-            if self.is_ascending:
-                return None
-        return None
+        rows = np.flatnonzero(self._column(0, index) == t_ns)
+        return float(self._column(2, index)[rows[0]]) if len(rows) else None
 
 
 def _block_of(batch: SampleBatch) -> _Block:
     order = np.argsort(batch.device, kind="stable")
     counts = np.bincount(batch.device, minlength=len(batch.devices))
-    bounds = [0, *np.cumsum(counts).tolist()]
-    t_ns = batch.t_ns[order]
-    falls = (np.flatnonzero(np.diff(t_ns) <= 0) + 1).tolist()
-    times = [int(t_ns.min()), int(t_ns.max())] if len(t_ns) else []
+    columns = [column[order] for column in (batch.t_ns, batch.hw_ns, batch.power_mw, batch.power_avg_mw, batch.energy_mj)]
     states = [_own(DeviceStates.of(batch.states))] if len(batch.states) else []
-    times += [int(edge) for one in states for edge in (one.t_ns.min(), one.t_ns.max())]
-    others = (
-        _compact(batch.hw_ns[order], np.int32),
-        _compact(batch.power_mw[order], np.float32),
-        _compact(batch.power_avg_mw[order], np.float32),
-        batch.energy_mj[order],
+    return _made(batch.devices, [0, *np.cumsum(counts).tolist()], columns, states)
+
+
+def _made(devices: tuple[str, ...], bounds: list[int], columns: Sequence[_Column], states: list[DeviceStates]) -> _Block:
+    t_ns, hw_ns, power_mw, power_avg_mw, energy_mj = columns
+    falls = (np.flatnonzero(np.diff(t_ns) <= 0) + 1).tolist()
+    times_ns = [one for some in (t_ns, *(part.t_ns for part in states)) if len(some) for one in (int(some.min()), int(some.max()))]
+    return _Block(
+        devices=devices,
+        bounds=bounds,
+        columns=(
+            _packed(t_ns, bounds),
+            _small(hw_ns, np.int32),
+            _small(power_mw, np.float32),
+            _small(power_avg_mw, np.float32),
+            _packed(energy_mj, bounds),
+        ),
+        states=states,
+        first_ns=min(times_ns, default=2**62),
+        last_ns=max(times_ns, default=-(2**62)),
+        is_ascending=set(falls) <= set(bounds),
     )
-    first_ns, last_ns = (min(times), max(times)) if times else (2**62, -(2**62))
-    return _Block(batch.devices, bounds, t_ns, others, states, first_ns, last_ns, set(falls) <= set(bounds))
 
 
 def _own(states: DeviceStates) -> DeviceStates:
@@ -225,7 +266,7 @@ def _own(states: DeviceStates) -> DeviceStates:
     return DeviceStates(states.uuids, states.ints.copy(), states.floats.copy())
 
 
-def _compact(column: _Column, dtype: type) -> _Column:
+def _small(column: _Column, dtype: type) -> _Column:
     """The column in a smaller type, where that holds all of it exactly."""
     with np.errstate(over="ignore"):
         small: _Column = column.astype(dtype)
@@ -235,26 +276,14 @@ def _compact(column: _Column, dtype: type) -> _Column:
 def _joined(old: _Block, new: _Block) -> _Block:
     """Both as one block; of the rows of a device those of the older one come first."""
     devices = tuple(dict.fromkeys((*old.devices, *new.devices)))
-    rows, bounds = [], [0]
+    pieces: list[tuple[_Column, ...]] = []
+    bounds = [0]
     for uuid in devices:
-        for block, shift in ((old, 0), (new, old.bounds[-1])):
-            if uuid in block.devices:
-                index = block.devices.index(uuid)
-                rows.append(np.arange(block.bounds[index], block.bounds[index + 1]) + shift)
-        bounds.append(sum(map(len, rows)))
-    order = np.concatenate(rows) if rows else np.empty(0, np.int64)
-    t_ns = np.concatenate((old.t_ns, new.t_ns))[order]
-    falls = (np.flatnonzero(np.diff(t_ns) <= 0) + 1).tolist()
-    return _Block(
-        devices,
-        bounds,
-        t_ns,
-        tuple(np.concatenate(pair)[order] for pair in zip(old.others, new.others, strict=True)),
-        _joined_states(old.states, new.states),
-        min(old.first_ns, new.first_ns),
-        max(old.last_ns, new.last_ns),
-        set(falls) <= set(bounds),
-    )
+        mine = [rows for block in (old, new) if (rows := block.of_device(uuid)) is not None]
+        pieces += mine
+        bounds.append(bounds[-1] + sum(len(rows[0]) for rows in mine))
+    columns = [_put_together([piece[i] for piece in pieces], dtype) for i, dtype in enumerate(_TYPES)]
+    return _made(devices, bounds, columns, _joined_states(old.states, new.states))
 
 
 def _joined_states(old: list[DeviceStates], new: list[DeviceStates]) -> list[DeviceStates]:

@@ -136,13 +136,25 @@ def test_small_numbers_are_held_small_and_none_is_rounded():
     small, big = TraceBuffer(), TraceBuffer()
     small.append(one(1, exact, times))
     big.append(one(1, large, times * 2**31))
-    assert sum(column.nbytes for column in small._blocks[0].others) < sum(column.nbytes for column in big._blocks[0].others)
+    assert len(pickle.dumps(small._blocks[0])) < len(pickle.dumps(big._blocks[0]))
     small.append(one(2, large, times * 2**31))
     trace = small.trace("a", 0, 100)
     assert np.array_equal(trace.power_mw, np.concatenate((exact, large)), equal_nan=True)
     assert np.array_equal(trace.power_avg_mw, np.concatenate((exact, large)), equal_nan=True)
     assert trace.hw_ns.tolist() == [*times, *(times * 2**31)]
     assert (trace.t_ns.dtype, trace.hw_ns.dtype, trace.power_mw.dtype) == (np.int64, np.int64, np.float64)
+
+
+@pytest.mark.parametrize("energy_mj", [[5.0, 6.0, 2.0**52], [np.nan, 1.0, 2.0], [0.5, 1.0, 2.0], [np.inf, 1.0, 1e300], [3.0, 2.0, 1.0]])
+@pytest.mark.parametrize("times", [[1, 2, 3], [10, 2**40, 2**60]])
+def test_any_counter_at_any_time_is_held_exactly(energy_mj, times):
+    buffer = TraceBuffer()
+    one = batch([(1, times[0]), (0, times[0]), (0, times[1]), (0, times[2])])
+    buffer.append(dataclasses.replace(one, energy_mj=np.array([7.0, *energy_mj])))
+    trace = buffer.trace("a", 0, 2**62)
+    assert trace.t_ns.tolist() == times
+    assert np.array_equal(trace.energy_mj, energy_mj, equal_nan=True)
+    assert buffer.trace("b", 0, 2**62).energy_mj.tolist() == [7.0]
 
 
 def test_newest_power():
