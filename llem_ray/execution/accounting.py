@@ -68,6 +68,8 @@ class Accounts:
         if not isinstance(outcome, Completed):
             waste = self._sum(gang, PhaseSpan(phase="waste", begin_ns=ended.begin_ns, end_ns=ended.end_ns))
             reason = "the attempt failed: its energy is waste"
+            if any(map(_is_guessed, waste.parts)):
+                waste = replace(waste, energy_j=None, reason="too many samples are missing")
             if waste.energy_j is None:
                 reason = f"the attempt failed, and its waste is not known: {waste.reason}"
             return {"waste_energy_j": waste.energy_j, "energy_reason": reason, "power_valid": False, "est_reason": reason}
@@ -237,6 +239,11 @@ def moved_window(window: Window, host: str, meter: Meter) -> Window | None:
         edges.append((ours_ns + here.offset_ns, window.delta_ns + there.delta_ns + here.delta_ns))
     (begin_ns, begin_delta_ns), (end_ns, end_delta_ns) = edges
     return Window(node=host, begin_ns=begin_ns, end_ns=end_ns, delta_ns=max(begin_delta_ns, end_delta_ns))
+
+
+def _is_guessed(reading: EnergyReading) -> bool:
+    """Power was integrated over holes: fewer samples than the gate asks for, and no counter that went on meanwhile."""
+    return reading.method == "measured_power_integral" and any(flag.code == "dropped_samples" for flag in reading.flags)
 
 
 def _unread(item: HostDevice, window: Window, reason: str) -> EnergyReading:

@@ -101,10 +101,13 @@ class FakeSampler:
     def _now_ns(self) -> int:
         return self.clock.monotonic_ns() + round(self.offset_s * NS_PER_S)
 
-    def sample(self, seq: int, t_s: Sequence[float], memory_bytes: int | None = None, power_w: float = 100.0) -> None:
+    def sample(
+        self, seq: int, t_s: Sequence[float], memory_bytes: int | None = None, power_w: float = 100.0, *, counter: bool = False
+    ) -> None:
         """Add a batch: every GPU at these times of the run driver's clock."""
         times = np.array([round((t + self.offset_s) * NS_PER_S) for t in t_s], np.int64)
         many = len(self.uuids)
+        energy_mj = (times - times[0]) / NS_PER_S * power_w * 1e3 if counter else np.full(len(times), np.nan)
         states = tuple(
             DeviceState(device_uuid=uuid, t_ns=int(t_ns), memory_used_bytes=memory_bytes) for uuid in self.uuids for t_ns in times
         )
@@ -119,7 +122,9 @@ class FakeSampler:
                 hw_ns=np.zeros(many * len(times), np.int64),
                 power_mw=np.full(many * len(times), power_w * 1e3),
                 power_avg_mw=np.full(many * len(times), np.nan),
-                energy_mj=np.full(many * len(times), np.nan),
+                energy_mj=np.tile(energy_mj, many),
+                if counter
+                else np.full(many * len(times), np.nan),
                 states=states,
             )
         )

@@ -216,7 +216,7 @@ def test_gpus_that_others_hold_are_there_but_not_free(cluster: FakeCluster) -> N
 
 def gang_on(host: str, *uuids: str) -> GangRecord:
     devices = tuple(HostDevice(host=host, device=gpu(uuid)) for uuid in uuids)
-    worker = Leased(node=host, hostname=host, pid=7, gpu_ids=uuids, gpu_uuids=uuids)
+    worker = Leased(node=host, hostname=host, pid=7, gpu_ids=uuids, gpu_uuids=uuids, node_id="n1")
     return GangRecord(name="gang-1", group=_any(None), workers=(worker,), devices=devices, context=(), reason=None)
 
 
