@@ -9,6 +9,7 @@ import numpy as np
 
 from llem_ray.core.power import Float64
 from llem_ray.core.units import NS_PER_S
+from llem_ray.energy.steps import energy_inside, guarded
 from llem_ray.energy.ticks import TickLine, Ticks, tick_line
 
 FLOOR_J2: Final = 1e-6
@@ -24,8 +25,15 @@ RIGHT_TRUST: Final = 3.0
 TIMING_SD_S: Final = 0.5e-3
 """Timing errors beyond this do not move the weights: they are common to both edges of a window and mostly cancel."""
 
-CONFLICT_SHARE: Final = 0.05
+CONFLICT_SHARE: Final = 0.1
 """Where the two sides contradict each other, at least this share of the contradiction squared is variance."""
+
+CONFLICT_SIGMAS: Final = 2.0
+CONFLICT_REL: Final = 0.01
+"""Sigmas of the ticks' times, and of this share of a tick's energy, that are no contradiction yet."""
+
+STEPS_SHARE: Final = 0.02
+"""Least variance of a load of steps that was fitted to a contradiction, as a share of the contradiction squared."""
 
 GAP_PERIODS: Final = 1.5
 WIDE_PERIODS: Final = 0.6
@@ -60,7 +68,8 @@ def counter_at(
 
     Each side assumes that the power of its neighbouring tick holds up to the edge, which is exact where the load steps at the
     edge; the two are weighted by how much the power changed one tick further out and by how well the ticks' times are known.
-    The value never leaves the hard bound.
+    Where they contradict each other and no guard shows that the load does step at the edge, a load that moves in steps at any
+    time is fitted to the ticks instead. The value never leaves the hard bound.
 
     Args:
         ticks: Ticks around the edge.
@@ -83,7 +92,8 @@ def counter_at(
     outside_s = max(line.tau_s[0] - x0_s, x0_s - line.tau_s[-1])
     if outside_s > GAP_PERIODS * interval_s or len(c_j) < 2:
         return None
-    value_j, u_j, step_w, gap = _combine(line, c_j, k, x0_s, interval_s)
+    limit_w = np.inf if power_max_w is None else power_max_w
+    value_j, u_j, step_w, gap = _combine(line, c_j, k, x0_s, interval_s, limit_w)
     lower_j, upper_j = counter_bound(
         ticks, x0_s, power_max_w=power_max_w, quantum_j=quantum_j, lag_s=lag_s, delta_s=delta_s, around=line.first + k
     )
@@ -102,7 +112,9 @@ class _Side:
     power_w: float
 
 
-def _combine(line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: float) -> tuple[float, float, float, bool]:
+def _combine(
+    line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: float, limit_w: float
+) -> tuple[float, float, float, bool]:
     """Counter, u, step of power and gap mark at ``x0_s``, which lies between ticks k and k + 1 (one of them may not exist)."""
     near = slice(max(0, k - 4), k + 6)
     tau_s, c, k = line.tau_s[near], c_j[near], k - max(0, k - 4)
@@ -116,8 +128,16 @@ def _combine(line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: floa
         assert side is not None  # there are two ticks or more
         value_j, u_j, step_w = side.value_j, float(np.hypot(side.variance_j2**0.5, side.power_w * line.sd_s)), 0.0
     else:
-        value_j, u_j = _weigh(left, right, line.sd_s)
         step_w = abs(right.power_w - left.power_w)
+        value_j, u_j = _weigh(left, right, line.sd_s)
+        expected_j = float(np.hypot(line.sd_s * step_w, CONFLICT_REL * (c[k + 1] - c[k])))
+        conflict_j = abs(left.value_j - right.value_j)
+        if conflict_j > CONFLICT_SIGMAS * expected_j and not guarded(rate_w, k):
+            inside = energy_inside(rate_w, np.diff(tau_s), k, x_s, noise_rel=rate_rel, limit_w=limit_w)
+            if inside is not None:
+                value_j = float(c[k]) + inside.energy_j
+                variance_j2 = max(inside.variance_j2, STEPS_SHARE * conflict_j**2)
+                u_j = float(np.sqrt(variance_j2 + (line.sd_s * inside.power_w) ** 2))
     hole_s = x_s + y_s
     wide_s = line.sd_s * float(np.sqrt(3.0))
     gap = hole_s > GAP_PERIODS * interval_s or wide_s > WIDE_PERIODS * interval_s
