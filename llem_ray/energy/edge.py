@@ -11,6 +11,7 @@ from llem_ray.core.power import Float64
 from llem_ray.core.units import NS_PER_S
 from llem_ray.energy.steps import energy_inside, guarded
 from llem_ray.energy.ticks import TickLine, Ticks, tick_line
+from llem_ray.energy.validity import IMPLAUSIBLE_FACTOR
 
 FLOOR_J2: Final = 1e-6
 """Variance of one millijoule, so that no weight is infinite."""
@@ -25,12 +26,15 @@ RIGHT_TRUST: Final = 3.0
 TIMING_SD_S: Final = 0.5e-3
 """Timing errors beyond this do not move the weights: they are common to both edges of a window and mostly cancel."""
 
-CONFLICT_SHARE: Final = 0.1
+CONFLICT_SHARE: Final = 0.05
 """Where the two sides contradict each other, at least this share of the contradiction squared is variance."""
 
 CONFLICT_SIGMAS: Final = 2.0
 CONFLICT_REL: Final = 0.01
 """Sigmas of the ticks' times, and of this share of a tick's energy, that are no contradiction yet."""
+
+GUARD_SHARE: Final = 0.1
+"""The same where a guard says that the load steps at the edge and the other side contradicts it: a pause looks like a guard."""
 
 STEPS_SHARE: Final = 0.02
 """Least variance of a load of steps that was fitted to a contradiction, as a share of the contradiction squared."""
@@ -121,6 +125,7 @@ def _combine(
     rate_w = np.diff(c) / np.maximum(np.diff(tau_s), 1e-6)
     x_s = x0_s - float(tau_s[k]) if k >= 0 else np.inf
     y_s = float(tau_s[k + 1]) - x0_s if k + 1 < len(c) else np.inf
+    hole_s = x_s + y_s
     rate_rel = line.jitter_sd_s * float(np.sqrt(2.0)) / interval_s
     left, right = _left_side(rate_w, c, k, x_s, rate_rel), _right_side(rate_w, c, k, y_s, rate_rel)
     if left is None or right is None:
@@ -132,13 +137,13 @@ def _combine(
         value_j, u_j = _weigh(left, right, line.sd_s)
         expected_j = float(np.hypot(line.sd_s * step_w, CONFLICT_REL * (c[k + 1] - c[k])))
         conflict_j = abs(left.value_j - right.value_j)
-        if conflict_j > CONFLICT_SIGMAS * expected_j and not guarded(rate_w, k):
-            inside = energy_inside(rate_w, np.diff(tau_s), k, x_s, noise_rel=rate_rel, limit_w=limit_w)
-            if inside is not None:
+        if conflict_j > CONFLICT_SIGMAS * expected_j:
+            if guarded(rate_w, k, x_s=x_s, y_s=y_s, sd_s=line.sd_s, ceiling_w=limit_w / IMPLAUSIBLE_FACTOR):
+                u_j = max(u_j, GUARD_SHARE**0.5 * conflict_j)
+            elif inside := energy_inside(rate_w, np.diff(tau_s), k, x_s, noise_rel=rate_rel, limit_w=limit_w):
                 value_j = float(c[k]) + inside.energy_j
                 variance_j2 = max(inside.variance_j2, STEPS_SHARE * conflict_j**2)
                 u_j = float(np.sqrt(variance_j2 + (line.sd_s * inside.power_w) ** 2))
-    hole_s = x_s + y_s
     wide_s = line.sd_s * float(np.sqrt(3.0))
     gap = hole_s > GAP_PERIODS * interval_s or wide_s > WIDE_PERIODS * interval_s
     if gap:

@@ -205,7 +205,7 @@ def _polygon(lo: Float64, hi: Float64, n: Float64, b_s: float, period: tuple[flo
         half_b_s = float(slopes_s[inside[-1]] - slopes_s[inside[0]]) / 2 + half_b_s / (_SLOPES // 2)
     distance = ((slopes_s - period[0]) / (period[1] * period[0])) ** 2 / 2
     weight = np.maximum(room_s, 1e-12)
-    weight = weight * np.exp(distance[room_s.argmax()] - distance).clip(1e-12, 1e12)
+    weight = weight * np.exp((distance[room_s.argmax()] - distance).clip(-27.6, 27.6))
     weight = weight / weight.sum()
     centre_s = (upper_s + lower_s) / 2
     a_s = float(weight @ centre_s)
