@@ -97,7 +97,7 @@ def counter_at(
     if outside_s > GAP_PERIODS * interval_s or len(c_j) < 2:
         return None
     limit_w = np.inf if power_max_w is None else power_max_w
-    value_j, u_j, step_w, gap = _combine(line, c_j, k, x0_s, interval_s, limit_w)
+    value_j, u_j, step_w, gap = _combine(line, c_j, k, x0_s, interval_s, limit_w, lag_s + delta_s)
     lower_j, upper_j = counter_bound(
         ticks, x0_s, power_max_w=power_max_w, quantum_j=quantum_j, lag_s=lag_s, delta_s=delta_s, around=line.first + k
     )
@@ -117,7 +117,7 @@ class _Side:
 
 
 def _combine(
-    line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: float, limit_w: float
+    line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: float, limit_w: float, shift_s: float
 ) -> tuple[float, float, float, bool]:
     """Counter, u, step of power and gap mark at ``x0_s``, which lies between ticks k and k + 1 (one of them may not exist)."""
     near = slice(max(0, k - 4), k + 6)
@@ -138,7 +138,8 @@ def _combine(
         expected_j = float(np.hypot(line.sd_s * step_w, CONFLICT_REL * (c[k + 1] - c[k])))
         conflict_j = abs(left.value_j - right.value_j)
         if conflict_j > CONFLICT_SIGMAS * expected_j:
-            if guarded(rate_w, k, x_s=x_s, y_s=y_s, sd_s=line.sd_s, ceiling_w=limit_w / IMPLAUSIBLE_FACTOR):
+            slack_s = 2 * line.sd_s + shift_s
+            if guarded(rate_w, k, x_s=x_s, y_s=y_s, slack_s=slack_s, ceiling_w=limit_w / IMPLAUSIBLE_FACTOR):
                 u_j = max(u_j, GUARD_SHARE**0.5 * conflict_j)
             elif inside := energy_inside(rate_w, np.diff(tau_s), k, x_s, noise_rel=rate_rel, limit_w=limit_w):
                 value_j = float(c[k]) + inside.energy_j

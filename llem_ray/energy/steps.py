@@ -97,20 +97,20 @@ def energy_inside(rate_w: Float64, dt_s: Float64, k: int, x_s: float, *, noise_r
     return Inside(mean_j, float(weight @ (energy_j - mean_j) ** 2), float(np.sqrt(weight @ power_w**2)))
 
 
-def guarded(rate_w: Float64, k: int, *, x_s: float, y_s: float, sd_s: float, ceiling_w: float) -> bool:
+def guarded(rate_w: Float64, k: int, *, x_s: float, y_s: float, slack_s: float, ceiling_w: float) -> bool:
     """Whether a side of interval k looks like the guard of a window that begins or ends ``x_s`` after its begin.
 
     A guard is steady and far below the other side. One of three ticks holds two whole ones at least; the first of three may
     hold the tail of the load. What interval k holds beside the guard must be possible: between the guard's power and
-    ``ceiling_w``.
+    ``ceiling_w``, where ticks and edge may be ``slack_s`` apart from where they seem.
     """
     before_w, after_w = rate_w[:k][::-1], rate_w[k + 1 :]
     for side_w, busy_w, quiet_s, busy_s in ((before_w, after_w, x_s, y_s), (after_w, before_w, y_s, x_s)):
         for quiet_w in (side_w[0:2], side_w[1:3]):
-            if _steady(quiet_w) and quiet_w.max() < GUARD_REL * busy_w.max(initial=0.0):
+            if _steady(quiet_w) and quiet_w.max() < GUARD_REL * busy_w.max(initial=rate_w[k]):
                 low_w = float(quiet_w[0])
                 busy_j = float(rate_w[k]) * (x_s + y_s) - low_w * quiet_s
-                if low_w * (busy_s - 2 * sd_s) <= busy_j * (1 + GUARD_NOISE_REL) and busy_j <= ceiling_w * (busy_s + 2 * sd_s):
+                if low_w * (busy_s - slack_s) <= busy_j * (1 + GUARD_NOISE_REL) and busy_j <= ceiling_w * (busy_s + slack_s):
                     return True
     return False
 

@@ -52,7 +52,7 @@ def test_energy_stays_between_the_ticks():
 
 
 def looks_guarded(steps, x_s):
-    return guarded(rates_w(*steps)[0], 4, x_s=x_s, y_s=TICK_S - x_s, sd_s=1e-3, ceiling_w=700.0)
+    return guarded(rates_w(*steps)[0], 4, x_s=x_s, y_s=TICK_S - x_s, slack_s=2e-3, ceiling_w=700.0)
 
 
 def test_quiet_ticks_below_a_busy_side_are_a_guard():
