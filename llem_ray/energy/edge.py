@@ -9,7 +9,9 @@ import numpy as np
 
 from llem_ray.core.power import Float64
 from llem_ray.core.units import NS_PER_S
+from llem_ray.energy.steps import energy_inside, guarded
 from llem_ray.energy.ticks import TickLine, Ticks, tick_line
+from llem_ray.energy.validity import IMPLAUSIBLE_FACTOR
 
 FLOOR_J2: Final = 1e-6
 """Variance of one millijoule, so that no weight is infinite."""
@@ -26,6 +28,16 @@ TIMING_SD_S: Final = 0.5e-3
 
 CONFLICT_SHARE: Final = 0.05
 """Where the two sides contradict each other, at least this share of the contradiction squared is variance."""
+
+CONFLICT_SIGMAS: Final = 2.0
+CONFLICT_REL: Final = 0.01
+"""Sigmas of the ticks' times, and of this share of a tick's energy, that are no contradiction yet."""
+
+GUARD_SHARE: Final = 0.1
+"""The same where a guard says that the load steps at the edge and the other side contradicts it: a pause looks like a guard."""
+
+STEPS_SHARE: Final = 0.02
+"""Least variance of a load of steps that was fitted to a contradiction, as a share of the contradiction squared."""
 
 GAP_PERIODS: Final = 1.5
 WIDE_PERIODS: Final = 0.6
@@ -60,7 +72,8 @@ def counter_at(
 
     Each side assumes that the power of its neighbouring tick holds up to the edge, which is exact where the load steps at the
     edge; the two are weighted by how much the power changed one tick further out and by how well the ticks' times are known.
-    The value never leaves the hard bound.
+    Where they contradict each other and no guard shows that the load does step at the edge, a load that moves in steps at any
+    time is fitted to the ticks instead. The value never leaves the hard bound.
 
     Args:
         ticks: Ticks around the edge.
@@ -83,7 +96,8 @@ def counter_at(
     outside_s = max(line.tau_s[0] - x0_s, x0_s - line.tau_s[-1])
     if outside_s > GAP_PERIODS * interval_s or len(c_j) < 2:
         return None
-    value_j, u_j, step_w, gap = _combine(line, c_j, k, x0_s, interval_s)
+    limit_w = np.inf if power_max_w is None else power_max_w
+    value_j, u_j, step_w, gap = _combine(line, c_j, k, x0_s, interval_s, limit_w, lag_s + delta_s)
     lower_j, upper_j = counter_bound(
         ticks, x0_s, power_max_w=power_max_w, quantum_j=quantum_j, lag_s=lag_s, delta_s=delta_s, around=line.first + k
     )
@@ -102,13 +116,16 @@ class _Side:
     power_w: float
 
 
-def _combine(line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: float) -> tuple[float, float, float, bool]:
+def _combine(
+    line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: float, limit_w: float, shift_s: float
+) -> tuple[float, float, float, bool]:
     """Counter, u, step of power and gap mark at ``x0_s``, which lies between ticks k and k + 1 (one of them may not exist)."""
     near = slice(max(0, k - 4), k + 6)
     tau_s, c, k = line.tau_s[near], c_j[near], k - max(0, k - 4)
     rate_w = np.diff(c) / np.maximum(np.diff(tau_s), 1e-6)
     x_s = x0_s - float(tau_s[k]) if k >= 0 else np.inf
     y_s = float(tau_s[k + 1]) - x0_s if k + 1 < len(c) else np.inf
+    hole_s = x_s + y_s
     rate_rel = line.jitter_sd_s * float(np.sqrt(2.0)) / interval_s
     left, right = _left_side(rate_w, c, k, x_s, rate_rel), _right_side(rate_w, c, k, y_s, rate_rel)
     if left is None or right is None:
@@ -116,9 +133,18 @@ def _combine(line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: floa
         assert side is not None  # there are two ticks or more
         value_j, u_j, step_w = side.value_j, float(np.hypot(side.variance_j2**0.5, side.power_w * line.sd_s)), 0.0
     else:
-        value_j, u_j = _weigh(left, right, line.sd_s)
         step_w = abs(right.power_w - left.power_w)
-    hole_s = x_s + y_s
+        value_j, u_j = _weigh(left, right, line.sd_s)
+        expected_j = float(np.hypot(line.sd_s * step_w, CONFLICT_REL * (c[k + 1] - c[k])))
+        conflict_j = abs(left.value_j - right.value_j)
+        if conflict_j > CONFLICT_SIGMAS * expected_j:
+            slack_s = 2 * line.sd_s + shift_s
+            if guarded(rate_w, k, x_s=x_s, y_s=y_s, slack_s=slack_s, ceiling_w=limit_w / IMPLAUSIBLE_FACTOR):
+                u_j = max(u_j, GUARD_SHARE**0.5 * conflict_j)
+            elif inside := energy_inside(rate_w, np.diff(tau_s), k, x_s, noise_rel=rate_rel, limit_w=limit_w):
+                value_j = float(c[k]) + inside.energy_j
+                variance_j2 = max(inside.variance_j2, STEPS_SHARE * conflict_j**2)
+                u_j = float(np.sqrt(variance_j2 + (line.sd_s * inside.power_w) ** 2))
     wide_s = line.sd_s * float(np.sqrt(3.0))
     gap = hole_s > GAP_PERIODS * interval_s or wide_s > WIDE_PERIODS * interval_s
     if gap:

@@ -18,6 +18,9 @@ from llem_ray.core.power import Float64
 
 IDLE_W = 90.0
 
+_SERVING = ((600.0, 680.0, 0.08, 0.25), (300.0, 450.0, 0.3, 0.9), (100.0, 200.0, 0.05, 0.3))
+"""Lowest and highest power, shortest and longest time of prefill, decode and pause."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -125,6 +128,23 @@ class MidstreamLoad(SegmentLoad):
 
     def __init__(self, begin_s: float, end_s: float, *, seed: int, lead_s: float = 5.0) -> None:
         super().__init__(_prefill_decode(begin_s - lead_s, end_s + lead_s, np.random.default_rng(seed)))
+
+
+class RestlessLoad(SegmentLoad):
+    """Serving that takes no notice of the window: prefill, decode and pause in turn, at any phase, before, in and after it.
+
+    600 to 680 W for 80 to 250 ms, 300 to 450 W for 300 to 900 ms, 100 to 200 W for 50 to 300 ms: a step in every third tick of
+    a 100 ms counter, and often two in neighbouring ones.
+    """
+
+    def __init__(self, begin_s: float, end_s: float, *, seed: int, lead_s: float = 5.0) -> None:
+        rng = np.random.default_rng(seed)
+        segments, t_s = [], begin_s - lead_s - float(rng.uniform(0.0, 2.0))
+        while t_s < end_s + lead_s:
+            for low_w, high_w, short_s, long_s in _SERVING:
+                segments.append(Segment(t_s, float(rng.uniform(low_w, high_w))))
+                t_s += float(rng.uniform(short_s, long_s))
+        super().__init__(segments)
 
 
 class PoissonBurstLoad(SegmentLoad):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llem_ray.energy.estimator import edge_margin_s
-from llem_ray.testing.loads import STEP_ALIGNED, six_loads
+from llem_ray.testing.loads import STEP_ALIGNED, RestlessLoad, six_loads
 from llem_ray.testing.sensor import SensorModel
 
 LOADS = tuple(six_loads(0.0, 1.0, seed=0))
@@ -78,6 +78,24 @@ def test_truth_is_inside_two_sigma(errors, window_s, polling):
     covered = [errors(load, window_s, polling).covered for load in LOADS]
     assert np.mean(covered) >= 0.95
     assert min(covered) >= 0.92
+
+
+@pytest.mark.parametrize(("window_s", "rms", "width"), [(1.0, 0.01, 0.02), (2.0, 0.005, 0.01), (10.0, 0.001, 0.002)])
+@pytest.mark.parametrize("late_s", [0.001, 0.02])
+def test_windows_anywhere_on_a_load_that_takes_no_notice(case, window_s, rms, width, late_s):
+    """Steps fall inside the ticks at the edges; polls come in time or late, as on a loaded host."""
+    model = SensorModel(poll_s=0.047, poll_jitter_s=late_s)
+    rows = []
+    for seed in range(200):
+        one = case(lambda begin_s, end_s, seed=seed: RestlessLoad(begin_s, end_s, seed=seed), window_s, seed=seed, model=model)
+        reading, true_j = one.read(), one.true_j
+        lower_j, upper_j = reading.bound_j
+        rows.append((reading.energy_j / true_j - 1, reading.u_j / true_j, lower_j - 1e-5 <= true_j <= upper_j + 1e-5))
+    error, u, holds = np.array(rows).T
+    assert holds.all()
+    assert np.mean(np.abs(error) <= 2 * u) >= 0.95
+    assert np.sqrt(np.mean(error**2)) <= rms
+    assert np.median(2 * u) <= width
 
 
 @pytest.mark.parametrize("polling", POLLING)

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from llem_ray.testing.loads import Segment, SegmentLoad, six_loads
+from llem_ray.testing.loads import RestlessLoad, Segment, SegmentLoad, six_loads
 from llem_ray.testing.sensor import SensorModel, simulate_trace
 
-LOADS = six_loads(10.0, 12.3, seed=3)
+LOADS = {**six_loads(10.0, 12.3, seed=3), "restless": RestlessLoad(10.0, 12.3, seed=3)}
 
 
 @pytest.mark.parametrize("name", LOADS)
