@@ -46,6 +46,8 @@ SILENT_PATIENCE_S: Final = 60.0
 """The same where a host is silent but not given up: a link that heals brings them after all."""
 ADVANCE_S: Final = 20.0
 """Devices outside any gang are accounted for this often, host after host."""
+FIRST_S: Final = 30.0
+"""By then it is known when start-up ended."""
 FLUSH_PHASES: Final = 4096
 """Rows of theirs that wait for a trial to be written with, at most."""
 CLOCKS_S: Final = 30.0
@@ -70,6 +72,8 @@ class Turns:
 
     def take(self, items: Sequence[T], now_ns: int) -> list[T]:
         """Those whose turn came since the last call, up to now; nobody twice."""
+        if now_ns < self._served_ns:
+            return []
         first_ns, self._served_ns = max(self._served_ns, now_ns - self._period_ns), now_ns
         n, period_ns = len(items), self._period_ns
         begin, end = first_ns * n // period_ns, now_ns * n // period_ns
@@ -113,7 +117,7 @@ class Bookkeeper:
         """Phases of devices in no gang: of no attempt, so they may be written before any."""
         self._given: dict[str, int] = {}
         self._clocks_ns = clock.monotonic_ns()
-        self._turns = Turns(ADVANCE_S, self._clocks_ns)
+        self._turns = Turns(ADVANCE_S, self._clocks_ns + ns_from_s(FIRST_S))
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._caught_up = threading.Event()
@@ -239,7 +243,9 @@ class Bookkeeper:
             self._error = error
 
     def _nap_s(self) -> float:
-        """Until the next look: soon when somebody waits for the last samples of a window, else a second."""
+        """Until the next look: soon when somebody waits for the last samples of a window, at once when some were not asked yet."""
+        if self._meter.is_behind:
+            return 0.0
         return 0.1 if self._wake.is_set() else PUMP_S
 
     def _step(self) -> None:
@@ -289,10 +295,12 @@ class Bookkeeper:
 
     def _advance(self, now_ns: int) -> None:
         """Account for devices that are in no gang, so that their samples need not be kept; a few hosts at a time."""
-        hosts = self._meter.hosts
-        for host in self._turns.take(hosts, now_ns):
+        for host in self._turns.take(self._meter.hosts, now_ns):
             self._nobodys.extend(self._ledger.advance(host, now_ns - ns_from_s(PATIENCE_S)))
             self._trim(host)
+        self._flush_nobodys()
+
+    def _flush_nobodys(self) -> None:
         if len(self._nobodys) >= FLUSH_PHASES:
             self._writer.write_phases(self._nobodys)
             self._nobodys = []
@@ -352,7 +360,8 @@ class Bookkeeper:
                 self._ledger.close_lane(event)
                 del self._lane_hosts[event.lane]
             case SpansAdded():
-                self._phases.extend(self._ledger.add(event))
+                (self._nobodys if event.gang is None else self._phases).extend(self._ledger.add(event))
+                self._flush_nobodys()
             case IdleTaken():
                 self._accounts.take_idle(event)
             case LoadEnded():

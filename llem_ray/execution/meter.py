@@ -122,6 +122,8 @@ class Meter:
         self._hosts: dict[str, str] = {}
         self._generations: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
+        self.is_behind = False
+        """The last ``pump`` ran out of time before it had asked all that were due."""
         self.problems: dict[str, str] = {}
         """Node id -> why it has no sampler."""
 
@@ -247,6 +249,7 @@ class Meter:
             slow = min(slow, len(waiting))
             if self._clock.monotonic_ns() >= until_ns:
                 break
+        self.is_behind = bool(due)
         for link in due:
             link.due_ns = now_ns
         for link in waiting:

@@ -122,9 +122,9 @@ class DatasetWriter:
                 self._pending["power"].append(power_table(self._run.name, these))
                 self._pending["states"].append(state_table(self._run.name, these))
                 self._pending_rows += sum(map(len, these))
-            if self._pending_rows >= FLUSH_ROWS:
-                self._compact_if_due()
-                self._write({})
+                if self._pending_rows >= FLUSH_ROWS:
+                    self._compact_if_due()
+                    self._write({})
 
     @property
     def held_rows(self) -> int:
