@@ -241,9 +241,7 @@ class DeviceLedger:
             return end
         return replace(end, c_j=begin.c_j)
 
-    def _account(
-        self, span: PhaseSpan, trace: Trace, power: _Once, begin: Edge | None, end: Edge | None
-    ) -> PhaseEnergy:
+    def _account(self, span: PhaseSpan, trace: Trace, power: _Once, begin: Edge | None, end: Edge | None) -> PhaseEnergy:
         if self.device.shared:
             return self._part(span, None, None, "unavailable", "attribution=shared: the reading is the board's (MIG)")
         if self.device.method == "unavailable":

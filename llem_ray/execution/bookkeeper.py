@@ -116,13 +116,13 @@ class Bookkeeper:
         self._nobodys: list[Row] = []
         """Phases of devices in no gang: of no attempt, so they may be written before any."""
         self._given: dict[str, int] = {}
-        self._clocks_ns = clock.monotonic_ns()
+        self._clocks_ns = self._pumped_ns = clock.monotonic_ns()
         self._turns = Turns(ADVANCE_S, self._clocks_ns + ns_from_s(FIRST_S))
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._caught_up = threading.Event()
         self._added = self._handled = 0
-        self._ending = False
+        self._ending = self._is_fetching = False
         self._error: BaseException | None = None
         self._joules_per_token: list[float] = []
         self._estimates_per_token: list[float] = []
@@ -219,6 +219,8 @@ class Bookkeeper:
         self._waiting.clear()
         self._writer.write_phases([*self._nobodys, *self._phases, *self._ledger.finish()])
         self._nobodys, self._phases = [], []
+        for host in self._meter.hosts:  # nobody needs its samples any more
+            self._meter.trim(host, 2**62)
 
     @property
     def is_running(self) -> bool:
@@ -233,26 +235,29 @@ class Bookkeeper:
 
     def _work(self) -> None:
         try:
+            self._is_fetching = True
             while not self._ending:
                 self._step()
                 self._wake.wait(self._nap_s())
                 self._wake.clear()
+            self._is_fetching = False
             self._step()  # the last samples, for the phase that ends now
         except BaseException as error:
             LOG.exception("bookkeeping ended")
             self._error = error
 
     def _nap_s(self) -> float:
-        """Until the next look: soon when somebody waits for the last samples of a window, at once when some were not asked yet."""
+        """Until the next look: soon when somebody waits for a window's last samples, at once when some were not asked."""
         if self._meter.is_behind:
             return 0.0
         return 0.1 if self._wake.is_set() else PUMP_S
 
     def _step(self) -> None:
         if self._ending:
-            self._writer.write_power(self._meter.pump_last())
+            for batches in self._meter.pump_last():
+                self._writer.write_power(batches)
         else:
-            self._writer.write_power(self._meter.pump(hurry=self._wake.is_set()))
+            self._pump(hurry=self._wake.is_set())
         self._take_inbox()
         while self._handle_ready():
             pass
@@ -263,6 +268,10 @@ class Bookkeeper:
         if now_ns - self._clocks_ns > CLOCKS_S * NS_PER_S:
             self._clocks_ns = now_ns
             self._record_clocks()
+
+    def _pump(self, *, hurry: bool = False) -> None:
+        self._writer.write_power(self._meter.pump(hurry=hurry))
+        self._pumped_ns = self._clock.monotonic_ns()
 
     def _handle_ready(self) -> bool:
         """Handle every event whose samples are there; True when there was one."""
@@ -360,14 +369,23 @@ class Bookkeeper:
                 self._ledger.close_lane(event)
                 del self._lane_hosts[event.lane]
             case SpansAdded():
-                (self._nobodys if event.gang is None else self._phases).extend(self._ledger.add(event))
-                self._flush_nobodys()
+                self._add_spans(event)
             case IdleTaken():
                 self._accounts.take_idle(event)
             case LoadEnded():
                 self._accounts.take_load(event)
             case AttemptEnded():
                 self._record(event)
+
+    def _add_spans(self, added: SpansAdded) -> None:
+        if added.gang is not None:
+            self._phases.extend(self._ledger.add(added.gang, added.spans))
+            return
+        for rows in self._ledger.add_to_all(added.spans):  # of a large cluster this takes seconds: samples go on coming
+            self._nobodys.extend(rows)
+            if self._is_fetching and self._clock.monotonic_ns() - self._pumped_ns > PUMP_S * NS_PER_S:
+                self._pump()
+        self._flush_nobodys()
 
     def _record(self, ended: AttemptEnded) -> None:
         row = attempt_row(ended) | self._accounts.energy_columns(ended)

@@ -243,7 +243,9 @@ def _block_of(batch: SampleBatch) -> _Block:
 def _made(devices: tuple[str, ...], bounds: list[int], columns: Sequence[_Column], states: list[DeviceStates]) -> _Block:
     t_ns, hw_ns, power_mw, power_avg_mw, energy_mj = columns
     falls = (np.flatnonzero(np.diff(t_ns) <= 0) + 1).tolist()
-    times_ns = [one for some in (t_ns, *(part.t_ns for part in states)) if len(some) for one in (int(some.min()), int(some.max()))]
+    times_ns = [
+        one for some in (t_ns, *(part.t_ns for part in states)) if len(some) for one in (int(some.min()), int(some.max()))
+    ]
     return _Block(
         devices=devices,
         bounds=bounds,
@@ -255,8 +257,8 @@ def _made(devices: tuple[str, ...], bounds: list[int], columns: Sequence[_Column
             _packed(energy_mj, bounds),
         ),
         states=states,
-        first_ns=min(times_ns, default=2**62),
-        last_ns=max(times_ns, default=-(2**62)),
+        first_ns=min((int(column.min()) for column in times), default=2**62),
+        last_ns=max((int(column.max()) for column in times), default=-(2**62)),
         is_ascending=set(falls) <= set(bounds),
     )
 
@@ -269,7 +271,7 @@ def _own(states: DeviceStates) -> DeviceStates:
 def _small(column: _Column, dtype: type) -> _Column:
     """The column in a smaller type, where that holds all of it exactly."""
     with np.errstate(over="ignore"):
-        small = column.astype(dtype)
+        small: _Column = column.astype(dtype)
     return small if np.array_equal(small, column, equal_nan=column.dtype.kind == "f") else column
 
 

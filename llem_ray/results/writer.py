@@ -40,6 +40,7 @@ class DatasetWriter:
     """
 
     def __init__(self, run: RunDirectory, compact_trials: int = COMPACT_TRIALS) -> None:
+        pa.set_memory_pool(pa.system_memory_pool())  # what is freed here is there for all else: Arrow's own would keep it
         self._run = run
         self._compact_trials = compact_trials
         self._mutex = threading.Lock()

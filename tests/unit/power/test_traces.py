@@ -145,7 +145,9 @@ def test_small_numbers_are_held_small_and_none_is_rounded():
     assert (trace.t_ns.dtype, trace.hw_ns.dtype, trace.power_mw.dtype) == (np.int64, np.int64, np.float64)
 
 
-@pytest.mark.parametrize("energy_mj", [[5.0, 6.0, 2.0**52], [np.nan, 1.0, 2.0], [0.5, 1.0, 2.0], [np.inf, 1.0, 1e300], [3.0, 2.0, 1.0]])
+@pytest.mark.parametrize(
+    "energy_mj", [[5.0, 6.0, 2.0**52], [np.nan, 1.0, 2.0], [0.5, 1.0, 2.0], [np.inf, 1.0, 1e300], [3.0, 2.0, 1.0]]
+)
 @pytest.mark.parametrize("times", [[1, 2, 3], [10, 2**40, 2**60]])
 def test_any_counter_at_any_time_is_held_exactly(energy_mj, times):
     buffer = TraceBuffer()
