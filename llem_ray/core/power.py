@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
-from typing import Any, Final, Literal, Protocol, TypeAlias, cast
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -116,12 +116,14 @@ class DeviceStates(Sequence[DeviceState]):
     @property
     def device(self) -> Int64:
         """Index into ``uuids``, by reading."""
-        return cast("Int64", self.ints[0])
+        device: Int64 = self.ints[0]
+        return device
 
     @property
     def t_ns(self) -> Int64:
         """Time, by reading."""
-        return cast("Int64", self.ints[1])
+        t_ns: Int64 = self.ints[1]
+        return t_ns
 
     def column(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """A part of all readings, and where it is None."""
@@ -139,7 +141,7 @@ class DeviceStates(Sequence[DeviceState]):
         return [self[int(at)] for at in np.flatnonzero(wanted)]
 
     def __len__(self) -> int:
-        return int(self.ints.shape[1])
+        return len(self.ints[0])
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):

@@ -50,6 +50,8 @@ CONTEXT_BYTES: Final = 200e6
 ROW_BYTES: Final = 40
 ADVANCE_S: Final = 20.0
 """Devices outside any gang are accounted for this often, host after host."""
+FIRST_S: Final = 30.0
+"""By then it is known when start-up ended."""
 FLUSH_PHASES: Final = 4096
 """Rows of theirs that wait for a trial to be written with, at most."""
 CLOCKS_S: Final = 30.0
@@ -74,6 +76,8 @@ class Turns:
 
     def take(self, items: Sequence[T], now_ns: int) -> list[T]:
         """Those whose turn came since the last call, up to now; nobody twice."""
+        if now_ns < self._served_ns:
+            return []
         first_ns, self._served_ns = max(self._served_ns, now_ns - self._period_ns), now_ns
         n, period_ns = len(items), self._period_ns
         begin, end = first_ns * n // period_ns, now_ns * n // period_ns
@@ -119,13 +123,13 @@ class Bookkeeper:
         self._nobodys: list[Row] = []
         """Phases of devices in no gang: of no attempt, so they may be written before any."""
         self._given: dict[str, int] = {}
-        self._clocks_ns = clock.monotonic_ns()
-        self._turns = Turns(ADVANCE_S, self._clocks_ns)
+        self._clocks_ns = self._pumped_ns = clock.monotonic_ns()
+        self._turns = Turns(ADVANCE_S, self._clocks_ns + ns_from_s(FIRST_S))
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._caught_up = threading.Event()
         self._added = self._handled = 0
-        self._ending = False
+        self._ending = self._is_fetching = False
         self._error: BaseException | None = None
         self._joules_per_token: list[float] = []
         self._estimates_per_token: list[float] = []
@@ -224,6 +228,8 @@ class Bookkeeper:
         self._waiting.clear()
         self._writer.write_phases([*self._nobodys, *self._phases, *self._ledger.finish()])
         self._nobodys, self._phases = [], []
+        for host in self._meter.hosts:  # nobody needs its samples any more
+            self._meter.trim(host, 2**62)
 
     @property
     def is_running(self) -> bool:
@@ -238,24 +244,29 @@ class Bookkeeper:
 
     def _work(self) -> None:
         try:
+            self._is_fetching = True
             while not self._ending:
                 self._step()
                 self._wake.wait(self._nap_s())
                 self._wake.clear()
+            self._is_fetching = False
             self._step()  # the last samples, for the phase that ends now
         except BaseException as error:
             LOG.exception("bookkeeping ended")
             self._error = error
 
     def _nap_s(self) -> float:
-        """Until the next look: soon when somebody waits for the last samples of a window, or a sampler starts, else a second."""
+        """Until the next look: at once when some were not asked, soon when somebody waits or a sampler starts, else a second."""
+        if self._meter.is_behind:
+            return 0.0
         return 0.1 if self._wake.is_set() or self._meter.is_starting() else PUMP_S
 
     def _step(self) -> None:
         if self._ending:
-            self._writer.write_power(self._meter.pump_last())
+            for batches in self._meter.pump_last():
+                self._writer.write_power(batches)
         else:
-            self._writer.write_power(self._meter.pump(hurry=self._wake.is_set()))
+            self._pump(hurry=self._wake.is_set())
         self._take_inbox()
         while self._handle_ready():
             pass
@@ -266,6 +277,10 @@ class Bookkeeper:
         if now_ns - self._clocks_ns > CLOCKS_S * NS_PER_S:
             self._clocks_ns = now_ns
             self._record_clocks()
+
+    def _pump(self, *, hurry: bool = False) -> None:
+        self._writer.write_power(self._meter.pump(hurry=hurry))
+        self._pumped_ns = self._clock.monotonic_ns()
 
     def _handle_ready(self) -> bool:
         """Handle every event whose samples are there; True when there was one."""
@@ -302,10 +317,12 @@ class Bookkeeper:
 
     def _advance(self, now_ns: int) -> None:
         """Account for devices that are in no gang, so that their samples need not be kept; a few hosts at a time."""
-        hosts = self._meter.hosts
-        for host in self._turns.take(hosts, now_ns):
+        for host in self._turns.take(self._meter.hosts, now_ns):
             self._nobodys.extend(self._ledger.advance(host, now_ns - ns_from_s(PATIENCE_S)))
             self._trim(host)
+        self._flush_nobodys()
+
+    def _flush_nobodys(self) -> None:
         if len(self._nobodys) >= FLUSH_PHASES:
             self._writer.write_phases(self._nobodys)
             self._nobodys = []
@@ -379,13 +396,23 @@ class Bookkeeper:
                 self._ledger.close_lane(event)
                 del self._lane_hosts[event.lane]
             case SpansAdded():
-                self._phases.extend(self._ledger.add(event))
+                self._add_spans(event)
             case IdleTaken():
                 self._accounts.take_idle(event)
             case LoadEnded():
                 self._accounts.take_load(event)
             case AttemptEnded():
                 self._record(event)
+
+    def _add_spans(self, added: SpansAdded) -> None:
+        if added.gang is not None:
+            self._phases.extend(self._ledger.add(added.gang, added.spans))
+            return
+        for rows in self._ledger.add_to_all(added.spans):  # of a large cluster this takes seconds: samples go on coming
+            self._nobodys.extend(rows)
+            if self._is_fetching and self._clock.monotonic_ns() - self._pumped_ns > PUMP_S * NS_PER_S:
+                self._pump()
+        self._flush_nobodys()
 
     def _record(self, ended: AttemptEnded) -> None:
         with self._lock:

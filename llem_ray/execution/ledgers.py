@@ -11,7 +11,7 @@ from llem_ray.core.energy import Phase, PhaseEnergy, PhaseSpan
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy.ledger import DeviceLedger
 from llem_ray.execution.meter import GPU_SCOPES, Meter
-from llem_ray.execution.records import GangPlaced, GangRecord, HostDevice, LaneClosed, LaneOpened, SpansAdded
+from llem_ray.execution.records import GangPlaced, GangRecord, HostDevice, LaneClosed, LaneOpened
 from llem_ray.results.rows import phase_row
 
 UNLEASED_ROW_S: Final = 600.0
@@ -85,24 +85,26 @@ class RunLedger:
         for host in hosts:
             self._lanes_on.setdefault(host, {})[lane] = None
 
-    def add(self, added: SpansAdded) -> list[Row]:
-        """Account for new spans: of a gang's devices and of its hosts' CPUs, or of all that no lane has."""
-        gang = added.gang
-        if gang is None:
-            if added.spans and added.spans[-1].phase == "startup":
-                self._startup_end_ns = added.spans[-1].end_ns
-            rows: list[Row] = []
-            for book in self._all_books():
-                if self._holder(book.item) is None:
-                    rows += self._extend(book, added.spans, None)
-            return rows
-        rows = []
+    def add(self, gang: GangRecord, spans: Sequence[PhaseSpan]) -> list[Row]:
+        """Account for new spans of a gang's devices and of its hosts' CPUs."""
+        rows: list[Row] = []
         for item in (*gang.devices, *gang.context):
             if item.device.scope in GPU_SCOPES and item not in gang.devices:
                 continue
             if self._holder(item) is gang:
-                rows += self._extend(self._book(item), added.spans, gang.name)
+                rows += self._extend(self._book(item), spans, gang.name)
         return rows
+
+    def add_to_all(self, spans: Sequence[PhaseSpan]) -> Iterator[list[Row]]:
+        """Account for new spans of all devices that no lane has, host by host."""
+        if spans and spans[-1].phase == "startup":
+            self._startup_end_ns = spans[-1].end_ns
+        for host in self.meter.hosts:
+            rows: list[Row] = []
+            for book in self._books_on(host):
+                if self._holder(book.item) is None:
+                    rows += self._extend(book, spans, None)
+            yield rows
 
     def advance(self, host: str, until_ns: int) -> list[Row]:
         """Account for devices of a host that no lane has up to ``until_ns`` of our clock; it must have been sampled."""
@@ -125,10 +127,6 @@ class RunLedger:
     def accounted_ns(self, host: str) -> int | None:
         """Up to where all devices of a host are accounted for, on the host's clock; None when it has none."""
         return min((book.ledger.end_ns for book in self._books.get(host, {}).values()), default=None)
-
-    def _all_books(self) -> Iterator[_Book]:
-        for host in self.meter.hosts:
-            yield from self._books_on(host)
 
     def _books_on(self, host: str) -> Iterator[_Book]:
         if self.meter.clocks.latest(host) is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,6 +30,9 @@ LATE_S: Final = 2.0
 """An answer that takes longer is late: what it brings may be waited for."""
 COLLECT_S: Final = 0.5
 LAST_S: Final = 10.0
+"""The last samples are waited for that long."""
+ENOUGH_ROWS: Final = 262_144
+"""Samples taken at a time, more or less."""
 ASKED_AT_ONCE: Final = 64
 """Samplers that have not answered within a glance do not count."""
 GLANCE_S: Final = 0.05
@@ -119,6 +122,8 @@ class Meter:
         self._generations: dict[str, int] = {}
         self._restarted_ns: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
+        self.is_behind = False
+        """The last ``pump`` ran out of time before it had asked all that were due."""
 
     def open(self, nodes: Iterable[Node]) -> tuple[SamplerInfo, ...]:
         """Start the samplers of all nodes and wait until they poll.
@@ -226,48 +231,58 @@ class Meter:
         """A sampler of the host."""
         return next((link.sampler for link in self._links_of.get(host, ())), None)
 
-    def pump(self, *, hurry: bool = False, patience_s: float = COLLECT_S) -> list[SampleBatch]:
+    def pump(self, *, hurry: bool = False) -> list[SampleBatch]:
         """Fetch what was sampled, from every sampler that is due. One that died is started anew with the next epoch.
 
-        Few are asked at a time: an exchange that waits for others tells little of the host's clock.
+        Few are asked at a time: an exchange that waits for others tells little of the host's clock. Much at once is left for the
+        next call, see ``is_behind``.
 
         Args:
             hurry: From every sampler, due or not.
-            patience_s: Answers that have not come by then are left for the next time, and so are samplers not asked yet.
         """
         self._serve_started()
+        return self._pump(self._clock.monotonic_ns() if hurry else 0)
+
+    def pump_last(self) -> Iterator[list[SampleBatch]]:
+        """Fetch, in portions, what was sampled up to now from every sampler that answers: before they are closed."""
+        begin_ns = self._clock.monotonic_ns()
+        while self._clock.monotonic_ns() < begin_ns + LAST_S * NS_PER_S:
+            yield self._pump(begin_ns)
+            with self._lock:
+                if all(link.pending is None and link.sent_ns >= begin_ns for link in self._links.values()):
+                    return
+
+    def _pump(self, asked_ns: int) -> list[SampleBatch]:
+        """Fetch from those that are due, and from those that were last asked before ``asked_ns``."""
         now_ns = self._clock.monotonic_ns()
         with self._lock:
             links = list(self._links.values())
         waiting = [link for link in links if link.pending is not None]
-        due = deque(link for link in links if link.pending is None and (hurry or now_ns >= link.due_ns))
+        due = deque(link for link in links if link.pending is None and (now_ns >= link.due_ns or link.sent_ns < asked_ns))
         self._schedule(due, links, now_ns)
         fetched: list[SampleBatch] = []
-        until_ns, slow = now_ns + ns_from_s(patience_s), len(waiting)
-        while waiting or due:
+        rows, slow, until_ns = 0, len(waiting), now_ns + ns_from_s(COLLECT_S)
+        while (waiting or due) and rows < ENOUGH_ROWS:
             while due and len(waiting) < slow + ASKED_AT_ONCE:
                 waiting.append(due.popleft())
                 self._ask(waiting[-1])
             answered = self._answered(waiting)
             slow = slow if answered else len(waiting)
             for link, answered_ns in answered:
-                fetched.extend(self._collect(link, answered_ns))
+                taken = self._collect(link, answered_ns)
+                fetched.extend(taken)
+                rows += sum(map(len, taken))
             waiting = [link for link in waiting if link.pending is not None]
             slow = min(slow, len(waiting))
             if self._clock.monotonic_ns() >= until_ns:
                 break
+        self.is_behind = bool(due)
         for link in due:
             link.due_ns = now_ns
         for link in links:
             if link.unanswered_ns is not None and self._clock.monotonic_ns() - link.unanswered_ns > SILENT_S * NS_PER_S:
                 self._restart(link, f"no answer for {SILENT_S:g} s")
         return fetched
-
-    def pump_last(self) -> list[SampleBatch]:
-        """Fetch what was sampled up to now from every sampler that answers: before they are closed."""
-        fetched = self.pump(hurry=True, patience_s=LAST_S)
-        # Those that were asked before this began answered before it, too.
-        return fetched + self.pump(hurry=True, patience_s=LAST_S)
 
     def _schedule(self, due: Iterable[_Link], links: Sequence[_Link], now_ns: int) -> None:
         """When each is asked again: in step with the time before, spread over the period at first."""

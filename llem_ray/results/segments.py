@@ -30,7 +30,7 @@ _COMPRESSED_FROM_BYTES: Final = 16 * 1024
 _MERGE_PIECES: Final = 32
 """One-row tables merged at a time in a compaction: each costs memory for each of its columns until then."""
 
-ROW_GROUP: Final = 256 * 1024
+ROW_GROUP: Final = 64 * 1024
 """Rows of a Parquet row group, and about what a compaction holds of a table at a time."""
 
 _UNIQUE: Final = frozenset({"t_ns", "hw_ns", "energy_mj"})
@@ -195,7 +195,7 @@ def write_part(folder: Path, first: int, last: int, name: TableName, table: pa.T
     """
     path = _new_part_path(folder, first, last)
     with atomic_file(path) as file, _parquet_writer(file, name) as writer:
-        _write_rows(writer, conform(name, table))
+        _write_rows(writer, name, table)
     return path
 
 
@@ -214,8 +214,9 @@ def _parquet_writer(file: BinaryIO, name: TableName) -> pq.ParquetWriter:
     return pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=repeating, column_encoding=_ENCODINGS.get(name))
 
 
-def _write_rows(writer: pq.ParquetWriter, table: pa.Table) -> None:
-    writer.write_table(table, row_group_size=ROW_GROUP)
+def _write_rows(writer: pq.ParquetWriter, name: TableName, table: pa.Table) -> None:
+    for begin in range(0, max(1, table.num_rows), ROW_GROUP):
+        writer.write_table(conform(name, table.slice(begin, ROW_GROUP)), row_group_size=ROW_GROUP)
 
 
 def compact(root: Path, segments: Path) -> int:
@@ -274,19 +275,19 @@ class _OpenPart:
         if self._rows >= ROW_GROUP:
             self.write()
         elif len(self._fresh) >= _MERGE_PIECES:
-            self._merged.append(_merge(self._name, self._fresh))
+            self._merged.append(_joined(self._name, self._fresh).combine_chunks())
             self._fresh = []
 
     def write(self) -> None:
         if self._rows:
-            _write_rows(self._writer, conform(self._name, _merge(self._name, [*self._merged, *self._fresh])))
+            _write_rows(self._writer, self._name, _joined(self._name, [*self._merged, *self._fresh]))
         self._merged, self._fresh, self._rows = [], [], 0
 
 
-def _merge(name: TableName, pieces: list[pa.Table]) -> pa.Table:
+def _joined(name: TableName, pieces: list[pa.Table]) -> pa.Table:
     if any(not piece.schema.equals(pieces[0].schema) for piece in pieces):  # an older llem-ray began the run
         pieces = [conform(name, piece) for piece in pieces]
-    return pa.concat_tables(pieces).combine_chunks()
+    return pa.concat_tables(pieces)
 
 
 def delete(folder: Path, paths: Iterable[Path]) -> None:

@@ -40,6 +40,7 @@ class DatasetWriter:
     """
 
     def __init__(self, run: RunDirectory, compact_trials: int = COMPACT_TRIALS) -> None:
+        pa.set_memory_pool(pa.system_memory_pool())  # what is freed here is there for all else: Arrow's own would keep it
         self._run = run
         self._compact_trials = compact_trials
         self._mutex = threading.Lock()
@@ -125,9 +126,9 @@ class DatasetWriter:
                 self._pending["power"].append(power_table(self._run.name, these))
                 self._pending["states"].append(state_table(self._run.name, these))
                 self._pending_rows += sum(map(len, these))
-            if self._pending_rows >= FLUSH_ROWS:
-                self._compact_if_due()
-                self._write({})
+                if self._pending_rows >= FLUSH_ROWS:
+                    self._compact_if_due()
+                    self._write({})
 
     @property
     def held_rows(self) -> int:
