@@ -123,8 +123,6 @@ class FakeSampler:
                 power_mw=np.full(many * len(times), power_w * 1e3),
                 power_avg_mw=np.full(many * len(times), np.nan),
                 energy_mj=np.tile(energy_mj, many),
-                if counter
-                else np.full(many * len(times), np.nan),
                 states=states,
             )
         )
