@@ -241,7 +241,7 @@ class Meter:
             hurry: From every sampler, due or not.
         """
         self._serve_started()
-        return self._pump(self._clock.monotonic_ns() if hurry else 0)
+        return self._pump(self._clock.monotonic_ns() + 1 if hurry else 0)
 
     def pump_last(self) -> Iterator[list[SampleBatch]]:
         """Fetch, in portions, what was sampled up to now from every sampler that answers: before they are closed."""
