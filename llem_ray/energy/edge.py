@@ -119,10 +119,14 @@ class _Side:
 def _combine(
     line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: float, limit_w: float, shift_s: float
 ) -> tuple[float, float, float, bool]:
-    """Counter, u, step of power and gap mark at ``x0_s``, which lies between ticks k and k + 1 (one of them may not exist)."""
+    """Counter, u, step of power and gap mark at ``x0_s``, which lies between ticks k and k + 1 (one of them may not exist).
+
+    ``shift_s`` is by how much the counter's lag and the clock's offset may move the edge.
+    """
     near = slice(max(0, k - 4), k + 6)
     tau_s, c, k = line.tau_s[near], c_j[near], k - max(0, k - 4)
-    rate_w = np.diff(c) / np.maximum(np.diff(tau_s), 1e-6)
+    dt_s = np.maximum(np.diff(tau_s), 1e-6)
+    rate_w = np.diff(c) / dt_s
     x_s = x0_s - float(tau_s[k]) if k >= 0 else np.inf
     y_s = float(tau_s[k + 1]) - x0_s if k + 1 < len(c) else np.inf
     hole_s = x_s + y_s
@@ -141,7 +145,7 @@ def _combine(
             slack_s = 2 * line.sd_s + shift_s
             if guarded(rate_w, k, x_s=x_s, y_s=y_s, slack_s=slack_s, ceiling_w=limit_w / IMPLAUSIBLE_FACTOR):
                 u_j = max(u_j, GUARD_SHARE**0.5 * conflict_j)
-            elif inside := energy_inside(rate_w, np.diff(tau_s), k, x_s, noise_rel=rate_rel, limit_w=limit_w):
+            elif inside := energy_inside(rate_w, dt_s, k, x_s, noise_rel=rate_rel, limit_w=limit_w):
                 value_j = float(c[k]) + inside.energy_j
                 variance_j2 = max(inside.variance_j2, STEPS_SHARE * conflict_j**2)
                 u_j = float(np.sqrt(variance_j2 + (line.sd_s * inside.power_w) ** 2))
