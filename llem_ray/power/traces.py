@@ -243,9 +243,7 @@ def _block_of(batch: SampleBatch) -> _Block:
 def _made(devices: tuple[str, ...], bounds: list[int], columns: Sequence[_Column], states: list[DeviceStates]) -> _Block:
     t_ns, hw_ns, power_mw, power_avg_mw, energy_mj = columns
     falls = (np.flatnonzero(np.diff(t_ns) <= 0) + 1).tolist()
-    times_ns = [
-        one for some in (t_ns, *(part.t_ns for part in states)) if len(some) for one in (int(some.min()), int(some.max()))
-    ]
+    times = [column for column in (t_ns, *(part.t_ns for part in states)) if len(column)]
     return _Block(
         devices=devices,
         bounds=bounds,
