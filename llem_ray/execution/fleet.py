@@ -130,7 +130,7 @@ class Fleet:
         rooms = []
         for node in nodes:
             host = hosts[node.node_id]
-            if host is None or not self._is_sound(node, host):
+            if host is None or not self._meter.is_in_service(host) or not self._is_sound(node, host):
                 continue
             unfit = sum(held == host for held, _ in self.quarantined)
             gpus = max(0, node.gpus - node.gpus_elsewhere - unfit)
