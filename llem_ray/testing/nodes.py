@@ -235,7 +235,7 @@ class PretendSampler:
         if len(polls) and self._devices:
             self._next = int(polls[-1]) + 1
             self._seq += 1
-            self._kept.append(self._batch(polls * POLL_S))
+            self._kept.append(self._batch(polls.astype(np.float64) * POLL_S))
         return Fetched(batches=tuple(self._kept), received_ns=received_ns, replied_ns=self._node.host.monotonic_ns())
 
     def _batch(self, t_s: Float64) -> SampleBatch:

@@ -379,10 +379,15 @@ def test_ledgers_tile_the_run_when_a_node_dies(session: Session) -> None:
     session.when_trial(2, lambda nodes: session.cluster.kill(nodes[0]))
     session.run()
     assert_tiled(session, gpus(*HOURS_S))
-    (dead,) = {boot.name for boot in session.boots} - set(session.nodes())
-    last = [row for row in session.rows("phases") if row["node"] == dead and row["phase"] == "shutdown"]
-    assert last
-    assert all(row["energy_j"] is None and row["reason"] for row in last)
+    (dead,) = [boot for boot in session.boots if boot.name not in session.nodes()]
+    rows = [row for row in session.rows("phases") if row["node"] == dead.name]
+    for row in rows:
+        if row["energy_j"] is not None:
+            error_j = row["energy_j"] - dead.true_j(row["device_uuid"], row["begin_ns"], row["end_ns"])
+            assert abs(error_j) <= 3 * row["u_j"], row
+    after = [row for row in rows if row["phase"] == "finalise"]
+    assert after
+    assert all(row["energy_j"] is None and row["reason"] for row in after)
 
 
 @pytest.mark.usefixtures("hasty")
