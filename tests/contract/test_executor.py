@@ -1,4 +1,4 @@
-"""What every executor must do, inline and Ray alike."""
+"""What every executor must do: inline, Ray, and the one that tests pretend a cluster with."""
 
 from __future__ import annotations
 
@@ -20,22 +20,31 @@ from llem_ray.execution.calls import Executor, Gang, SamplerSettings, TrialOrder
 from llem_ray.execution.inline import InlineExecutor
 from llem_ray.execution.ray.executor import EmbeddedRayExecutor
 from llem_ray.planning.packing import Seat
+from llem_ray.testing.cluster import PretendCluster
+from llem_ray.testing.nodes import PretendDevice, PretendHost, swinging
 
 DEADLINE_S = 90.0
 
 
-@pytest.fixture(scope="module", params=["inline", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])])
+@pytest.fixture(scope="module", params=["inline", "pretend", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])])
 def executor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
     recording = tmp_path_factory.mktemp("power") / "recording.csv"
     recording.write_text(RECORDING)
     before = dict(os.environ)
     os.environ.update(LLEM_RAY_REPLAY=str(recording), LLEM_RAY_REPLAY_LOOP="1")
-    made: Executor = InlineExecutor() if request.param == "inline" else EmbeddedRayExecutor()
+    made = make_executor(request.param)
     made.start()
     yield made
     made.close()
     os.environ.clear()
     os.environ.update(before)
+
+
+def make_executor(name: str) -> Executor:
+    if name == "pretend":
+        cpu = PretendDevice(uuid="cpu-0", scope="cpu_package", source="replay", load=swinging(50, 5, 1))
+        return PretendCluster([PretendHost(name="pretend", devices=(cpu,))])
+    return InlineExecutor() if name == "inline" else EmbeddedRayExecutor()
 
 
 def group(**engine_args: object) -> LoadGroup:
@@ -129,14 +138,14 @@ def test_a_hanging_engine_can_be_closed_by_force(executor: Executor, tmp_path: P
     with pytest.raises(TimeoutError):
         call.result(0.3)
     gang.close(0.0)
-    if isinstance(executor, EmbeddedRayExecutor):
+    if not isinstance(executor, InlineExecutor):
         with pytest.raises(EngineDied):
             call.result(DEADLINE_S)
 
 
 def test_a_dead_engine_is_named_and_its_last_words_kept(executor: Executor, tmp_path: Path) -> None:
-    if isinstance(executor, InlineExecutor):
-        pytest.skip("an inline engine cannot die without this process")
+    if not isinstance(executor, EmbeddedRayExecutor):
+        pytest.skip("an engine on a thread cannot die without this process")
     fake = group(fail={"kind": "die"})
     gang = open_gang(executor, fake, tmp_path)
     gang.lease().result(DEADLINE_S)
@@ -179,4 +188,4 @@ def test_sampler_that_cannot_work_says_why(executor: Executor) -> None:
 
 
 def test_facts_name_the_executor(executor: Executor) -> None:
-    assert executor.facts()["executor"] in {"inline", "ray-embedded"}
+    assert executor.facts()["executor"] in {"inline", "pretend", "ray-embedded"}

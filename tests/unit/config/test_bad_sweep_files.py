@@ -135,6 +135,16 @@ CASES = {
     "token by dotted key": Bad(TOP + "sweep:\n  engine.engine_args.api_key: [abc]\n", 5, "access token", "HF_TOKEN"),
     "token in a list": Bad(TOP + "  engine: {engine_args: {x: [{password: abc}]}}\n", 4, "access token", "HF_TOKEN"),
     "token by its look": Bad(TOP + "name: hf_abcdefghijklmnopqrstuv\n", 4, "found: a token (not shown)", "HF_TOKEN"),
+    "GPUs chosen in the engine's interpreter": Bad(
+        TOP + "  engine:\n    python: CUDA_VISIBLE_DEVICES=1 /opt/engine/bin/python\n",
+        5,
+        "base.engine.python: CUDA_VISIBLE_DEVICES must not be set",
+    ),
+    "GPUs that do not spread over the nodes": Bad(
+        TOP + "  engine:\n    gpus: 3\n    tensor_parallel: 3\n    nodes: 2\n",
+        7,
+        "base.engine.nodes: 3 GPUs cannot be spread evenly over 2 nodes",
+    ),
     "override without value": Bad(TOP, None, "--set takes key=value", overrides=("repeats",)),
     "override of nothing": Bad(TOP, None, "unknown key 'repeat'", "did you mean 'repeats'?", ("repeat=1",)),
     "override of a bare field": Bad(TOP, None, "unknown key 'batch_size'", "'workload.batch_size'", ("batch_size=1",)),
