@@ -255,8 +255,8 @@ def _made(devices: tuple[str, ...], bounds: list[int], columns: Sequence[_Column
             _packed(energy_mj, bounds),
         ),
         states=states,
-        first_ns=min(times_ns, default=2**62),
-        last_ns=max(times_ns, default=-(2**62)),
+        first_ns=min((int(column.min()) for column in times), default=2**62),
+        last_ns=max((int(column.max()) for column in times), default=-(2**62)),
         is_ascending=set(falls) <= set(bounds),
     )
 
