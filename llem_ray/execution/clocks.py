@@ -105,7 +105,10 @@ class ClockTable:
         """Take in one exchange."""
         if self.is_own(host):
             return
-        lo_ns, hi_ns = exchange.replied_ns - exchange.answered_ns, exchange.received_ns - exchange.sent_ns
+        # The limits are of its ends; it stands for its middle.
+        drift_ns = round(self._max_drift * (exchange.answered_ns - exchange.sent_ns) / 2) + 1
+        lo_ns = exchange.replied_ns - exchange.answered_ns - drift_ns
+        hi_ns = exchange.received_ns - exchange.sent_ns + drift_ns
         if hi_ns < lo_ns:  # answered before it was asked: no exchange
             return
         with self._lock:

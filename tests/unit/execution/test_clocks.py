@@ -52,8 +52,7 @@ def test_the_truth_is_within_the_bound_and_the_bound_is_small(drift_ppm: int) ->
 @given(
     offset_ns=st.integers(-(10**15), 10**15),
     drift=st.floats(-150e-6, 150e-6),
-    # The way there takes longer than two clocks drift apart while the answer is held.
-    ways=st.lists(st.tuples(st.integers(2_000, 10**8), st.integers(0, 10**7), st.integers(0, 10**8)), min_size=1, max_size=20),
+    ways=st.lists(st.tuples(st.integers(0, 10**8), st.integers(0, 10**7), st.integers(0, 10**8)), min_size=1, max_size=20),
     ask_s=st.floats(-100, 200),
 )
 def test_no_exchange_however_slow_breaks_the_bound(
