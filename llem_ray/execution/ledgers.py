@@ -143,9 +143,19 @@ class RunLedger:
             begin_ns = self.begin_ns
             if book is not None:
                 begin_ns = self._first_sample_ns(item, book.at_ns)
-                self._rest += self._tell_idle(book)
+                self._rest += self._end_boot(book, begin_ns)
             book = books[item.device.uuid] = _Book(item, generation, self._new_ledger(item, begin_ns), begin_ns)
         return book
+
+    def _end_boot(self, book: _Book, until_ns: int) -> list[Row]:
+        """Cover the time until the host's next boot, on the clock of the one before: nobody knows what was spent in it."""
+        begin_ns, length_ns = book.ledger.end_ns, until_ns - book.at_ns
+        if length_ns <= 0:
+            return self._tell_idle(book)
+        nothing = self.meter.trace(book.item.host, book.item.device.uuid, 0, -1)
+        span = PhaseSpan(phase="unleased", begin_ns=begin_ns, end_ns=begin_ns + length_ns)
+        rows = [row for energy in book.ledger.add(nothing, [span]) for row in self._keep_idle(book, energy)]
+        return rows + self._tell_idle(book)
 
     def _first_sample_ns(self, item: HostDevice, after_ns: int) -> int:
         """When the samples of a restarted host begin, on our clock."""
