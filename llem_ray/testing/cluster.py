@@ -247,6 +247,7 @@ class PretendCluster:
                     gpu_uuids=tuple(gpu.uuid for _, gpu in free),
                     rank=rank,
                     address=one.node.address,
+                    node_id=one.node.node_id,
                 )
             )
         return tuple(workers)
