@@ -23,6 +23,7 @@ CODES = {
     "HangError": 3,
     "EngineDied": 3,
     "NodeLost": 3,
+    "Unreachable": 3,
     "PowerError": 4,
     "SourceUnavailable": 4,
     "PowerPermissionDenied": 4,
