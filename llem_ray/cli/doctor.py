@@ -21,7 +21,9 @@ from llem_ray.reporting.numbers import count_noun
 @ADDRESS
 @TOKEN_FILE
 def doctor(as_json: bool, address: str | None, token_file: Path | None) -> None:
-    """Say what works on this host, or on every node of a cluster, and why the rest does not.
+    """Say what works here or on a cluster, and why the rest does not.
+
+    With --address every node of the cluster is examined.
 
     Imports every inference engine and opens every power source; loads no model, measures nothing.
     """
