@@ -53,6 +53,7 @@ class _Link:
     after_seq: int = 0
     pending: Call[Fetched] | None = None
     sent_ns: int = 0
+    round: int = 0
     due_ns: int = 0
     fresh: bool = True
     """Nothing has been fetched from it yet."""
@@ -125,6 +126,8 @@ class Meter:
         self._hosts: dict[str, str] = {}
         self._generations: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
+        self._round = 0
+        """Counts the times that all were to be asked, due or not."""
         self.is_behind = False
         """The last ``pump`` ran out of time before it had asked all that were due."""
         self.problems: dict[str, str] = {}
@@ -232,24 +235,26 @@ class Meter:
             hurry: From every sampler, due or not.
         """
         self._step_openings()
-        return self._pump(self._clock.monotonic_ns() if hurry else 0)
+        self._round += hurry
+        return self._pump()
 
     def pump_last(self) -> Iterator[list[SampleBatch]]:
         """Fetch, in portions, what was sampled up to now from every sampler that answers: before they are closed."""
         begin_ns = self._clock.monotonic_ns()
+        self._round += 1
         while self._clock.monotonic_ns() < begin_ns + LAST_S * NS_PER_S:
-            yield self._pump(begin_ns)
+            yield self._pump()
             with self._lock:
-                if all(link.pending is None and link.sent_ns >= begin_ns for link in self._links.values()):
+                if all(link.pending is None and link.round == self._round for link in self._links.values()):
                     return
 
-    def _pump(self, asked_ns: int) -> list[SampleBatch]:
-        """Fetch from those that are due, and from those that were last asked before ``asked_ns``."""
+    def _pump(self) -> list[SampleBatch]:
+        """Fetch from those that are due, and from those that were not asked in this round."""
         now_ns = self._clock.monotonic_ns()
         with self._lock:
             links = list(self._links.values())
         waiting = [link for link in links if link.pending is not None]
-        due = deque(link for link in links if link.pending is None and (now_ns >= link.due_ns or link.sent_ns < asked_ns))
+        due = deque(link for link in links if link.pending is None and (now_ns >= link.due_ns or link.round < self._round))
         self._schedule(due, links, now_ns)
         fetched: list[SampleBatch] = []
         rows, slow, until_ns = 0, len(waiting), now_ns + ns_from_s(COLLECT_S)
@@ -292,7 +297,7 @@ class Meter:
         return [(link, answered_ns) for link in waiting if id(link.pending) in answered]
 
     def _ask(self, link: _Link) -> None:
-        link.sent_ns = self._clock.monotonic_ns()
+        link.sent_ns, link.round = self._clock.monotonic_ns(), self._round
         link.pending = link.sampler.fetch(link.after_seq, link.info.epoch)
 
     def _collect(self, link: _Link, answered_ns: int) -> Sequence[SampleBatch]:
