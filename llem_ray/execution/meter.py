@@ -28,7 +28,7 @@ SILENT_S: Final = 30.0
 COLLECT_S: Final = 0.5
 LAST_S: Final = 10.0
 """The last samples are waited for that long."""
-ENOUGH_ROWS: Final = 262_144
+ENOUGH_ROWS: Final = 131_072
 """Samples taken at a time, more or less."""
 ASKED_AT_ONCE: Final = 64
 """Samplers that have not answered within a glance do not count."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from llem_ray.core.power import SampleBatch
 from llem_ray.results import segments
+from llem_ray.results.memory import return_freed_memory
 from llem_ray.results.reader import recorded_attempts
 from llem_ray.results.rundir import RunDirectory
 from llem_ray.results.samples import power_table, state_table
@@ -22,7 +23,7 @@ COMPACT_BYTES: Final = 256 * 1024 * 1024
 FLUSH_ROWS: Final = 65_536
 """Samples held back at most, in rows; the next trial takes them along in its segment."""
 
-TABLE_BATCHES: Final = 256
+TABLE_BATCHES: Final = 128
 """Batches turned into one table at a time."""
 
 Row = Mapping[str, Any]
@@ -40,7 +41,7 @@ class DatasetWriter:
     """
 
     def __init__(self, run: RunDirectory, compact_trials: int = COMPACT_TRIALS) -> None:
-        pa.set_memory_pool(pa.system_memory_pool())  # what is freed here is there for all else: Arrow's own would keep it
+        return_freed_memory()
         self._run = run
         self._compact_trials = compact_trials
         self._mutex = threading.Lock()
