@@ -163,7 +163,8 @@ class _Packed:
 
     def unpacked(self, index: int, begin: int, end: int) -> Int64:
         """All of device ``index``, whose rows these are."""
-        return self.first[index] + self.step[index] * np.arange(end - begin) + self.rest[begin:end]
+        values: Int64 = self.first[index] + self.step[index] * np.arange(end - begin) + self.rest[begin:end]
+        return values
 
 
 def _packed(values: _Column, bounds: Sequence[int]) -> _Packed | _Column:
