@@ -243,18 +243,19 @@ class Meter:
         begin_ns = self._clock.monotonic_ns()
         self._round += 1
         while self._clock.monotonic_ns() < begin_ns + LAST_S * NS_PER_S:
-            yield self._pump()
+            yield self._pump(last=True)
             with self._lock:
                 if all(link.pending is None and link.round == self._round for link in self._links.values()):
                     return
 
-    def _pump(self) -> list[SampleBatch]:
-        """Fetch from those that are due, and from those that were not asked in this round."""
+    def _pump(self, *, last: bool = False) -> list[SampleBatch]:
+        """Fetch from those that were not asked in this round, and unless it is the ``last`` from those that are due."""
         now_ns = self._clock.monotonic_ns()
         with self._lock:
             links = list(self._links.values())
         waiting = [link for link in links if link.pending is not None]
-        due = deque(link for link in links if link.pending is None and (now_ns >= link.due_ns or link.round < self._round))
+        idle = [link for link in links if link.pending is None]
+        due = deque(link for link in idle if link.round < self._round or (not last and now_ns >= link.due_ns))
         self._schedule(due, links, now_ns)
         fetched: list[SampleBatch] = []
         rows, slow, until_ns = 0, len(waiting), now_ns + ns_from_s(COLLECT_S)
