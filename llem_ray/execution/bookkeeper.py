@@ -408,8 +408,9 @@ class Bookkeeper:
         if added.gang is not None:
             self._phases.extend(self._ledger.add(added.gang, added.spans))
             return
-        for rows in self._ledger.add_to_all(added.spans):  # of a large cluster this takes seconds: samples go on coming
+        for host, rows in self._ledger.add_to_all(added.spans):  # of a large cluster this takes seconds: samples go on coming
             self._nobodys.extend(rows)
+            self._trim(host)
             if self._is_fetching and self._clock.monotonic_ns() - self._pumped_ns > PUMP_S * NS_PER_S:
                 self._pump()
         self._flush_nobodys()

@@ -95,8 +95,8 @@ class RunLedger:
                 rows += self._extend(self._book(item), spans, gang.name)
         return rows
 
-    def add_to_all(self, spans: Sequence[PhaseSpan]) -> Iterator[list[Row]]:
-        """Account for new spans of all devices that no lane has, host by host."""
+    def add_to_all(self, spans: Sequence[PhaseSpan]) -> Iterator[tuple[str, list[Row]]]:
+        """Account for new spans of all devices that no lane has, host by host: which it was, and rows."""
         if spans and spans[-1].phase == "startup":
             self._startup_end_ns = spans[-1].end_ns
         for host in self.meter.hosts:
@@ -104,7 +104,7 @@ class RunLedger:
             for book in self._books_on(host):
                 if self._holder(book.item) is None:
                     rows += self._extend(book, spans, None)
-            yield rows
+            yield host, rows
 
     def advance(self, host: str, until_ns: int) -> list[Row]:
         """Account for devices of a host that no lane has up to ``until_ns`` of our clock; it must have been sampled."""

@@ -31,7 +31,7 @@ LATE_S: Final = 2.0
 COLLECT_S: Final = 0.5
 LAST_S: Final = 10.0
 """The last samples are waited for that long."""
-ENOUGH_ROWS: Final = 262_144
+ENOUGH_ROWS: Final = 131_072
 """Samples taken at a time, more or less."""
 ASKED_AT_ONCE: Final = 64
 """Samplers that have not answered within a glance do not count."""
@@ -58,6 +58,7 @@ class _Link:
     sent_ns: int = 0
     unanswered_ns: int | None = None
     """When the first of the questions that it has not answered was sent."""
+    round: int = 0
     due_ns: int = 0
     leaving: bool = False
     """Its next answer is its last."""
@@ -122,6 +123,8 @@ class Meter:
         self._generations: dict[str, int] = {}
         self._restarted_ns: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
+        self._round = 0
+        """Counts the times that all were to be asked, due or not."""
         self.is_behind = False
         """The last ``pump`` ran out of time before it had asked all that were due."""
 
@@ -241,24 +244,27 @@ class Meter:
             hurry: From every sampler, due or not.
         """
         self._serve_started()
-        return self._pump(self._clock.monotonic_ns() + 1 if hurry else 0)
+        self._round += hurry
+        return self._pump()
 
     def pump_last(self) -> Iterator[list[SampleBatch]]:
         """Fetch, in portions, what was sampled up to now from every sampler that answers: before they are closed."""
         begin_ns = self._clock.monotonic_ns()
+        self._round += 1
         while self._clock.monotonic_ns() < begin_ns + LAST_S * NS_PER_S:
-            yield self._pump(begin_ns)
+            yield self._pump(last=True)
             with self._lock:
-                if all(link.pending is None and link.sent_ns >= begin_ns for link in self._links.values()):
+                if all(link.pending is None and link.round == self._round for link in self._links.values()):
                     return
 
-    def _pump(self, asked_ns: int) -> list[SampleBatch]:
-        """Fetch from those that are due, and from those that were last asked before ``asked_ns``."""
+    def _pump(self, *, last: bool = False) -> list[SampleBatch]:
+        """Fetch from those that were not asked in this round, and unless it is the ``last`` from those that are due."""
         now_ns = self._clock.monotonic_ns()
         with self._lock:
             links = list(self._links.values())
         waiting = [link for link in links if link.pending is not None]
-        due = deque(link for link in links if link.pending is None and (now_ns >= link.due_ns or link.sent_ns < asked_ns))
+        idle = [link for link in links if link.pending is None]
+        due = deque(link for link in idle if link.round < self._round or (not last and now_ns >= link.due_ns))
         self._schedule(due, links, now_ns)
         fetched: list[SampleBatch] = []
         rows, slow, until_ns = 0, len(waiting), now_ns + ns_from_s(COLLECT_S)
@@ -301,7 +307,7 @@ class Meter:
         return [(link, answered_ns) for link in waiting if id(link.pending) in answered]
 
     def _ask(self, link: _Link) -> None:
-        link.sent_ns = self._clock.monotonic_ns()
+        link.sent_ns, link.round = self._clock.monotonic_ns(), self._round
         if link.unanswered_ns is None:
             link.unanswered_ns = link.sent_ns
         link.pending = link.sampler.fetch(link.after_seq, link.info.epoch)

@@ -157,13 +157,14 @@ class TraceBuffer:
 class _Packed:
     """Whole numbers, device by device, as what they are off from an even progression: 4 bytes each, exactly."""
 
-    first: list[int]
-    step: list[int]
+    first: Int64
+    step: Int64
     rest: npt.NDArray[np.int32]
 
     def unpacked(self, index: int, begin: int, end: int) -> Int64:
         """All of device ``index``, whose rows these are."""
-        return self.first[index] + self.step[index] * np.arange(end - begin) + self.rest[begin:end]
+        values: Int64 = self.first[index] + self.step[index] * np.arange(end - begin) + self.rest[begin:end]
+        return values
 
 
 def _packed(values: _Column, bounds: Sequence[int]) -> _Packed | _Column:
@@ -180,7 +181,7 @@ def _packed(values: _Column, bounds: Sequence[int]) -> _Packed | _Column:
     rest = whole - even
     if np.abs(rest).max() >= 2**31:
         return values
-    return _Packed(first.tolist(), step.tolist(), rest.astype(np.int32))
+    return _Packed(first, step, rest.astype(np.int32))
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from llem_ray.core.power import SampleBatch
 from llem_ray.results import segments
+from llem_ray.results.memory import return_freed_memory, trim_heap
 from llem_ray.results.reader import read_table, recorded_attempts
 from llem_ray.results.rundir import RunDirectory
 from llem_ray.results.samples import power_table, state_table
@@ -22,7 +23,9 @@ COMPACT_BYTES: Final = 256 * 1024 * 1024
 FLUSH_ROWS: Final = 65_536
 """Samples held back at most, in rows; the next trial takes them along in its segment."""
 
-TABLE_BATCHES: Final = 256
+TRIM_ROWS: Final = 2_000_000
+"""Samples after which what they needed in memory is given back."""
+TABLE_BATCHES: Final = 128
 """Batches turned into one table at a time."""
 
 Row = Mapping[str, Any]
@@ -40,13 +43,13 @@ class DatasetWriter:
     """
 
     def __init__(self, run: RunDirectory, compact_trials: int = COMPACT_TRIALS) -> None:
-        pa.set_memory_pool(pa.system_memory_pool())  # what is freed here is there for all else: Arrow's own would keep it
+        return_freed_memory()
         self._run = run
         self._compact_trials = compact_trials
         self._mutex = threading.Lock()
         self._attempts = set(recorded_attempts(run.path))
         self._pending: dict[TableName, list[pa.Table]] = {"power": [], "states": [], "clocks": []}
-        self._pending_rows = 0
+        self._pending_rows = self._untrimmed_rows = 0
         self._sampled = _last_sampled(run)
         for folder in (run.segments_path, *(run.table_path(table) for table in TABLE_NAMES)):
             stale = tuple(segments.leftovers(folder))
@@ -186,13 +189,18 @@ class DatasetWriter:
         self._loose_segments += 1
         self._loose_bytes += path.stat().st_size
         self._pending = {"power": [], "states": [], "clocks": []}
+        self._untrimmed_rows += self._pending_rows
         self._pending_rows = 0
+        if self._untrimmed_rows >= TRIM_ROWS:
+            self._untrimmed_rows = 0
+            trim_heap()
 
     def _compact_if_due(self) -> None:
         if self._loose_segments >= self._compact_trials or self._loose_bytes >= COMPACT_BYTES:
             self._compact()
 
     def _compact(self) -> int:
+        trim_heap()
         count = segments.compact(self._run.path, self._run.segments_path)
         self._loose_segments = self._loose_bytes = 0
         return count
