@@ -69,7 +69,10 @@ class Many:
         )
         return Answer(self, Fetched(batches=(batch,), received_ns=0, replied_ns=0))
 
-    def close(self) -> None:
+    def probe(self) -> Answer:
+        return Answer(self, (0, 0))
+
+    def close(self, *, force: bool = False) -> None:
         pass
 
 
