@@ -64,7 +64,7 @@ def test_rows_of_completed_trials_are_whole(finished: tuple[Submission, str]) ->
         if row["status"] != "completed":
             continue
         assert row["power_valid"], row["invalid_reasons"]
-        assert row["flags"] == ["random_weights"]
+        assert [code for code in row["flags"] if code != "edge_gap"] == ["random_weights"]  # a busy machine misses ticks
         assert row["weights"] == "random"
         assert row["output_tokens"] == row["requests"] * 8
         assert row["prompt_tokens"] == row["requests"] * 16
