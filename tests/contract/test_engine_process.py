@@ -97,8 +97,8 @@ class AnswersWrongly(FakeBackend):
         return ["not ids"]
 
 class Chatty(FakeBackend):
-    def run(self, requests, sampling):
-        for event in super().run(requests, sampling):
+    def run(self, requests, sampling, schedule=None):
+        for event in super().run(requests, sampling, schedule):
             print("x" * 2_000_000)
             os.write(2, b"y" * 2_000_000)
             yield event
