@@ -49,6 +49,8 @@ def read_model_config(source: ModelSource, model: ModelSpec) -> Any:
     """
     if source.kind == "builtin":
         config = AutoConfig.for_model("llama", **BUILTIN_MODELS[source.location].config)
+        if hasattr(config, "rope_theta"):  # transformers 4 knows no rope_parameters
+            config.rope_theta = BUILTIN_MODELS[source.location].config["rope_parameters"]["rope_theta"]
     else:
         config = AutoConfig.from_pretrained(
             source.location, revision=model.revision or "main", trust_remote_code=model.trust_remote_code

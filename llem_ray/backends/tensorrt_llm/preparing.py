@@ -61,6 +61,7 @@ def prepare(config: BackendConfig, source: ModelSource, gpus: tuple[Gpu, ...]) -
         model_config = read_model_config(source, config.model)
     except Exception as error:  # configs of third parties may raise anything
         raise load_error(f"model {source.location!r}", error) from error
+    require_rotary(model_config)
     dtype = weight_dtype(source, config.model, model_config, config.device)
     limit = context_tokens(model_config)
     arguments = engine_arguments(
@@ -87,6 +88,26 @@ def prepare(config: BackendConfig, source: ModelSource, gpus: tuple[Gpu, ...]) -
         llm_class=LLM if on_pytorch else _tensorrt_engine.LLM,
         arguments=arguments,
     )
+
+
+def require_rotary(model_config: Any) -> None:
+    """Refuse a config.json of transformers 5 whose rotary settings transformers 4, which TensorRT-LLM brings, would overlook.
+
+    Raises:
+        ConfigError: The model would be another one than its config says.
+    """
+    stated, theta = getattr(model_config, "rope_parameters", None), getattr(model_config, "rope_theta", None)
+    if not isinstance(stated, Mapping) or theta is None:
+        return
+    scaled = stated.get("rope_type", "default") != "default"
+    if stated.get("rope_theta", theta) != theta or (scaled and not getattr(model_config, "rope_scaling", None)):
+        raise ConfigError(
+            f"config.json states rope_parameters, which this TensorRT-LLM overlooks: it would take rope_theta {theta}",
+            "state rope_theta, and rope_scaling where there is one, beside them",
+            field="model",
+            found=f"rope_parameters: {dict(stated)}",
+            allowed="rope_theta and rope_scaling, as transformers 4 writes them",
+        )
 
 
 def end_token_ids(prepared: Prepared, config: BackendConfig) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Final
@@ -10,6 +11,7 @@ import psutil
 
 TERMINATE_S: Final = 2.0
 KILL_S: Final = 2.0
+LOOK_S: Final = 0.02
 
 RANK_VARIABLES: Final = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 """How MPI tells a process its number."""
@@ -51,4 +53,6 @@ def end(pids: Iterable[int]) -> None:
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 send(process)
-        processes = set(psutil.wait_procs(processes, timeout=wait_s)[1]) if processes else processes
+        deadline_s = time.monotonic() + wait_s
+        while (processes := {process for process in processes if is_alive(process.pid)}) and time.monotonic() < deadline_s:
+            time.sleep(LOOK_S)

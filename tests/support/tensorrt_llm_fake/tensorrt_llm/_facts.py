@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 FACTS: dict[str, Any] = json.loads((Path(__file__).parents[3] / "data" / "tensorrt_llm_1_2_1.json").read_text())
 
@@ -15,13 +15,15 @@ SCALARS: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "float":
 class Arguments:
     """Base of all of them."""
 
-    model_fields: dict[str, dict[str, Any]] = {}
+    model_fields: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, **given: Any) -> None:
         name = type(self).__name__
         for field, value in given.items():
             if field not in self.model_fields:
-                raise ValueError(f"1 validation error for {name}\n{field}\n  Extra inputs are not permitted [type=extra_forbidden]")
+                raise ValueError(
+                    f"1 validation error for {name}\n{field}\n  Extra inputs are not permitted [type=extra_forbidden]"
+                )
             problem = refuses(self.model_fields[field]["type"], value)
             if problem:
                 raise ValueError(f"1 validation error for {name}\n{field}\n  {problem} [type=wrong]")

@@ -4,8 +4,8 @@
 - a streamed request yields itself, with all tokens so far, and can be iterated only if a loop ran when it was made;
 - ``result(timeout)`` ignores its timeout;
 - ``end_id`` is required where there is no tokenizer;
-- statistics come late and in bunches, from a ring of ``max_stats_len``, and not at all from ``get_stats`` where the first request was made in
-  an event loop; once it came back empty-handed, it does so until another request is made;
+- statistics come late and in bunches, from a ring of ``max_stats_len``, and not at all from ``get_stats`` where the first request
+  was made in an event loop; once it came back empty-handed, it does so until another request is made;
 - iterations are handed out while the next one runs, and their latency counts from before they waited for requests.
 """
 
@@ -319,17 +319,19 @@ class LLM:
             self._answer(request)
         self._iterations += 1
         if getattr(self._args, "enable_iter_perf_stats", True):
-            row = {name: 0 for name in FACTS["metrics"]["iteration_stats"]["keys"]}
-            row["inflightBatchingStats"] = {name: 0 for name in FACTS["metrics"]["iteration_stats"]["inflightBatchingStats"]} | {
+            row = dict.fromkeys(FACTS["metrics"]["iteration_stats"]["keys"], 0)
+            row["inflightBatchingStats"] = dict.fromkeys(FACTS["metrics"]["iteration_stats"]["inflightBatchingStats"], 0) | {
                 "numContextRequests": len(new),
                 "numGenRequests": len(decoding),
                 "numCtxTokens": sum(len(request.prompt_token_ids) for request in new),
             }
             stamp = begun.strftime("%m-%d-%Y %H:%M:%S.%f") if BEHAVIOUR.stats_timestamps else ""
-            self._ring.append(row | {"timestamp": stamp, "iter": self._iterations, "iterLatencyMS": 1e3 * (time.time() - waiting_s)})
+            self._ring.append(
+                row | {"timestamp": stamp, "iter": self._iterations, "iterLatencyMS": 1e3 * (time.time() - waiting_s)}
+            )
 
     def _answer(self, request: RequestOutput) -> None:
-        if request not in self._running or request._produced == BEHAVIOUR.hang_at_token and not request._aborted:
+        if request not in self._running or (request._produced == BEHAVIOUR.hang_at_token and not request._aborted):
             return
         params = request.sampling_params
         response: Any
