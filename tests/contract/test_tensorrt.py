@@ -76,8 +76,14 @@ class TestInAProcess(OnlineContract):
         )
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, so that the tokenizer is trained once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def make(library: Any, tmp_path: Path) -> Iterator[Any]:
+def make(library: Any, cache: Path, tmp_path: Path) -> Iterator[Any]:
     """Makes backends on the stand-in; keyword arguments are those of the engine spec."""
     made: list[PretendedBackend] = []
 
@@ -88,7 +94,7 @@ def make(library: Any, tmp_path: Path) -> Iterator[Any]:
             device="cuda",
             host="h",
             base_dir=str(tmp_path),
-            cache_dir=str(tmp_path / "cache"),
+            cache_dir=str(cache),
             online=online,
         )
         made.append(PretendedBackend(config))
@@ -258,6 +264,13 @@ def test_a_run_given_up_in_its_middle_is_aborted(make: Any, library: Any) -> Non
     events.close()
     assert not backend._engine._llm._running
     assert run(backend)[0].output_tokens == 4
+
+
+def test_two_requests_of_one_name_are_refused(make: Any) -> None:
+    backend = make()
+    backend.load()
+    with pytest.raises(GenerationError, match="same id"):
+        run(backend, request(), request())
 
 
 def test_reused_blocks_are_told_apart_by_salt_after_a_reset(make: Any, library: Any) -> None:

@@ -34,7 +34,7 @@ OBJECTS = {
     "completion": {*FACTS["completion_output"]["fields"], *FACTS["completion_output"]["properties"]},
 }
 """How the engine's sources call the library's objects -> what these have."""
-OBJECTS["row.output"] = OBJECTS["output"]
+OBJECTS["row.output"] = OBJECTS["self.output"] = OBJECTS["output"]
 
 
 def problems_of(source: str) -> list[str]:

@@ -38,6 +38,11 @@ class _Row:
     given_up: bool = False
     error: BaseException | None = None
 
+    def abort(self) -> None:
+        """In the event loop, so that a request which is just being handed over is not missed."""
+        if self.output is not None and not self.output.finished:
+            self.output.abort()
+
 
 class Stream:
     """One run on its way through TensorRT-LLM.
@@ -62,6 +67,8 @@ class Stream:
     ) -> None:
         self._loop, self._submit, self._check, self._step_timeout_s = loop, submit, check, step_timeout_s
         self._rows = {request.request_id: _Row(request=request, index=index) for index, request in enumerate(requests)}
+        if len(self._rows) != len(requests):
+            raise GenerationError("two requests of one run have the same id")
         self._tasks: list[Future[None]] = []
         self._answered: queue.SimpleQueue[_Row] = queue.SimpleQueue()
         self._heard_ns = 0
@@ -139,8 +146,7 @@ class Stream:
         """Abort what still runs, so that the next run finds an engine at rest."""
         for row in self._rows.values():
             row.given_up = True
-            if row.output is not None and not row.output.finished:
-                self._loop.call(row.output.abort)
+            self._loop.call(row.abort)
         running = [task for task in self._tasks if not task.done()]
         if self.usable and running and wait(running, timeout=ABORT_S).not_done:
             self.usable = False
