@@ -54,8 +54,11 @@ CLOCKS_S: Final = 30.0
 """Clock offsets are recorded this often."""
 END_TIMEOUT_S: Final = 90.0
 """A sampler that does not answer, or is being started anew, holds the thread for so long at most."""
-KEEP_S: Final = 5.0
-"""Samples kept behind what is still to be accounted for, beside what an edge needs: states and idle powers look back."""
+KEEP_S: Final = (5.0, 600.0)
+"""Samples are kept at least and at most so long behind what is still to be accounted for, beside what an edge needs: states
+and idle powers look back, and what other nodes spent during a trial is known if its begin is still there."""
+KEEP_ROWS: Final = 1_000_000
+"""Samples kept so, of all devices together."""
 
 
 class Turns:
@@ -336,7 +339,12 @@ class Bookkeeper:
         waiting_ns = min((_begin_ns(event) for events in self._waiting.values() for event in events), default=None)
         if waiting_ns is not None:
             needed_ns = min(needed_ns, self._meter.clocks.to_host(host, waiting_ns) or needed_ns)
-        self._meter.trim(host, needed_ns - ns_from_s(KEEP_S + self._meter.reach_s(host)))
+        self._meter.trim(host, needed_ns - ns_from_s(self._keep_s() + self._meter.reach_s(host)))
+
+    def _keep_s(self) -> float:
+        rate_hz = self._meter.samples_per_s
+        at_least_s, at_most_s = KEEP_S
+        return min(max(at_least_s, KEEP_ROWS / rate_hz), at_most_s) if rate_hz else at_most_s
 
     def _take_inbox(self) -> None:
         while True:

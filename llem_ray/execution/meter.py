@@ -73,12 +73,19 @@ class _Host:
     of_device: dict[str, SamplerInfo] = field(default_factory=dict)
     margins_s: dict[str, float] = field(default_factory=dict)
     """By UUID, once asked for."""
+    samples_per_s: float = 0.0
 
     def take(self, key: str, info: SamplerInfo) -> None:
         self.infos[key] = info
         self.devices = tuple(device for known in self.infos.values() for device in known.devices)
         self.of_device = {device.uuid: known for known in reversed(self.infos.values()) for device in known.devices}
         self.margins_s = {}
+        self.samples_per_s = sum(
+            1.0 / known.periods_s.get(device.uuid, 1.0 / known.sample_hz)
+            for known in self.infos.values()
+            for device in known.devices
+            if device.method != "unavailable"
+        )
 
 
 @dataclass(slots=True)
@@ -130,6 +137,8 @@ class Meter:
         """Counts the times that all were to be asked, due or not."""
         self.is_behind = False
         """The last ``pump`` ran out of time before it had asked all that were due."""
+        self.samples_per_s = 0.0
+        """Samples that all hosts yield together, about."""
         self.problems: dict[str, str] = {}
         """Node id -> why it has no sampler."""
 
@@ -481,6 +490,7 @@ class Meter:
         with self._lock:
             self._epochs[answer.node] = max(answer.epoch, self._epochs.get(answer.node, 0))
             self._known.setdefault(answer.node, _Host(TraceBuffer(), {})).take(self._key(answer), answer)
+            self.samples_per_s = sum(known.samples_per_s for known in self._known.values())
             self._gpu_hosts |= {device.uuid: answer for device in answer.devices if device.scope in GPU_SCOPES}
             link = self._links[opening.node.node_id] = _Link(opening.node, opening.sampler, answer)
             self._links_of[answer.node] = (*self._links_of.get(answer.node, ()), link)
