@@ -9,8 +9,7 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import Final, TypeVar
+from typing import Final
 
 from llem_ray.core.clock import Clock
 from llem_ray.core.outcome import Failed
@@ -31,13 +30,12 @@ from llem_ray.execution.records import (
     SpansAdded,
 )
 from llem_ray.execution.rows import Row, attempt_row, request_rows
+from llem_ray.execution.turns import Turns
 from llem_ray.results.journal import Journal, JournalEvent, JournalState
 from llem_ray.results.rows import clock_row
 from llem_ray.results.writer import DatasetWriter
 
 LOG = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 PUMP_S: Final = 1.0
 PATIENCE_S: Final = 10.0
@@ -59,28 +57,6 @@ KEEP_S: Final = (5.0, 600.0)
 and idle powers look back, and what other nodes spent during a trial is known if its begin is still there."""
 KEEP_ROWS: Final = 1_000_000
 """Samples kept so, of all devices together."""
-
-
-class Turns:
-    """Whose turn it is: everybody's once in a period, spread evenly over it.
-
-    Args:
-        period_s: Time between two turns of one.
-        begin_ns: When the first period begins.
-    """
-
-    def __init__(self, period_s: float, begin_ns: int) -> None:
-        self._period_ns = ns_from_s(period_s)
-        self._served_ns = begin_ns
-
-    def take(self, items: Sequence[T], now_ns: int) -> list[T]:
-        """Those whose turn came since the last call, up to now; nobody twice."""
-        if now_ns < self._served_ns:
-            return []
-        first_ns, self._served_ns = max(self._served_ns, now_ns - self._period_ns), now_ns
-        n, period_ns = len(items), self._period_ns
-        begin, end = first_ns * n // period_ns, now_ns * n // period_ns
-        return [items[number % n] for number in range(begin, end)]
 
 
 class Bookkeeper:
