@@ -55,7 +55,7 @@ END_TIMEOUT_S: Final = 90.0
 KEEP_S: Final = (5.0, 600.0)
 """Samples are kept at least and at most so long behind what is still to be accounted for, beside what an edge needs: states
 and idle powers look back, and what other nodes spent during a trial is known if its begin is still there."""
-KEEP_ROWS: Final = 1_000_000
+KEEP_ROWS: Final = 800_000
 """Samples kept so, of all devices together."""
 
 
@@ -196,7 +196,9 @@ class Bookkeeper:
             if not isinstance(event, AttemptEnded) or self._error is None:
                 self._handle(event)
         self._waiting.clear()
-        self._writer.write_phases([*self._nobodys, *self._phases, *self._ledger.finish()])
+        rows = [*self._nobodys, *self._phases, *self._ledger.finish()]
+        for begin in range(0, len(rows), FLUSH_PHASES):
+            self._writer.write_phases(rows[begin : begin + FLUSH_PHASES])
         self._nobodys, self._phases = [], []
         for host in self._meter.hosts:  # nobody needs its samples any more
             self._meter.trim(host, 2**62)
@@ -284,7 +286,9 @@ class Bookkeeper:
     def _advance(self, now_ns: int) -> None:
         """Account for devices that are in no gang, so that their samples need not be kept; a few hosts at a time."""
         for host in self._turns.take(self._meter.hosts, now_ns):
-            self._nobodys.extend(self._ledger.advance(host, now_ns - ns_from_s(PATIENCE_S)))
+            sampled_ns = self._meter.sampled_until(host) or 0
+            until_ns = max(now_ns - ns_from_s(PATIENCE_S), min(now_ns, sampled_ns))
+            self._nobodys.extend(self._ledger.advance(host, until_ns))
             self._trim(host)
         self._flush_nobodys()
 
@@ -367,10 +371,10 @@ class Bookkeeper:
             return
         for host, rows in self._ledger.add_to_all(added.spans):  # of a large cluster this takes seconds: samples go on coming
             self._nobodys.extend(rows)
+            self._flush_nobodys()
             self._trim(host)
             if self._is_fetching and self._clock.monotonic_ns() - self._pumped_ns > PUMP_S * NS_PER_S:
                 self._pump()
-        self._flush_nobodys()
 
     def _record(self, ended: AttemptEnded) -> None:
         row = attempt_row(ended) | self._accounts.energy_columns(ended)

@@ -415,13 +415,25 @@ class Meter:
             host_ns = self.clocks.to_host(host, t_ns)
             if host_ns is None or host not in self._known:
                 return False
-            for device in self.devices(host):
-                last_ns = self._known[host].buffer.last_ns(device.uuid)
+            if any(final_ns is None or final_ns < host_ns for final_ns in self._final_ns(host)):
+                return False
+        return True
+
+    def sampled_until(self, host: str) -> int | None:
+        """Up to when edges on a host are final, on our clock; None when that is not known, or nothing is sampled there."""
+        finals_ns = list(self._final_ns(host))
+        known_ns = [final_ns for final_ns in finals_ns if final_ns is not None]
+        return self.clocks.to_own(host, min(known_ns)) if known_ns and len(known_ns) == len(finals_ns) else None
+
+    def _final_ns(self, host: str) -> Iterator[int | None]:
+        """Up to when edges are final for each of the host's devices, on its clock; None for one that was not sampled yet."""
+        buffer = self._known[host].buffer
+        for device in self.devices(host):
+            if device.method != "unavailable":
+                last_ns = buffer.last_ns(device.uuid)
                 # An estimate is held up to half-way to its neighbour: one reading beyond the edge settles it.
                 margin_s = 0.0 if device.method == "estimated_model" else self.margin_s(host, device)
-                if device.method != "unavailable" and (last_ns is None or last_ns < host_ns + ns_from_s(margin_s)):
-                    return False
-        return True
+                yield None if last_ns is None else last_ns - ns_from_s(margin_s)
 
     def latest_power_w(self) -> tuple[float | None, bool]:
         """Sum of the newest instant power of all measuring devices, or of the estimates where nothing measures (True)."""
