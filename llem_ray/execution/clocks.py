@@ -106,8 +106,10 @@ class ClockTable:
         if self.is_own(host):
             return
         lo_ns, hi_ns = exchange.replied_ns - exchange.answered_ns, exchange.received_ns - exchange.sent_ns
-        if hi_ns < lo_ns:  # answered before it was asked: no exchange
-            return
+        if hi_ns < lo_ns:  # the clocks drifted apart while the answer was held, or it was answered before it was asked
+            if lo_ns - hi_ns > round(self._max_drift * (exchange.replied_ns - exchange.received_ns)) + 1:
+                return
+            lo_ns, hi_ns = hi_ns, lo_ns
         with self._lock:
             self._known.setdefault(host, _Track()).add((exchange.sent_ns + exchange.answered_ns) // 2, lo_ns, hi_ns)
 

@@ -225,6 +225,7 @@ class RunDriver:
         try:
             if self._book.is_running:
                 self._book.phase = "finalise"
+                self._timeline.close_at("unleased", self._clock.monotonic_ns())
                 self._book.drain(DRAIN_TIMEOUT_S)
                 self._writer.compact()
                 self._cover("finalise")
