@@ -80,12 +80,19 @@ class _Host:
     of_device: dict[str, SamplerInfo] = field(default_factory=dict)
     margins_s: dict[str, float] = field(default_factory=dict)
     """By UUID, once asked for."""
+    samples_per_s: float = 0.0
 
     def take(self, key: str, info: SamplerInfo) -> None:
         self.infos[key] = info
         self.devices = tuple(device for known in self.infos.values() for device in known.devices)
         self.of_device = {device.uuid: known for known in reversed(self.infos.values()) for device in known.devices}
         self.margins_s = {}
+        self.samples_per_s = sum(
+            1.0 / known.periods_s.get(device.uuid, 1.0 / known.sample_hz)
+            for known in self.infos.values()
+            for device in known.devices
+            if device.method != "unavailable"
+        )
 
 
 class Meter:
@@ -127,6 +134,8 @@ class Meter:
         """Counts the times that all were to be asked, due or not."""
         self.is_behind = False
         """The last ``pump`` ran out of time before it had asked all that were due."""
+        self.samples_per_s = 0.0
+        """Samples that all hosts yield together, about."""
 
     def open(self, nodes: Iterable[Node]) -> tuple[SamplerInfo, ...]:
         """Start the samplers of all nodes and wait until they poll.
@@ -405,10 +414,6 @@ class Meter:
             margins_s[device.uuid] = edge_margin_s(self.calibration(host, device), self.period_s(host, device), device.method)
         return margins_s[device.uuid]
 
-    def rows_per_s(self) -> float:
-        """Samples that arrive per second, of all hosts together."""
-        return sum(1.0 / period_s for info in self.infos for period_s in info.periods_s.values() if period_s > 0)
-
     def reach_s(self, host: str) -> float:
         """The largest margin of the host's devices."""
         return max((self.margin_s(host, device) for device in self.devices(host)), default=0.0)
@@ -435,13 +440,25 @@ class Meter:
             host_ns = self.clocks.to_host(host, t_ns)
             if host_ns is None or host not in self._known:
                 return False
-            for device in self.devices(host):
-                last_ns = self._known[host].buffer.last_ns(device.uuid)
+            if any(final_ns is None or final_ns < host_ns for final_ns in self._final_ns(host)):
+                return False
+        return True
+
+    def sampled_until(self, host: str) -> int | None:
+        """Up to when edges on a host are final, on our clock; None when that is not known, or nothing is sampled there."""
+        finals_ns = list(self._final_ns(host))
+        known_ns = [final_ns for final_ns in finals_ns if final_ns is not None]
+        return self.clocks.to_own(host, min(known_ns)) if known_ns and len(known_ns) == len(finals_ns) else None
+
+    def _final_ns(self, host: str) -> Iterator[int | None]:
+        """Up to when edges are final for each of the host's devices, on its clock; None for one that was not sampled yet."""
+        buffer = self._known[host].buffer
+        for device in self.devices(host):
+            if device.method != "unavailable":
+                last_ns = buffer.last_ns(device.uuid)
                 # An estimate is held up to half-way to its neighbour: one reading beyond the edge settles it.
                 margin_s = 0.0 if device.method == "estimated_model" else self.margin_s(host, device)
-                if device.method != "unavailable" and (last_ns is None or last_ns < host_ns + ns_from_s(margin_s)):
-                    return False
-        return True
+                yield None if last_ns is None else last_ns - ns_from_s(margin_s)
 
     def latest_power_w(self) -> tuple[float | None, bool]:
         """Sum of the newest instant power of all measuring devices, or of the estimates where nothing measures (True)."""
@@ -513,6 +530,7 @@ class Meter:
         with self._lock:
             self._epochs[info.node] = max(info.epoch, self._epochs.get(info.node, 0))
             self._known.setdefault(info.node, _Host(TraceBuffer(), {})).take(self._key(info), info)
+            self.samples_per_s = sum(known.samples_per_s for known in self._known.values())
             self._gpu_hosts |= {device.uuid: info for device in info.devices if device.scope in GPU_SCOPES}
             link = self._links[one.node.node_id] = _Link(one.node, one.sampler, info)
             self._links_of[info.node] = (*self._links_of.get(info.node, ()), link)
