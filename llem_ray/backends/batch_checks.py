@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llem_ray.core.backend import Request
+from llem_ray.core.backend import LoadSchedule, Request
 from llem_ray.core.errors import GenerationError
+
+
+def require_batch(schedule: LoadSchedule | None, engine: str) -> None:
+    """Refuse a schedule.
+
+    Raises:
+        GenerationError: There is one.
+    """
+    if schedule is not None:
+        raise GenerationError(f"the {engine} engine serves batches only", "leave out workload.load")
 
 
 def require_valid(requests: Sequence[Request], *, vocab_size: int, context_tokens: int) -> None:

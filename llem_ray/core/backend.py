@@ -25,6 +25,16 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSchedule:
+    """How the requests of a run reach the engine one by one, made before the run starts."""
+
+    send_at_ns: tuple[int, ...] | None = None
+    """Open loop: when each request is due, ns after the start of the run, ascending. None: as soon as it may be sent."""
+    max_in_flight: int | None = None
+    """Closed loop: requests sent and not yet answered, at most. None: any number."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepEvent:
     """One forward step of the engine, on its node's monotonic clock."""
 
@@ -138,6 +148,8 @@ class BackendConfig:
     """Folder that relative paths start from."""
     cache_dir: str
     """Writable folder for what we build ourselves: locally trained tokenizers, random checkpoints."""
+    online: bool = False
+    """Requests will come one by one, by schedules: an engine with a serving mode of its own loads that."""
     rendezvous: Rendezvous | None = None
     """None where one process serves the whole gang."""
 
@@ -183,11 +195,17 @@ class InferenceBackend(Protocol):
         """
         ...
 
-    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
-        """Serve the requests together as one batch; yields every step as it ends, and a record per request.
+    def run(
+        self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
+    ) -> Iterator[StepEvent | RequestRecord]:
+        """Serve the requests; yields every step as it ends, and a record per request.
+
+        Without a schedule they are served together as one batch. With one, each is sent at its time, tokens are delivered as
+        they come, and a record is yielded once its request is answered. An engine that can do so says
+        ``serves_online: ClassVar[bool] = True`` in its factory; it gets schedules only where ``BackendConfig.online`` is set.
 
         Raises:
-            GenerationError: A prompt exceeds the context, or the engine failed.
+            GenerationError: A prompt exceeds the context, the engine failed, or it serves batches only.
             DeviceMemoryError: The batch does not fit.
             NumericsError: The model produced NaN or Inf logits.
         """

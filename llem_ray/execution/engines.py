@@ -24,6 +24,20 @@ def make_backend(config: BackendConfig) -> InferenceBackend:
     return backend
 
 
+def serves_online(engine: EngineSpec) -> bool | None:
+    """Whether the engine takes requests one by one; None where its module cannot be imported here, so nobody knows yet.
+
+    Raises:
+        PluginError: The engine is unknown.
+    """
+    find_plugin("llem_ray.backends", engine.backend)
+    try:
+        factory = load_plugin("llem_ray.backends", engine.backend)
+    except PluginError:
+        return None
+    return bool(getattr(factory, "serves_online", False))
+
+
 def worker_layout(engine: EngineSpec) -> WorkerLayout:
     """How many processes serve a gang of this engine: one on each host, unless its factory says one for each rank.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import socket
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn
 
+from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.engine_args import parse_engine_args
-from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
+from llem_ray.backends.load_generator import LoadGenerator
+from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, GenerationError, LoadError, NumericsError
 from llem_ray.core.spec import SamplingSpec
@@ -54,6 +57,8 @@ class FakeArgs:
     """Duration of ``load``."""
     busy: bool = False
     """Burn the CPU for the duration of a step instead of sleeping."""
+    max_sequences: int = 8
+    """Requests that run together when they are sent one by one."""
     context_tokens: int = 4096
     """Longest prompt plus output."""
     vocab_size: int = 1000
@@ -74,8 +79,10 @@ class FakeBackend:
 
     Args:
         config: As for any engine.
-        clock: Tests pass a virtual one.
+        clock: Tests of batches pass a virtual one.
     """
+
+    serves_online: ClassVar[bool] = True
 
     def __init__(self, config: BackendConfig, clock: Clock | None = None) -> None:
         self._config = config
@@ -92,6 +99,7 @@ class FakeBackend:
         args = parse_engine_args(FakeArgs, self._config.engine.engine_args)
         _refuse(args.prefill_ms < 0 or args.decode_ms < 0 or args.load_ms < 0, "*_ms", "durations of 0 and more")
         _refuse(args.vocab_size <= SPECIAL_TOKENS, "vocab_size", f"more than {SPECIAL_TOKENS}")
+        _refuse(args.max_sequences < 1, "max_sequences", "1 and more")
         _refuse(args.context_tokens < 1, "context_tokens", "1 and more")
         world_size = self._config.engine.world_size
         _refuse(args.gpu_uuids is not None and len(args.gpu_uuids) != world_size, "gpu_uuids", f"{world_size}, one a rank")
@@ -140,22 +148,20 @@ class FakeBackend:
         ordinary = self._checked().vocab_size - SPECIAL_TOKENS
         return [[1, *(SPECIAL_TOKENS + zlib.crc32(word.encode()) % ordinary for word in text.split())] for text in texts]
 
-    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
-        """Serve the requests as one padded batch."""
+    def run(
+        self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
+    ) -> Iterator[StepEvent | RequestRecord]:
+        """Serve the requests as one padded batch, or one by one with ``max_sequences`` running together."""
         args = self._checked()
         if not self._loaded:
             raise GenerationError("the fake engine is not loaded")
-        if not requests:
-            raise GenerationError("there are no requests")
-        sent_ns = self._clock.monotonic_ns()
+        require_valid(requests, vocab_size=args.vocab_size, context_tokens=args.context_tokens)
         self._runs += 1
-        for request in requests:
-            needed = len(request.prompt_token_ids) + request.max_new_tokens
-            if needed > args.context_tokens:
-                raise GenerationError(
-                    f"request {request.request_id}: {len(request.prompt_token_ids)} prompt + {request.max_new_tokens} new tokens"
-                    f" = {needed} exceed the context of {args.context_tokens}"
-                )
+        return self._batch(requests, sampling) if schedule is None else self._online(requests, sampling, schedule)
+
+    def _batch(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
+        args = self._checked()
+        sent_ns = self._clock.monotonic_ns()
         fault = args.fail if args.fail is not None and self._strikes(args.fail, len(requests)) else None
         lengths = [r.max_new_tokens if fault is None else (r.max_new_tokens + 1) // 2 for r in requests]
         padded = max(len(r.prompt_token_ids) for r in requests)
@@ -189,6 +195,65 @@ class FakeBackend:
                 sent_ns=sent_ns,
                 token_times_ns=tuple(token_times),
             )
+
+    def _online(
+        self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule
+    ) -> Iterator[StepEvent | RequestRecord]:
+        """Continuous batching: new prompts join between two decode steps, in a step that prefills and decodes."""
+        args = self._checked()
+        fault = args.fail if args.fail is not None and self._strikes(args.fail, len(requests)) else None
+        arrivals: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        generator = LoadGenerator(requests, schedule, arrivals.put, self._clock)
+        running: dict[str, tuple[Request, int, list[int]]] = {}
+        answered = 0
+        generator.start()
+        try:
+            while answered < len(requests):
+                new: list[Request] = []
+                while len(running) + len(new) < args.max_sequences:
+                    try:
+                        new.append(arrivals.get(timeout=None if running or new else LOOK_S, block=not (running or new)))
+                    except queue.Empty:
+                        break
+                generator.check()
+                if not running and not new:
+                    continue
+                begin_ns, decoding = self._clock.monotonic_ns(), len(running)
+                self._spend(args.prefill_ms if new else args.decode_ms)
+                end_ns = self._clock.monotonic_ns()
+                for request in new:
+                    length = request.max_new_tokens if fault is None else (request.max_new_tokens + 1) // 2
+                    running[request.request_id] = (request, length, [])
+                for _, _, times in running.values():
+                    times.append(end_ns)
+                prefill_tokens = sum(len(request.prompt_token_ids) for request in new)
+                yield StepEvent(
+                    begin_ns=begin_ns,
+                    end_ns=end_ns,
+                    kind="decode" if not new else "mixed" if decoding else "prefill",
+                    prefill_tokens=prefill_tokens,
+                    decode_tokens=len(running),
+                    computed_tokens=prefill_tokens + decoding,
+                )
+                for request, length, times in [row for row in running.values() if len(row[2]) == row[1]]:
+                    del running[request.request_id]
+                    sent = generator.done(request.request_id)
+                    answered += 1
+                    yield RequestRecord(
+                        request_id=request.request_id,
+                        prompt_tokens=len(request.prompt_token_ids),
+                        padded_tokens=len(request.prompt_token_ids),
+                        output_token_ids=self._tokens(request, length, sampling),
+                        finish_reason="length" if fault is None else "stop",
+                        scheduled_ns=sent.scheduled_ns,
+                        queued_ns=sent.queued_ns,
+                        sent_ns=sent.sent_ns,
+                        token_times_ns=tuple(times),
+                    )
+                if fault is not None and fault.kind != "short" and 2 * answered >= len(requests):
+                    _fail(fault.kind)
+        finally:
+            generator.stop()
 
     def reset(self) -> None:
         """Nothing is cached."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from backend_contract import BackendContract, Engine
+from backend_contract import BackendContract, Engine, OnlineContract
 
 from llem_ray.backends.process.proxy import ProcessBackend
 from llem_ray.backends.transformers.backend import TransformersBackend
@@ -54,3 +54,13 @@ class TestBackend(BackendContract):
     @classmethod
     def engine(cls, request: pytest.FixtureRequest) -> Engine:
         return ENGINES[request.param]
+
+
+ONLINE = ("fake", "fake in a process")
+
+
+class TestOnline(OnlineContract):
+    @pytest.fixture(scope="class", params=ONLINE)
+    @classmethod
+    def engine(cls, request: pytest.FixtureRequest) -> Engine:
+        return dataclasses.replace(ENGINES[request.param], online=True)

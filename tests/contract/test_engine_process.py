@@ -84,6 +84,10 @@ class FailsToFollow(FakeBackend):
     def follow(self):
         raise GenerationError("rank 0 is gone")
 
+class FollowsUntilClosed(FakeBackend):
+    def follow(self):
+        self._closed.wait()
+
 class FollowsForGood(FakeBackend):
     def follow(self):
         time.sleep(600)
@@ -93,8 +97,8 @@ class AnswersWrongly(FakeBackend):
         return ["not ids"]
 
 class Chatty(FakeBackend):
-    def run(self, requests, sampling):
-        for event in super().run(requests, sampling):
+    def run(self, requests, sampling, schedule=None):
+        for event in super().run(requests, sampling, schedule):
             print("x" * 2_000_000)
             os.write(2, b"y" * 2_000_000)
             yield event
@@ -422,7 +426,7 @@ class TestFollow:
         return thread, errors, pid
 
     def test_close_of_another_thread_ends_it(self, make: Make) -> None:
-        backend = make()
+        backend = make("FollowsUntilClosed")
         thread, errors, pid = self.following(backend)
         assert backend._process is not None
         assert eventually(backend._process._following.locked)
@@ -458,7 +462,7 @@ class TestFollow:
         assert outputs(backend) == [3]
 
     def test_death_is_told(self, make: Make) -> None:
-        backend = make()
+        backend = make("FollowsUntilClosed")
         thread, errors, pid = self.following(backend)
         os.kill(pid, signal.SIGKILL)
         thread.join(WAIT_S)

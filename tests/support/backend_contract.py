@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadReport, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, ConfigError, GenerationError, LlemRayError
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
@@ -27,6 +27,7 @@ class Engine:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     data_parallel: int = 1
+    online: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def serve(
     return [e for e in events if isinstance(e, StepEvent)], [e for e in events if isinstance(e, RequestRecord)]
 
 
-class BackendContract:
+class LoadedEngine:
     """A subclass defines the class-scoped fixture ``engine``, an ``Engine``."""
 
     @pytest.fixture(scope="class")
@@ -79,6 +80,7 @@ class BackendContract:
                 host="host-1",
                 base_dir=str(folder),
                 cache_dir=str(folder / "cache"),
+                online=engine.online,
             )
 
         return make
@@ -91,6 +93,74 @@ class BackendContract:
         backend.check()
         yield Loaded(backend, backend.load(), config)
         backend.close()
+
+
+class OnlineContract(LoadedEngine):
+    """For engines that ``serves_online``, loaded with ``online=True``."""
+
+    def served(
+        self, loaded: Loaded, requests: list[Request], schedule: LoadSchedule
+    ) -> tuple[list[StepEvent], dict[str, RequestRecord]]:
+        events = list(loaded.backend.run(requests, GREEDY, schedule))
+        records = [event for event in events if isinstance(event, RequestRecord)]
+        assert sorted(record.request_id for record in records) == sorted(request.request_id for request in requests)
+        return [event for event in events if isinstance(event, StepEvent)], {record.request_id: record for record in records}
+
+    def test_a_schedule_is_kept(self, loaded: Loaded) -> None:
+        requests = requests_of(loaded, [4, 9, 5, 7], [3, 6, 1, 4])
+        due_ns = [0, 20_000_000, 20_000_000, 60_000_000]
+        before_ns = time.monotonic_ns()
+        steps, records = self.served(loaded, requests, LoadSchedule(send_at_ns=tuple(due_ns)))
+        after_ns = time.monotonic_ns()
+        begin_ns = records["r0"].scheduled_ns
+        assert before_ns <= begin_ns
+        for request, due in zip(requests, due_ns, strict=True):
+            record = records[request.request_id]
+            assert record.output_tokens == request.max_new_tokens
+            assert record.prompt_tokens == len(request.prompt_token_ids)
+            assert record.scheduled_ns == begin_ns + due
+            assert record.scheduled_ns <= record.queued_ns <= record.sent_ns <= record.token_times_ns[0]
+            assert list(record.token_times_ns) == sorted(record.token_times_ns)
+            assert record.token_times_ns[-1] <= after_ns
+        edges = [edge for step in steps for edge in (step.begin_ns, step.end_ns)]
+        assert edges == sorted(edges)
+        assert sum(step.prefill_tokens for step in steps) == 25
+        assert sum(step.decode_tokens for step in steps) == 14
+
+    def test_a_limit_in_flight_is_kept(self, loaded: Loaded) -> None:
+        requests = requests_of(loaded, [5] * 7, [4] * 7)
+        _, records = self.served(loaded, requests, LoadSchedule(max_in_flight=2))
+        changes = [(record.sent_ns, 1) for record in records.values()]
+        changes += [(record.token_times_ns[-1], -1) for record in records.values()]
+        in_flight, most = 0, 0
+        for _, change in sorted(changes):
+            in_flight += change
+            most = max(most, in_flight)
+        assert most == 2
+
+    def test_tokens_are_those_of_a_batch(self, loaded: Loaded) -> None:
+        requests = requests_of(loaded, [5, 9, 3], [8, 8, 8])
+        _, online = self.served(loaded, requests, LoadSchedule(max_in_flight=2))
+        _, batch = serve(loaded, requests)
+        assert {record.request_id: record.output_token_ids for record in batch} == {
+            name: record.output_token_ids for name, record in online.items()
+        }
+
+    def test_a_request_beyond_the_context_is_refused(self, loaded: Loaded) -> None:
+        context = loaded.report.context_tokens
+        with pytest.raises(GenerationError, match=str(context)):
+            list(loaded.backend.run(requests_of(loaded, [context], [1]), GREEDY, LoadSchedule(max_in_flight=1)))
+        self.served(loaded, requests_of(loaded, [4], [2]), LoadSchedule(max_in_flight=1))
+
+    def test_an_abandoned_run_leaves_the_engine_usable(self, loaded: Loaded) -> None:
+        run = loaded.backend.run(requests_of(loaded, [4, 4], [50, 50]), GREEDY, LoadSchedule(max_in_flight=1))
+        next(run)
+        del run
+        self.served(loaded, requests_of(loaded, [4], [3]), LoadSchedule(max_in_flight=1))
+
+
+class BackendContract(LoadedEngine):
+    """What holds for every engine, without schedules."""
 
     @pytest.mark.parametrize(("lengths", "new_tokens"), SHAPES)
     def test_serves_every_request_in_full(self, loaded: Loaded, lengths: list[int], new_tokens: list[int]) -> None:

@@ -37,7 +37,7 @@ from llem_ray.backends.process.wire import (
     unpack,
     unpack_each,
 )
-from llem_ray.core.backend import BackendConfig, InferenceBackend, Request, StepEvent
+from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadSchedule, Request, StepEvent
 from llem_ray.core.errors import EngineDied, PluginError
 from llem_ray.core.spec import SamplingSpec
 
@@ -139,7 +139,9 @@ class Session:
 
     def _run(self, call: int, body: Any) -> None:
         requests, sampling = unpack_each(Request, body[0]), unpack(SamplingSpec, body[1])
-        events = self._opened().run(requests, sampling)
+        schedule = unpack(LoadSchedule, body[2]) if body[2] is not None else None
+        engine = self._opened()
+        events = engine.run(requests, sampling) if schedule is None else engine.run(requests, sampling, schedule)
         send, pending = self._channel.send, self._channel.pending
         try:
             for event in events:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from llem_ray.backends.process.engine_process import Deadlines, EngineProcess
 from llem_ray.backends.process.wire import ProtocolError, pack, pack_flat, unpack, unpack_each
-from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, EngineDied, GenerationError, HangError, LlemRayError, LoadError
 from llem_ray.core.plugins import EXTRAS
 from llem_ray.core.spec import SamplingSpec
@@ -108,15 +108,17 @@ class ProcessBackend:
             raise self._broken(ProtocolError("not lists of token ids"))
         return answer
 
-    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Generator[StepEvent | RequestRecord]:
-        """Serve the requests as one batch; steps and records are yielded as they arrive.
+    def run(
+        self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
+    ) -> Generator[StepEvent | RequestRecord]:
+        """Serve the requests as one batch, or by the schedule; steps and records are yielded as they arrive.
 
         Raises:
             EngineDied: The process ended, or sent garbage. The hint is the end of its log.
             HangError: Nothing was heard for ``Deadlines.silence_s``.
         """
         process = self._serving(GenerationError)
-        body = [[pack_flat(request) for request in requests], pack_flat(sampling)]
+        body = [[pack_flat(request) for request in requests], pack_flat(sampling), schedule and pack(schedule)]
         try:
             with contextlib.closing(process.stream("run", body, self._deadlines.silence_s, "generation")) as messages:
                 for kind, content in messages:

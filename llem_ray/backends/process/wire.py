@@ -248,12 +248,20 @@ def _converter(hint: Any) -> Callable[[Any], Any]:
     if origin is Literal:
         return _one_of(frozenset(arguments))
     if optional:
-        return _of(frozenset().union(*(_scalars(argument) for argument in arguments)))
+        return _optional(arguments)
     if origin is tuple:
         return _tuple_of(_scalars(arguments[0]))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return _of(frozenset({dict}))
     return _of(_scalars(hint))
+
+
+def _optional(arguments: tuple[Any, ...]) -> Callable[[Any], Any]:
+    row = next((argument for argument in arguments if get_origin(argument) is tuple), None)
+    if row is None:
+        return _of(frozenset().union(*(_scalars(argument) for argument in arguments)))
+    convert = _converter(row)
+    return lambda value: None if value is None else convert(value)
 
 
 def _scalars(hint: Any) -> frozenset[type]:

@@ -9,9 +9,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
+from llem_ray.backends.batch_checks import require_batch
 from llem_ray.backends.model_source import find_model, known_config
 from llem_ray.backends.transformers.arguments import check_arguments, check_shape
-from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent, WorkerLayout
+from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent, WorkerLayout
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec
 
@@ -79,8 +80,11 @@ class TransformersBackend:
             raise LoadError("the model is not loaded")
         return self._leading().encode(texts)
 
-    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
+    def run(
+        self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
+    ) -> Iterator[StepEvent | RequestRecord]:
         """Serve the requests as one padded batch."""
+        require_batch(schedule, "transformers")
         if self._engine is None:
             raise GenerationError("the model is not loaded")
         return self._leading().run(requests, sampling)

@@ -9,10 +9,11 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+from llem_ray.backends.batch_checks import require_batch
 from llem_ray.backends.model_source import find_model
 from llem_ray.backends.vllm.arguments import check_spec, runs_eagerly
 from llem_ray.backends.vllm.settings import EnvironmentDefaults
-from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec
 
@@ -65,8 +66,11 @@ class VllmBackend:
             raise LoadError("the model is not loaded")
         return self._engine.encode(texts)
 
-    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
+    def run(
+        self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
+    ) -> Iterator[StepEvent | RequestRecord]:
         """Hand all requests to vLLM's scheduler and step it until they are served."""
+        require_batch(schedule, "vllm")
         if self._engine is None:
             raise GenerationError("the model is not loaded")
         return self._engine.run(requests, sampling)

@@ -1,6 +1,7 @@
 """`--address` and `--token-file` through the real command, where nothing is there to answer."""
 
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def silent_port() -> Iterator[int]:
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What commands set for Ray is undone."""
+    """What commands set for Ray is undone; other tests of this process may have imported it."""
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
         monkeypatch.setenv(name, "")

@@ -1,0 +1,126 @@
+"""Requests sent one by one: their order, their times, the number in flight."""
+
+import queue
+import threading
+import time
+
+import pytest
+
+from llem_ray.backends.load_generator import LoadGenerator
+from llem_ray.core.backend import BackendConfig, LoadSchedule, Request, RequestRecord, StepEvent
+from llem_ray.core.errors import GenerationError
+from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
+from llem_ray.testing.backend import FakeBackend
+
+MS = 1_000_000
+WAIT_S = 20.0
+
+
+def some(count: int, new_tokens: int = 4) -> list[Request]:
+    return [Request(request_id=str(i), prompt_token_ids=(1, 5 + i), max_new_tokens=new_tokens) for i in range(count)]
+
+
+def fake(**arguments: object) -> FakeBackend:
+    engine = EngineSpec(backend="fake", engine_args=arguments)
+    backend = FakeBackend(
+        BackendConfig(model=ModelSpec(config="x"), engine=engine, device="cpu", host="h", base_dir=".", cache_dir=".")
+    )
+    backend.load()
+    return backend
+
+
+class TestOpenLoop:
+    def test_none_goes_before_its_time_and_answers_are_not_waited_for(self) -> None:
+        arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        due_ms = (0, 10, 10, 30)
+        generator = LoadGenerator(some(4), LoadSchedule(send_at_ns=tuple(t * MS for t in due_ms)), arrived.put)
+        generator.start()
+        got = [arrived.get(timeout=WAIT_S).request_id for _ in range(4)]
+        assert got == ["0", "1", "2", "3"]
+        for name, t in zip(got, due_ms, strict=True):
+            sent = generator.done(name)
+            assert sent.scheduled_ns == generator.begin_ns + t * MS
+            assert sent.scheduled_ns <= sent.queued_ns <= sent.sent_ns
+        generator.stop()
+
+    def test_a_limit_in_flight_delays_and_the_delay_shows(self) -> None:
+        arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        generator = LoadGenerator(some(2), LoadSchedule(send_at_ns=(0, 0), max_in_flight=1), arrived.put)
+        generator.start()
+        arrived.get(timeout=WAIT_S)
+        time.sleep(0.02)
+        assert generator.sent == 1
+        generator.done("0")
+        arrived.get(timeout=WAIT_S)
+        sent = generator.done("1")
+        assert sent.scheduled_ns == generator.begin_ns
+        assert sent.sent_ns - sent.scheduled_ns >= 20 * MS
+
+
+class TestClosedLoop:
+    def test_never_more_in_flight_than_allowed(self) -> None:
+        in_flight, most, lock = set[str](), 0, threading.Lock()
+        arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+
+        def submit(request: Request) -> None:
+            nonlocal most
+            with lock:
+                in_flight.add(request.request_id)
+                most = max(most, len(in_flight))
+            arrived.put(request)
+
+        generator = LoadGenerator(some(50), LoadSchedule(max_in_flight=3), submit)
+        generator.start()
+        before_ns = generator.begin_ns
+        for _ in range(50):
+            name = arrived.get(timeout=WAIT_S).request_id
+            with lock:
+                in_flight.remove(name)
+            sent = generator.done(name)
+            assert before_ns <= sent.scheduled_ns <= sent.sent_ns
+        assert most == 3
+        generator.stop()
+
+
+class TestEnds:
+    def test_stop_ends_a_long_wait(self) -> None:
+        generator = LoadGenerator(some(1), LoadSchedule(send_at_ns=(3_600_000 * MS,)), lambda _: None)
+        generator.start()
+        generator.stop()
+        assert not generator._thread.is_alive()
+        assert generator.sent == 0
+
+    def test_an_engine_that_refuses_is_told(self) -> None:
+        def submit(_: Request) -> None:
+            raise ValueError("full")
+
+        generator = LoadGenerator(some(2), LoadSchedule(max_in_flight=2), submit)
+        generator.start()
+        generator._thread.join(WAIT_S)
+        with pytest.raises(GenerationError, match="full"):
+            generator.check()
+
+    @pytest.mark.parametrize("schedule", [LoadSchedule(send_at_ns=(0,)), LoadSchedule(max_in_flight=0)])
+    def test_an_impossible_schedule_is_refused(self, schedule: LoadSchedule) -> None:
+        with pytest.raises(GenerationError):
+            LoadGenerator(some(2), schedule, lambda _: None)
+
+
+def test_the_fake_engine_batches_continuously() -> None:
+    backend = fake(max_sequences=2, prefill_ms=1.0, decode_ms=1.0)
+    events = list(backend.run(some(5), SamplingSpec(), LoadSchedule(max_in_flight=4)))
+    records = {event.request_id: event for event in events if isinstance(event, RequestRecord)}
+    steps = [event for event in events if isinstance(event, StepEvent)]
+    assert set(records) == set("01234")
+    assert all(record.output_tokens == 4 for record in records.values())
+    assert sum(step.decode_tokens for step in steps) == 20
+    assert sum(step.prefill_tokens for step in steps) == 10
+    assert max(step.decode_tokens for step in steps) == 2
+    batched = [event for event in backend.run(some(5), SamplingSpec()) if isinstance(event, RequestRecord)]
+    assert {r.request_id: r.output_token_ids for r in batched} == {k: r.output_token_ids for k, r in records.items()}
+
+
+def test_the_fake_engine_fails_on_demand_online() -> None:
+    backend = fake(fail={"kind": "generation"})
+    with pytest.raises(GenerationError, match="told to fail"):
+        list(backend.run(some(4), SamplingSpec(), LoadSchedule(max_in_flight=2)))
