@@ -47,7 +47,7 @@ SILENT_PATIENCE_S: Final = 60.0
 CONTEXT_BYTES: Final = 200e6
 """Memory that samples of nodes outside a gang may take while a trial goes on."""
 ROW_BYTES: Final = 40
-ADVANCE_S: Final = 20.0
+ADVANCE_S: Final = 10.0
 """Devices outside any gang are accounted for this often, host after host."""
 FIRST_S: Final = 30.0
 """By then it is known when start-up ended."""
