@@ -41,7 +41,7 @@ LOG = logging.getLogger(__name__)
 
 PUMP_S: Final = 1.0
 PATIENCE_S: Final = 10.0
-"""Samples that have not come by then are counted as lost; what is there decides."""
+"""Samples that a host which answers has not handed out by then are counted as lost; what is there decides."""
 SILENT_PATIENCE_S: Final = 60.0
 """The same where a host is silent but not given up: a link that heals brings them after all."""
 CONTEXT_BYTES: Final = 200e6
@@ -301,7 +301,7 @@ class Bookkeeper:
         """Account for devices that are in no gang, so that their samples need not be kept; a few hosts at a time."""
         for host in self._turns.take(self._meter.hosts, now_ns):
             sampled_ns = self._meter.sampled_until(host) or 0
-            until_ns = max(now_ns - ns_from_s(PATIENCE_S), min(now_ns, sampled_ns))
+            until_ns = max(self._meter.heard_ns(host) - ns_from_s(PATIENCE_S), min(now_ns, sampled_ns))
             self._nobodys.extend(self._ledger.advance(host, until_ns))
             self._trim(host)
         self._flush_nobodys()
@@ -370,10 +370,14 @@ class Bookkeeper:
         hosts = None if event.gang is None else event.gang.hosts
         if isinstance(event, AttemptEnded) and event.gang is None:
             return True
-        silent = any(self._meter.is_silent(host) for host in hosts or ())
-        patience_s = SILENT_PATIENCE_S if silent else PATIENCE_S
-        overdue = self._clock.monotonic_ns() > event.needs_ns + patience_s * NS_PER_S
-        return overdue or self._meter.is_sampled_until(event.needs_ns, hosts)
+        if self._meter.is_sampled_until(event.needs_ns, hosts):
+            return True
+        now_ns = self._clock.monotonic_ns()
+        if any(self._meter.is_silent(host) for host in hosts or ()):
+            return now_ns > event.needs_ns + SILENT_PATIENCE_S * NS_PER_S
+        answering = (host for host in (self._meter.hosts if hosts is None else hosts) if not self._meter.is_silent(host))
+        heard_ns = min(map(self._meter.heard_ns, answering), default=now_ns)
+        return heard_ns > event.needs_ns + PATIENCE_S * NS_PER_S
 
     def _handle(self, event: Event) -> None:
         match event:

@@ -52,6 +52,8 @@ class _Link:
     node: Node
     sampler: Sampler
     info: SamplerInfo
+    answered_ns: int
+    """When its latest answer came, on the run driver's clock."""
     after_seq: int = 0
     pending: Call[Fetched] | None = None
     sent_ns: int = 0
@@ -195,6 +197,14 @@ class Meter(SampledHosts):
         links = self._links_of.get(host, ())
         return any(link.unanswered_ns is not None and now_ns - link.unanswered_ns > LATE_S * NS_PER_S for link in links)
 
+    def heard_ns(self, host: str) -> int:
+        """By when all samplers of the host had answered, on the run driver's clock; now, where nobody samples it any more.
+
+        It may be a while ago without anybody's fault but ours: a run driver that is held up asks late.
+        """
+        now_ns = self._clock.monotonic_ns()
+        return min((link.answered_ns for link in self._links_of.get(host, ())), default=now_ns)
+
     def sampler_of(self, host: str) -> Sampler | None:
         """A sampler of the host."""
         return next((link.sampler for link in self._links_of.get(host, ())), None)
@@ -301,6 +311,7 @@ class Meter(SampledHosts):
         )
         link.fresh = False
         link.unanswered_ns = None
+        link.answered_ns = answered_ns
         self._starter.settle(link.node.node_id)
         self.clocks.add(link.host, exchange)
         taken = []
@@ -403,7 +414,7 @@ class Meter(SampledHosts):
             self._known.setdefault(info.node, SampledHost(TraceBuffer(), {})).take(self._key(info), info)
             self.samples_per_s = sum(known.samples_per_s for known in self._known.values())
             self._gpu_hosts |= {device.uuid: info for device in info.devices if device.scope in GPU_SCOPES}
-            link = self._links[one.node.node_id] = _Link(one.node, one.sampler, info)
+            link = self._links[one.node.node_id] = _Link(one.node, one.sampler, info, one.exchange.answered_ns)
             self._links_of[info.node] = (*self._links_of.get(info.node, ()), link)
         self._on_sampler(info)
 
