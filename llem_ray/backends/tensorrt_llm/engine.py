@@ -67,7 +67,8 @@ class Engine:
         self.context_tokens = int(prepared.arguments.get("max_seq_len") or UNLIMITED_CONTEXT_TOKENS)
         self.vocab_size = int(prepared.model_config.get_text_config().vocab_size)
         count = config.engine.world_size
-        self.worker_pids = {} if runs_in_this_process(count) else dict(workers.ranked(started))
+        self.in_this_process = runs_in_this_process(count)
+        self.worker_pids = {} if self.in_this_process else dict(workers.ranked(started))
         self.ranks = tuple(
             Rank(rank=rank, host=config.host, pid=self.worker_pids.get(rank, os.getpid()), gpu_uuid=prepared.gpus[rank].uuid)
             for rank in range(count)
@@ -134,7 +135,8 @@ class Engine:
         self._loop.stop()
         shut_down(self._llm, self._processes)
         del self._llm, self._tokenizer
-        release_memory()
+        if self.in_this_process:
+            release_memory()
 
     def _online(self, stream: Stream, requests: Sequence[Request]) -> Iterator[StepEvent | RequestRecord]:
         records = []
@@ -200,7 +202,8 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
             engine.close()
         else:
             shut_down(llm, workers.descendants() - before)
-            release_memory()
+            if runs_in_this_process(config.engine.world_size):
+                release_memory()
         raise _load_failure(source, error) from error
     finished_s = time.monotonic()
     parameters = known_parameters(prepared.model_config, trust_remote_code=config.model.trust_remote_code)
@@ -233,7 +236,7 @@ def shut_down(llm: Any, processes: frozenset[int]) -> None:
 
 
 def release_memory() -> None:
-    """Give this process's share of the devices back."""
+    """Give back what a worker in this process held on the device."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -275,7 +278,7 @@ def _notes(engine: Engine, config: BackendConfig, prepared: Prepared, tokenizer_
     on_pytorch = own_args(config).backend == "pytorch"
     if engine.worker_pids:
         where = "in processes of their own"
-    elif runs_in_this_process(config.engine.world_size):
+    elif engine.in_this_process:
         where = "in the engine's process"
     else:
         where = "in processes of their own, whose ids MPI does not tell; the engine's process stands for them"
