@@ -167,10 +167,10 @@ def test_a_worker_that_dies_ends_the_engine(make: Any, library: Any) -> None:
 
 
 def test_silence_has_a_deadline(make: Any, library: Any) -> None:
-    backend = make({"step_timeout_s": 0.2})
+    backend = make({"step_timeout_s": 1})
     backend.load()
     library.hang_at_token = 2
-    with pytest.raises(HangError, match=r"no token for 0\.2 s"):
+    with pytest.raises(HangError, match="no token for 1 s"):
         run(backend)
     with pytest.raises(EngineDied, match="can serve no more"):
         run(backend)
@@ -258,10 +258,11 @@ def test_answers_are_kept_where_the_statistics_are_unusable(make: Any, library: 
 def test_a_run_given_up_in_its_middle_is_aborted(make: Any, library: Any) -> None:
     backend = make(online=True)
     backend.load()
-    requests = [request(200, name="long"), request(2, name="short")]
-    events = backend.run(requests, SamplingSpec(), LoadSchedule())
+    library.hang_at_token = 5  # an aborted request ends in spite of it
+    events = backend.run([request(200, name="long"), request(2, name="short")], SamplingSpec(), LoadSchedule())
     assert next(events).request_id == "short"
     events.close()
+    library.hang_at_token = None
     assert not backend._engine._llm._running
     assert run(backend)[0].output_tokens == 4
 

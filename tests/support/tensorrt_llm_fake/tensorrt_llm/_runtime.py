@@ -180,7 +180,7 @@ class LLM:
         self._workers = self._start_workers(tensor_parallel_size * self._args.pipeline_parallel_size)
         self._ring: deque[dict[str, Any]] = deque(maxlen=getattr(self._args, "max_stats_len", 1000))
         self._stats: queue.Queue[dict[str, Any]] | None = None
-        self._stats_are_for_threads, self._stats_done = False, False
+        self._stats_are_for_threads = self._stats_done = self._handing_out = False
         self._pending: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
         self._running: list[RequestOutput] = []
         self._closing, self._iterations, self._requests = threading.Event(), 0, 0
@@ -259,7 +259,8 @@ class LLM:
             try:
                 found.append(self._stats.get(timeout=timeout))
             except queue.Empty:
-                self._stats_done = True
+                # A busy machine may stop the threads of this stand-in for long; the real ones are in processes of their own.
+                self._stats_done = not (self._ring or self._running or self._handing_out)
         return found
 
     def shutdown(self) -> None:
@@ -315,6 +316,7 @@ class LLM:
         return new, decoding, waiting_s, datetime.now()
 
     def _hand_out(self, new: list[RequestOutput], decoding: list[RequestOutput], waiting_s: float, begun: datetime) -> None:
+        self._handing_out = True
         for request in new + decoding:
             self._answer(request)
         self._iterations += 1
@@ -329,6 +331,7 @@ class LLM:
             self._ring.append(
                 row | {"timestamp": stamp, "iter": self._iterations, "iterLatencyMS": 1e3 * (time.time() - waiting_s)}
             )
+        self._handing_out = False
 
     def _answer(self, request: RequestOutput) -> None:
         if request not in self._running or (request._produced == BEHAVIOUR.hang_at_token and not request._aborted):
