@@ -143,6 +143,21 @@ def test_every_worker_is_told_with_its_process_and_gpu_and_is_gone_after_close(m
     assert not any(workers.is_alive(rank.pid) for rank in ranks)
 
 
+def test_a_check_before_gpus_are_leased_looks_at_the_node_s_but_loads_on_none(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    backend = make()
+    backend.check()
+    backend.close()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    with pytest.raises(PluginError, match="no GPU was leased"):
+        backend.load()
+    backend.close()
+    larger = make(tensor_parallel=4)
+    with pytest.raises(PluginError, match="needs 4 NVIDIA GPUs, 2 can be used here"):
+        larger.check()
+    larger.close()
+
+
 def test_one_worker_may_be_in_this_process(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TLLM_WORKER_USE_SINGLE_PROCESS", "1")
     backend = make()

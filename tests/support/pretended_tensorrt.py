@@ -6,6 +6,7 @@ Nothing of torch is touched: the engine asks a ``Machine`` for Python and GPUs, 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ class PretendedMachine:
         return self.version
 
     def gpus(self) -> tuple[Gpu, ...]:
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            return ()
         return tuple(Gpu(name="Pretended GPU", uuid=uuid, capability=self.capability) for uuid in UUIDS[: self.count])
 
 
@@ -56,12 +59,15 @@ def fake_tensorrt(gpus: int = GPUS) -> Iterator[Any]:
     """Makes `tensorrt_llm` importable; yields what tells it how to behave. Afterwards it is gone, and what imported it."""
     sys.path.insert(0, FOLDER)
     importlib.invalidate_caches()
+    visible = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     try:
         behaviour = importlib.import_module("tensorrt_llm._runtime").BEHAVIOUR
         behaviour.reset()
         behaviour.gpus = gpus
         yield behaviour
     finally:
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
         sys.path.remove(FOLDER)
         ours = ("llem_ray.backends.tensorrt_llm.engine", "llem_ray.backends.tensorrt_llm.preparing")
         for name in [name for name in sys.modules if name in ours or name.partition(".")[0] == "tensorrt_llm"]:

@@ -52,6 +52,8 @@ class TensorrtBackend:
     def load(self) -> LoadReport:
         """Build the engine, start its workers and run one short request."""
         prepared, self._prepared = self._prepared or self._prepare(), None
+        if self._environment.shows_foreign_gpus:
+            raise PluginError("no GPU was leased for the tensorrt engine", "leave out engine.gpus, or set it to 1 or more")
         self._close_engine()
         engine = import_module("llem_ray.backends.tensorrt_llm.engine")
         report: LoadReport
@@ -99,9 +101,11 @@ class TensorrtBackend:
         require_python(self._machine.python())
         _require_packages()
         source = find_model(self._config.model, self._config.base_dir)
-        gpus = self._machine.gpus()
-        require_gpus(gpus, self._config.engine.world_size)
         self._environment.apply()
+        gpus = self._machine.gpus()
+        if self._environment.shows_foreign_gpus:  # which of the node's the gang will get is not known yet
+            gpus = tuple(sorted(gpus, key=lambda gpu: gpu.capability, reverse=True))
+        require_gpus(gpus, self._config.engine.world_size)
         begin_s = time.monotonic()
         try:
             import_module("llem_ray.backends.tensorrt_llm.engine")

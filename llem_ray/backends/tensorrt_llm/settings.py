@@ -26,6 +26,8 @@ KEPT: Final = ("PMIX_MCA_",)
 TAKEN_OUT: Final = ("TLLM_DISABLE_MPI", "RAY_LOCAL_WORLD_SIZE")
 """The first turns the workers over to Ray, the second switches TensorRT-LLM's count of GPUs off."""
 
+VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+
 SINGLE_PROCESS: Final = "TLLM_WORKER_USE_SINGLE_PROCESS"
 
 
@@ -35,8 +37,18 @@ class WorkerEnvironment:
     def __init__(self) -> None:
         self._taken: dict[str, str] = {}
 
+    @property
+    def shows_foreign_gpus(self) -> bool:
+        """Whether GPUs were hidden from this process, which therefore must not use those it sees now."""
+        return VISIBLE in self._taken
+
     def apply(self) -> None:
-        """To be called before TensorRT-LLM is imported: the import initialises MPI."""
+        """To be called before TensorRT-LLM is imported: the import initialises MPI.
+
+        A check before there is a gang runs in a process that Ray shows no GPU; TensorRT-LLM cannot even judge arguments there.
+        """
+        if os.environ.get(VISIBLE) == "":
+            self._taken[VISIBLE] = os.environ.pop(VISIBLE)
         for name in list(os.environ):
             launcher = name.startswith(LAUNCHERS) and not name.startswith(KEPT)
             if launcher or name in TAKEN_OUT:
