@@ -349,12 +349,19 @@ def test_another_version_of_the_library_is_refused(make: Any, tmp_path: Path, mo
         make().check()
 
 
-def test_an_import_that_fails_is_one_error_with_the_command(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "llem_ray.backends.tensorrt_llm.engine", raising=False)
-    monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
-    with pytest.raises(PluginError, match=r"needs tensorrt_llm|cannot be imported") as caught:
-        make().check()
-    assert "llem-ray[tensorrt-llm]" in str(caught.value.hint)
+def test_a_library_that_cannot_be_imported_is_one_error_with_the_command(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = make()
+    (tmp_path / "tensorrt_llm").mkdir()
+    (tmp_path / "tensorrt_llm" / "__init__.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ours = ("llem_ray.backends.tensorrt_llm.engine", "llem_ray.backends.tensorrt_llm.preparing")
+    for name in [name for name in sys.modules if name in ours or name.partition(".")[0] == "tensorrt_llm"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(PluginError, match=r"cannot be imported: libcuda\.so\.1") as caught:
+        backend.check()
+    assert "pip install 'llem-ray[tensorrt-llm]'" in str(caught.value.hint)
 
 
 def test_rotary_settings_that_transformers_4_overlooks_are_refused(library: Any) -> None:
