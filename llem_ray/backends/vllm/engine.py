@@ -28,6 +28,7 @@ with warnings.catch_warnings():
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.cache_file import write_atomically
 from llem_ray.backends.engine_args import FIELD
+from llem_ray.backends.memory_need import require_fit
 from llem_ray.backends.model_config import count_parameters, first_line, load_error, quieten, read_model_config, weight_dtype
 from llem_ray.backends.model_source import ModelSource, model_commit
 from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
@@ -195,6 +196,9 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         raise LoadError("another vLLM engine is loaded in this process", "close it first: vLLM's state is one for the process")
     begin_s = time.monotonic()
     source = prepared.source
+    if config.device == "cuda":
+        memory_bytes = int(current_platform.get_device_total_memory())
+        require_fit(config, prepared.model_config.to_dict(), memory_bytes, random=source.random)
     started: LLMEngine | None = None
     engine: Engine | None = None
     try:
