@@ -66,15 +66,16 @@ def _loads(plan: Plan, memory: Sequence[LoadMemory]) -> Table:
     table.add_column("engine", overflow="fold")
     table.add_column("dtype")
     table.add_column("GPUs", justify="right")
-    table.add_column("memory per device", justify="right")
+    if memory:
+        table.add_column("memory", justify="right")
     table.add_column("trials", justify="right")
     for number, group in enumerate(plan.groups[:SHOWN_LOADS], start=1):
         experiment = group.experiment
         model = experiment.model
         random = " (random weights)" if model.config is not None or model.weights == "random" else ""
         name = f"{model.id or model.config}{f'@{model.revision}' if model.revision else ''}{random}"
-        need = _need(memory[number - 1]) if memory else "unknown"
-        row = (str(number), Text(name), Text(_engine(group)), model.dtype, str(group.gpus), need, str(len(group.trials)))
+        need = (_need(memory[number - 1]),) if memory else ()
+        row = (str(number), Text(name), Text(_engine(group)), model.dtype, str(group.gpus), *need, str(len(group.trials)))
         table.add_row(*row)
     if len(plan.groups) > SHOWN_LOADS:
         table.add_row("", f"... and {count_noun(len(plan.groups) - SHOWN_LOADS, 'more load')}")
@@ -86,8 +87,8 @@ def _need(memory: LoadMemory) -> str:
     if need is None:
         return "unknown"
     if need.estimate_bytes is not None:
-        return f"about {size_text(need.estimate_bytes)}"
-    return f"over {size_text(need.lower_bytes)}" if need.lower_bytes else "unknown"
+        return size_text(need.estimate_bytes)
+    return f"> {size_text(need.lower_bytes)}" if need.lower_bytes else "unknown"
 
 
 def _memory(memory: Sequence[LoadMemory]) -> list[Text]:
@@ -101,7 +102,7 @@ def _memory(memory: Sequence[LoadMemory]) -> list[Text]:
         elif item.need is None:
             lines.append(Text(f"Memory: load {number} unknown: {item.unknown}"))
         elif number <= SHOWN_NEEDS:
-            lines.append(Text(f"Memory: load {number}: {item.need.arithmetic}"))
+            lines.append(Text(f"Memory: load {number}, on each {item.need.device}: {item.need.arithmetic}"))
     return lines
 
 
