@@ -24,7 +24,7 @@ from llem_ray.reporting.numbers import count_noun
 
 
 @click.command()
-@click.argument("sweep", type=SWEEP, required=False)
+@click.argument("sweep", type=SWEEP, default=None)
 @SET
 @AS_JSON
 @ADDRESS
