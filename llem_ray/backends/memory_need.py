@@ -124,6 +124,7 @@ def estimate_need(
     *,
     on_gpu: bool,
     random: bool,
+    unquantised: bool = False,
 ) -> MemoryNeed:
     """The need of a load group on each of its devices.
 
@@ -137,8 +138,11 @@ def estimate_need(
         experiments: Those of the group; they agree in model and engine.
         on_gpu: The gang runs on GPUs.
         random: Weights are drawn, not read.
+        unquantised: A checkpoint without a word on quantisation in its config has none elsewhere either. Where neither that nor
+            the checkpoint is known, its weights have no lower bound: vLLM and TensorRT-LLM read `hf_quant_config.json`, too.
     """
-    group = _Group(config, shape, stored, tuple(experiments), on_gpu, random)
+    certain = unquantised or random or experiments[0].engine.backend == "transformers"
+    group = _Group(config, shape, stored, tuple(experiments), on_gpu, random, certain)
     parts = [group.weights(), group.cache(), group.activations()]
     if on_gpu:
         text = f"about {size_text(CUDA_CONTEXT_BYTES)}"
@@ -148,6 +152,8 @@ def estimate_need(
 
 def require_fit(config: BackendConfig, values: Mapping[str, Any], memory_bytes: int, *, random: bool) -> None:
     """Refuse a model that cannot fit, where its engine has read the config and loads the weights next.
+
+    Not to be asked for a checkpoint that is quantised by anything but the config's word.
 
     Args:
         config: Of the engine.
@@ -162,7 +168,8 @@ def require_fit(config: BackendConfig, values: Mapping[str, Any], memory_bytes: 
     if shape is None:
         return
     experiment = Experiment(model=config.model, engine=config.engine, workload=WorkloadSpec(input_tokens=1, output_tokens=1))
-    need = estimate_need(values, shape, None, [experiment], on_gpu=config.device == "cuda", random=random)
+    on_gpu = config.device == "cuda"
+    need = estimate_need(values, shape, None, [experiment], on_gpu=on_gpu, random=random, unquantised=True)
     if reason := need.refusal(memory_bytes):
         raise DeviceMemoryError(f"{model_name(config.model)} {reason}", REMEDY)
 
@@ -195,6 +202,7 @@ class _Group:
     experiments: tuple[Experiment, ...]
     on_gpu: bool
     random: bool
+    unquantised: bool
 
     @property
     def share(self) -> float:
@@ -253,7 +261,7 @@ class _Group:
         method, bits = weight_bits(self.config, self.experiments[0].model)
         if method is not None and (self.stored is None or not self.stored.packed_bytes):
             return self._quantised_weights(method, bits)
-        if self.stored is not None and (size is None or count is None or method is not None):
+        if self.stored is not None and (size is None or count is None or self.stored.packed_bytes):
             stored = self.stored.loaded_bytes(size)
             return stored, True, f"{size_text(stored)} in the checkpoint's tensors"
         if count is None:
@@ -262,7 +270,12 @@ class _Group:
             return 2 * count, False, f"{count:,} parameters x 2 B (nothing names their format)"
         if size == 4 and self._backend == "tensorrt":
             size = 2  # it computes in 16 bits at most
-        return count * size, True, f"{count:,} parameters x {size} B"
+        certain = self.unquantised or self.stored is not None
+        return (
+            count * size,
+            certain,
+            f"{count:,} parameters x {size} B{'' if certain else ', unless the checkpoint is quantised'}",
+        )
 
     def _quantised_weights(self, method: str, bits: int | None) -> tuple[int | None, bool, str]:
         count = self.shape.parameters
@@ -311,8 +324,11 @@ class _Group:
     def _cache_bytes(self) -> tuple[float, bool]:
         """Size of a number in the cache, and whether that is a bound."""
         size = self._element_bytes or 2
-        if weight_bits(self.config, self.experiments[0].model)[0] is not None:
-            return min(size, 1), True  # a checkpoint may ask for an 8-bit cache
+        packed = self.stored is not None and self.stored.packed_bytes > 0
+        if packed or weight_bits(self.config, self.experiments[0].model)[0] is not None:
+            return min(size, 1), True  # a quantised checkpoint may ask for an 8-bit cache
+        if not self.unquantised and self.stored is None:
+            return size, False
         named = self._args.get("kv_cache_dtype", "auto")
         inner = self._args.get("kv_cache_config")
         if self._backend == "tensorrt" and isinstance(inner, Mapping):

@@ -212,8 +212,8 @@ def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
 
 
 def _remote_code(config: Mapping[str, Any]) -> bool:
-    """The architecture is whatever the code that comes with the model makes of it."""
-    return "AutoModelForCausalLM" in (config.get("auto_map") or {}) and str(config.get("model_type")) not in _FAMILIES
+    """The architecture is whatever the code that comes with the model makes of it; DeepSeek's is that of transformers."""
+    return "AutoModelForCausalLM" in (config.get("auto_map") or {}) and config.get("model_type") != "deepseek_v3"
 
 
 def _number(config: Mapping[str, Any], name: str) -> int | None:

@@ -196,7 +196,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         raise LoadError("another vLLM engine is loaded in this process", "close it first: vLLM's state is one for the process")
     begin_s = time.monotonic()
     source = prepared.source
-    if config.device == "cuda":
+    if config.device == "cuda" and prepared.vllm_config.model_config.quantization is None:
         memory_bytes = int(current_platform.get_device_total_memory())
         require_fit(config, prepared.model_config.to_dict(), memory_bytes, random=source.random)
     started: LLMEngine | None = None

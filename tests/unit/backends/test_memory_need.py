@@ -21,13 +21,14 @@ def need_of(
     stored: StoredWeights | None = None,
     model: ModelSpec | None = None,
     on_gpu: bool = True,
+    unquantised: bool = True,
     **engine: object,
 ) -> MemoryNeed:
     shape = read_shape(config)
     assert shape is not None
     spec = EngineSpec(**({"backend": "transformers"} | engine))
     cells = [Experiment(model=model or ModelSpec(id="m"), engine=spec, workload=work) for work in workloads or (WorkloadSpec(),)]
-    return estimate_need(config, shape, stored, cells, on_gpu=on_gpu, random=False)
+    return estimate_need(config, shape, stored, cells, on_gpu=on_gpu, random=False, unquantised=unquantised)
 
 
 def part(need: MemoryNeed, name: str) -> tuple[int, int | None]:
@@ -146,6 +147,18 @@ def test_quantised_weights() -> None:
     assert part(deepseek, "weights")[0] == 671_026_404_352 // 8
     # The latent is on every rank, in 8 bits at least: 61 x 576 x 32 tokens.
     assert part(deepseek, "KV cache")[0] == 61 * 576 * 32
+
+
+def test_a_checkpoint_that_may_be_quantised_has_no_bound_until_its_files_are_known() -> None:
+    unseen = need_of(models.LLAMA_3_70B, backend="vllm", unquantised=False)
+    assert part(unseen, "weights") == (0, 141_107_412_992)
+    assert "unless the checkpoint is quantised" in (unseen.doubt(H100) or "")
+    assert need_of(models.LLAMA_3_70B, unquantised=False).refusal(H100) is not None
+    packed = StoredWeights(float_numbers=10**9, float_bytes=2 * 10**9, packed_bytes=35 * GB)
+    seen = need_of(models.LLAMA_3_70B, stored=packed, backend="vllm", unquantised=False)
+    assert part(seen, "weights") == (37 * GB, 37 * GB)
+    plain = StoredWeights(float_numbers=70_553_706_496, float_bytes=141_107_412_992, packed_bytes=0)
+    assert need_of(models.LLAMA_3_70B, stored=plain, backend="vllm", unquantised=False).refusal(H100) is not None
 
 
 def test_an_unknown_architecture_is_bounded_by_its_checkpoint_alone() -> None:
