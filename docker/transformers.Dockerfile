@@ -57,7 +57,7 @@ LABEL org.opencontainers.image.title="llem-ray, transformers" \
 USER 10001:10001
 WORKDIR /home/llem
 # One grep a minute: a check that starts Python would show in the energy of an idle node.
-HEALTHCHECK --interval=60s --timeout=5s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=60s --timeout=5s --start-period=60s --start-interval=5s --retries=3 \
     CMD ["sh", "-c", "grep -qsx raylet /proc/[0-9]*/comm"]
 ENTRYPOINT ["start-node"]
 CMD ["worker"]
