@@ -19,6 +19,7 @@ from llem_ray.execution.bookkeeper import Bookkeeper
 from llem_ray.execution.calls import Executor, Gang, Leased, Loaded, TrialOrder
 from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.interrupts import Aborted
+from llem_ray.execution.memory import require_placed
 from llem_ray.execution.meter import Meter
 from llem_ray.execution.placement import guard_s, place_gang
 from llem_ray.execution.policy import FailurePolicy
@@ -281,6 +282,7 @@ class GangLane:
             record = self._record = self._make_record(name, workers)
             run.book.add(GangPlaced(lane=self._name, gang=record))
             self._cover("startup")
+            require_placed(self._group, run.plan.base_dir, [item.device for item in record.devices])
             self._idle(record, "bare_idle", measure.idle_baseline_s)
             begin_ns = run.clock.monotonic_ns()
             run.book.phase = "load"

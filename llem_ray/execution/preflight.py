@@ -10,6 +10,7 @@ from llem_ray.core.errors import PlacementError
 from llem_ray.core.plan import Plan
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
+from llem_ray.execution.memory import local_devices, require_memory
 from llem_ray.workloads.prompts import load_prompts
 
 
@@ -35,7 +36,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) ->
     Raises:
         PluginError: An engine is unknown or not installed; the hint is the pip command.
         ConfigError: An engine argument, a model, a prompts file or an interpreter is wrong.
-        PlacementError: A gang needs more GPUs than there are.
+        PlacementError: A gang needs more GPUs than there are, or a model more memory than they have.
     """
     check_prompts(plan)
     for group in plan.groups:
@@ -46,6 +47,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) ->
                 "set engine.device: cpu, or run it where the GPUs are",
             )
         check_group(group, plan.base_dir, cache_dir, alone=alone)
+    require_memory(plan.groups, plan.base_dir, local_devices())
 
 
 def process_start_ns() -> int:

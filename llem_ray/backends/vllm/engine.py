@@ -25,6 +25,7 @@ with warnings.catch_warnings():
 
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.engine_args import FIELD
+from llem_ray.backends.memory_need import require_fit
 from llem_ray.backends.model_config import (
     first_line,
     known_parameters,
@@ -200,6 +201,9 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         raise LoadError("another vLLM engine is loaded in this process", "close it first: vLLM's state is one for the process")
     begin_s = time.monotonic()
     source = prepared.source
+    if config.device == "cuda" and prepared.vllm_config.model_config.quantization is None:
+        memory_bytes = int(current_platform.get_device_total_memory())
+        require_fit(config, prepared.model_config.to_dict(), memory_bytes, random=source.random)
     started: LLMEngine | None = None
     engine: Engine | None = None
     try:
