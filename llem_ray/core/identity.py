@@ -38,7 +38,7 @@ def plain(value: Any, *, hashed: bool = False) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text. Fields that were added later count only where they are set.
+    """JSON with sorted keys and no spaces: equal values give equal text. Fields that came later count only where they are set.
 
     Raises:
         ValueError: A number is not finite.
@@ -58,6 +58,6 @@ def cell_id(experiment: Experiment) -> str:
 
 
 def load_key(model: ModelSpec, engine: EngineSpec, *, online: bool = False) -> str:
-    """16 hex digits over all that needs another load when it changes: model, backend, device, parallelism, engine args, serving."""
+    """16 hex digits over all that needs another load: model, backend, device, parallelism, engine args, serving online."""
     key = {"model": model, "engine": engine} | ({"online": True} if online else {})
     return digest(canonical_json(key), 16)
