@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -133,7 +134,9 @@ def count_inside(records: Sequence[RequestRecord], begin_ns: int, end_ns: int) -
         succeeded=sum(map(succeeded, ended)),
         prompt_tokens=sum(record.prompt_tokens for record in begun),
         padded_tokens=sum(record.padded_tokens for record in begun),
-        output_tokens=sum(begin_ns < time_ns <= end_ns for record in records for time_ns in record.token_times_ns),
+        output_tokens=sum(
+            bisect_right(record.token_times_ns, end_ns) - bisect_right(record.token_times_ns, begin_ns) for record in records
+        ),
     )
 
 
