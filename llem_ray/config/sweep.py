@@ -14,7 +14,7 @@ from llem_ray.config.expansion import Expansion, check_size, refuse_hidden_overr
 from llem_ray.config.file import NAME_PATTERN, read_top_level
 from llem_ray.config.overrides import apply_overrides
 from llem_ray.config.patches import read_patch
-from llem_ray.config.rules import broken_window
+from llem_ray.config.rules import broken_measure, broken_window
 from llem_ray.core.spec import Cell, MeasureSpec, Sweep
 
 
@@ -39,7 +39,7 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
     refuse_hidden_overrides(document, axes, experiments)
     check_size(document, axes, experiments, file.max_cells)
     expanded = Expansion(document, base, rules).expand(axes, experiments)
-    _check_windows(document, file.measure, expanded.cells)
+    _check_measure(document, file.measure, expanded.cells)
     return Sweep(
         name=file.name or _name_from(path, document),
         schema_version=file.schema_version,
@@ -54,8 +54,11 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
     )
 
 
-def _check_windows(document: Document, measure: MeasureSpec, cells: Sequence[Cell]) -> None:
-    """Refuse a window that a cell's workload cannot have."""
+def _check_measure(document: Document, measure: MeasureSpec, cells: Sequence[Cell]) -> None:
+    """Refuse what the measure section cannot ask for, of itself or of a cell's workload."""
+    alone = broken_measure(measure)
+    if alone is not None:
+        raise document.error(alone.path, alone.message, hint=alone.hint)
     for cell in {id(cell.experiment.workload): cell for cell in cells}.values():
         broken = broken_window(measure, cell.experiment.workload)
         if broken is not None:

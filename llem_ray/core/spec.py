@@ -30,6 +30,9 @@ OPEN_LOOPS: Final[frozenset[str]] = frozenset({"constant", "poisson", "gamma", "
 MLPERF_MIN_S: Final = 600.0
 """Shortest run of MLPerf Inference (``min_duration`` of its load generator)."""
 
+CV_BATCHES: Final = 5
+"""Warm-up batches whose step times are compared."""
+
 HASHED_IF_SET: Final = "hashed_if_set"
 
 
@@ -302,6 +305,12 @@ class MeasureSpec:
     def shortest_window_s(self) -> float:
         """How long a window must be at least, s."""
         return max(self.min_window_s, MLPERF_MIN_S) if self.window.rule == "mlperf" else self.min_window_s
+
+    def least_run_s(self, workload: WorkloadSpec) -> float:
+        """How long a trial of the workload runs at least, s: an open loop lasts as long as its arrivals do."""
+        rate_per_s = workload.load.rate_per_s
+        arrivals_s = workload.requests / rate_per_s if workload.requests and rate_per_s else 0.0
+        return max(self.shortest_window_s, arrivals_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

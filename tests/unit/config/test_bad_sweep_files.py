@@ -94,6 +94,15 @@ CASES = {
         "9 requests at 2/s last 4.5 s, the window needs 600 s",
         "set workload.requests to 1200 or more",
     ),
+    "open loop beyond the deadline": Bad(
+        TOP + "  workload: {requests: 900, load: {pattern: constant, rate_per_s: 0.5}}\n",
+        1,
+        "a trial takes 1800 s and more, its deadline is 1800 s",
+        "raise measure.trial_timeout_s",
+    ),
+    "warm-up limit under what is compared": Bad(
+        TOP + "measure: {warmup: {until_cv: 0.1, max_batches: 4}}\n", 4, "max_batches is at least 5", "raise it"
+    ),
     "cell with too few requests": Bad(
         TOP + "  workload: {requests: 9, load: {pattern: saturated}}\nsweep: {workload.load.concurrency: [2, 4]}\n",
         4,
