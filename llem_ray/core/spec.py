@@ -202,7 +202,7 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateSpec:
-    """Thresholds beyond which a window's energy is invalid."""
+    """Thresholds beyond which a window's energy is invalid, or flagged."""
 
     __pydantic_config__: ClassVar[Any] = _STRICT
 
@@ -299,7 +299,7 @@ class MeasureSpec:
     wait_for_nodes_s: Annotated[float, Ge(0)] = 0.0
     """How long an autoscaler may take to add nodes that the sweep needs and the cluster lacks; 0 refuses such a sweep at once."""
     gates: GateSpec = GateSpec()
-    """When a window's energy is invalid."""
+    """When a window's energy is invalid, or flagged."""
 
     @property
     def shortest_window_s(self) -> float:
