@@ -316,7 +316,9 @@ class _Group:
         """Sequences that are in the cache together, and tokens that each keeps: the last one is not fed back."""
         workload = experiment.workload
         tokens = _fixed(workload.input_tokens) + (_fixed(workload.output_tokens) - 1 if workload.ignore_eos else 0)
-        if self._backend != "transformers":
+        if workload.load.pattern == "trace":
+            tokens = 1  # the trace tells the lengths
+        if self._backend != "transformers" or workload.load.pattern != "batch":
             return 1, tokens  # a scheduler lets the others wait
         rows = min(workload.batch_size, workload.requests or workload.batch_size)
         return ceil(rows / experiment.engine.data_parallel), tokens

@@ -18,7 +18,7 @@ MAX_BYTES: Final = 100 * 2**20
 
 
 def pack_sweep(sweep: Sweep, folder: Path) -> None:
-    """Write the resolved sweep and copies of its prompt files and model configs to ``folder``.
+    """Write the resolved sweep and copies of its prompt files, traces and model configs to ``folder``.
 
     Files that lie beside or below the sweep file keep their relative path. Others get a new one, which the packed sweep names
     in place of theirs. A path that is absolute and not there is left as it is: it may be there where the sweep will run.
@@ -73,10 +73,12 @@ class _Packer:
         return replace(cell, experiment=replace(found, model=model, workload=workload))
 
     def _pack_workload(self, found: WorkloadSpec) -> WorkloadSpec:
-        path = found.prompts.path
-        if path is None:
-            return found
-        return replace(found, prompts=replace(found.prompts, path=self._pack("workload.prompts.path", path)))
+        prompts, trace = found.prompts.path, found.load.trace
+        if prompts is not None:
+            found = replace(found, prompts=replace(found.prompts, path=self._pack("workload.prompts.path", prompts)))
+        if trace is not None:
+            found = replace(found, load=replace(found.load, trace=self._pack("workload.load.trace", trace)))
+        return found
 
     def _pack_model(self, found: ModelSpec) -> ModelSpec:
         for field, text in (("model.id", found.id), ("model.tokenizer", found.tokenizer)):

@@ -11,17 +11,25 @@ from llem_ray.core.plan import Plan
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
 from llem_ray.execution.memory import local_devices, require_memory
+from llem_ray.workloads.online import taken
 from llem_ray.workloads.prompts import load_prompts
+from llem_ray.workloads.traces import Arrival, load_trace
 
 
 def check_prompts(plan: Plan) -> None:
-    """Read every prompt source of the plan.
+    """Read every prompt source and every trace of the plan.
 
     Raises:
-        ConfigError: A prompts file is wrong.
+        ConfigError: A prompts file or a trace is wrong, or a trace is shorter than what is to be replayed of it.
     """
     for spec in dict.fromkeys(trial.experiment.workload.prompts for trial in plan.trials):
         load_prompts(spec, plan.base_dir)
+    traces: dict[str, tuple[Arrival, ...]] = {}
+    for workload in {id(trial.experiment.workload): trial.experiment.workload for trial in plan.trials}.values():
+        path = workload.load.trace
+        if path is not None:
+            traces[path] = traces.get(path) or load_trace(path, plan.base_dir)
+            taken(workload, traces[path])
 
 
 def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) -> None:

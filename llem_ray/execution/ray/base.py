@@ -21,6 +21,7 @@ from llem_ray.execution.ray.gang import RayGang
 from llem_ray.execution.ray.runtime import RayCall, answer_of, first_line, import_ray, wait_for
 from llem_ray.planning.packing import Seat
 from llem_ray.workloads.prompts import load_prompts
+from llem_ray.workloads.traces import Arrival, load_trace
 
 LOG = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ class RayExecutor:
 
     def __init__(self) -> None:
         self._prompts: dict[PromptSpec, Sequence[str]] = {}
+        self._traces: dict[str, Sequence[Arrival]] = {}
         self._holders: list[tuple[str, Any]] = []
         self._gangs: list[tuple[RayGang, tuple[Seat, ...]]] = []
         self._logs: Path | None = None
@@ -156,6 +158,8 @@ class RayExecutor:
                     base_dir,
                     self._cache_dir(cache_dir),
                     prompts=self._prompts_of(group, base_dir),
+                    traces=self._traces_of(group, base_dir),
+                    online=group.online,
                     threads_are_ours="OMP_NUM_THREADS" in os.environ,
                     rank=rank,
                 )
@@ -187,6 +191,13 @@ class RayExecutor:
         for spec in specs - self._prompts.keys():
             self._prompts[spec] = load_prompts(spec, base_dir)
         return {spec: self._prompts[spec] for spec in specs} or None
+
+    def _traces_of(self, group: LoadGroup, base_dir: str) -> dict[str, Sequence[Arrival]] | None:
+        """Traces, read here as prompt files are."""
+        paths = {path for trial in group.trials if (path := trial.experiment.workload.load.trace)}
+        for path in paths - self._traces.keys():
+            self._traces[path] = load_trace(path, base_dir)
+        return {path: self._traces[path] for path in paths} or None
 
     def quarantine(self, node_id: str, gpu_uuid: str) -> None:
         """Hold the GPU: take one after the other of those that are free on the node, and keep that one."""
