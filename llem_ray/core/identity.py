@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from typing import Any, Final
 
 from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec
@@ -28,13 +28,30 @@ def plain(value: Any) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text.
+    """JSON with sorted keys and no spaces: equal values give equal text. Fields marked ``ADDED`` are left out at their default.
 
     Raises:
         ValueError: A number is not finite.
         TypeError: Something is not a dataclass, mapping, list, text, number, bool or None.
     """
-    return _ENCODER.encode(plain(value))
+    return _ENCODER.encode(_identity(value))
+
+
+def _identity(value: Any) -> Any:
+    if type(value) in _SCALARS:
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        held = ((item, getattr(value, item.name)) for item in fields(value))
+        return {item.name: _identity(found) for item, found in held if not _is_unused(item, found)}
+    if isinstance(value, Mapping):
+        return {str(key): _identity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_identity(item) for item in value]
+    return value
+
+
+def _is_unused(item: Field[Any], found: Any) -> bool:
+    return "added" in item.metadata and found == item.default
 
 
 def digest(text: str, hex_digits: int) -> str:

@@ -18,6 +18,10 @@ except ModuleNotFoundError:  # an engine's own interpreter: bounds were checked 
 
 _STRICT: Mapping[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 
+ADDED: Mapping[str, bool] = {"added": True}
+"""Metadata of a field that came after the first release: at its default it is no part of a cell's identity, so that sweeps
+from before keep their ids."""
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Order = Literal["interleaved", "shuffled", "sequential"]
 Exclusive = Literal["node", "cluster", "none"]
@@ -90,12 +94,57 @@ class PromptSpec:
 
     __pydantic_config__: ClassVar[Any] = _STRICT
 
-    source: Literal["builtin", "file", "synthetic"] = "builtin"
-    """`builtin` is the set shipped with llem-ray; `file` reads JSON Lines; `synthetic` draws random token ids."""
+    source: Literal["builtin", "file", "synthetic", "dataset"] = "builtin"
+    """`builtin` is the set shipped with llem-ray; `file` reads JSON Lines or Parquet; `dataset` reads with the Hugging Face
+    `datasets` library; `synthetic` draws random token ids."""
     path: str | None = None
-    """JSON Lines file (`source: file`), relative to the sweep file. Each line an object, or a string."""
+    """File of `source: file`, relative to the sweep file: Parquet (`.parquet`), else JSON Lines, each line an object or a string."""
     column: str = "prompt"
-    """Key of the prompt text in each line."""
+    """Column of the prompt text: a key of each line, or a column of the table."""
+    answer_column: str | None = field(default=None, metadata=ADDED)
+    """Column of a known answer, for `output_tokens: {distribution: answer}`."""
+    format: Literal["column", "sharegpt"] = field(default="column", metadata=ADDED)
+    """`sharegpt`: each entry has `conversations`, a list of `{from, value}`. The prompt is the first human turn, the known
+    answer the turn that follows it; entries without a human turn are left out."""
+    dataset: str | None = field(default=None, metadata=ADDED)
+    """Data set of `source: dataset`: a hub id, or a local folder or file (JSON Lines, JSON, CSV, Parquet, text), relative to
+    the sweep file."""
+    config: str | None = field(default=None, metadata=ADDED)
+    """Configuration (subset) of the data set."""
+    split: str = field(default="train", metadata=ADDED)
+    """Split of the data set; `train[:1000]` takes a part of it."""
+    revision: str | None = field(default=None, metadata=ADDED)
+    """Branch, tag or commit of the data set's repository."""
+    limit: Annotated[int, Ge(1)] | None = field(default=None, metadata=ADDED)
+    """Prompts that are read, from the start of the source; None reads all."""
+    chat_template: bool = field(default=False, metadata=ADDED)
+    """Render each prompt as a user's message with the model's own chat template, up to where the answer begins."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthSpec:
+    """How many tokens each request has: numbers drawn from a distribution, by `workload.seed`."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    distribution: Literal["fixed", "uniform", "normal", "lognormal", "empirical", "answer"]
+    """`fixed`: always `mean`. `uniform`: every whole number from `min` to `max` alike. `normal`, `lognormal`: `mean` and `std`,
+    cut off at `min` and `max`. `empirical`: one of `values`, or of the lines of `path`. `answer` (output only): the length of
+    the prompt's known answer, limited to `min` and `max`."""
+    mean: Annotated[float, Gt(0)] | None = None
+    """Mean length in tokens, before it is cut off."""
+    std: Annotated[float, Ge(0)] | None = None
+    """Standard deviation of the length in tokens (of the length itself, also for `lognormal`), before it is cut off."""
+    min: Annotated[int, Ge(1)] | None = None
+    """Smallest length; default 1."""
+    max: Annotated[int, Ge(1)] | None = None
+    """Largest length; default: no limit."""
+    values: tuple[Annotated[int, Ge(1)], ...] | None = None
+    """Lengths to draw from."""
+    weights: tuple[Annotated[float, Ge(0)], ...] | None = None
+    """How often each of `values` is drawn, relative to the others; default: all alike."""
+    path: str | None = None
+    """File of lengths to draw from, relative to the sweep file. Each line a number of tokens, or `tokens,weight`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,18 +155,26 @@ class WorkloadSpec:
 
     prompts: PromptSpec = PromptSpec()
     """Where prompts come from."""
-    input_tokens: Annotated[int, Ge(1)] | None = None
-    """Exact prompt length in tokens: longer prompts are cut, shorter ones continued with the next. None keeps natural lengths."""
-    output_tokens: Annotated[int, Ge(1)] = 32
-    """Tokens to generate for each request."""
+    input_tokens: Annotated[int, Ge(1)] | LengthSpec | None = None
+    """Prompt length in tokens, exact or drawn from a distribution: longer prompts are cut, shorter ones continued with the next.
+    None keeps natural lengths."""
+    output_tokens: Annotated[int, Ge(1)] | LengthSpec = 32
+    """Tokens to generate for each request, exact or drawn from a distribution."""
+    shared_prefix_tokens: Annotated[int, Ge(0)] = field(default=0, metadata=ADDED)
+    """Tokens that requests of one group have in common, before the prompt and on top of `input_tokens`."""
+    prefix_groups: Annotated[int, Ge(1)] = field(default=1, metadata=ADDED)
+    """Groups of requests, each with a prefix of its own; requests are dealt to them in turn."""
+    turns: Annotated[int, Ge(1)] = field(default=1, metadata=ADDED)
+    """Turns of a conversation, each a request: its prompt is all that came before, answers included, and `input_tokens` new
+    ones. The answers in it are known in advance: random token ids, as many as the turn before generates."""
     batch_size: Annotated[int, Ge(1)] = 1
     """Requests that run together."""
     requests: Annotated[int, Ge(1)] | None = None
-    """Distinct requests of one pass; default: one batch. The pass is repeated until `measure.min_window_s` is reached."""
+    """Distinct requests of one pass; default: one batch of each turn. The pass is repeated until `measure.min_window_s` is reached."""
     ignore_eos: bool = True
     """Generate exactly `output_tokens`, whatever the model says: rows stay comparable."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of the choice and order of prompts."""
+    """Seed of lengths, and of the choice and order of prompts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llem_ray.core.identity import canonical_json, digest, load_key, plain
+from llem_ray.core.identity import canonical_json, digest, load_key
 from llem_ray.core.plan import LoadGroup, Plan, Trial
 from llem_ray.core.spec import Cell, EngineSpec, Order, Sweep
 from llem_ray.planning.estimate import PastRun, estimate_cost
@@ -49,7 +49,7 @@ def run_hash(sweep: Sweep) -> str:
         "repeats": sweep.repeats,
         "order": sweep.order,
         "seed": sweep.seed,
-        "measure": plain(sweep.measure),
+        "measure": sweep.measure,
     }
     return digest(canonical_json(identity), 8)
 
