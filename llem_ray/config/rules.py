@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-from llem_ray.config.fields import Path
+from llem_ray.config.workload_rules import Broken, broken_workload
 from llem_ray.core.spec import EngineSpec, ModelSpec, WorkloadSpec
-
-
-class Broken(NamedTuple):
-    """A rule that does not hold, and the field to blame."""
-
-    path: Path
-    message: str
-    hint: str | None = None
 
 
 def implied(section: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +20,7 @@ def broken_rule(section: object) -> Broken | None:
     if isinstance(section, ModelSpec):
         return _model(section)
     if isinstance(section, WorkloadSpec):
-        return _workload(section)
+        return broken_workload(section)
     if isinstance(section, EngineSpec):
         return _engine(section)
     return None
@@ -57,16 +49,4 @@ def _engine(engine: EngineSpec) -> Broken | None:
         return Broken(("engine", "python"), "CUDA_VISIBLE_DEVICES must not be set in the engine's environment", hint)
     if engine.nodes is not None and engine.gpus and engine.gpus % engine.nodes:
         return Broken(("engine", "nodes"), f"{engine.gpus} GPUs cannot be spread evenly over {engine.nodes} nodes")
-    return None
-
-
-def _workload(workload: WorkloadSpec) -> Broken | None:
-    prompts = workload.prompts
-    if prompts.source == "file" and not prompts.path:
-        return Broken(("workload", "prompts", "source"), "source: file needs workload.prompts.path")
-    if prompts.source != "file" and prompts.path is not None:
-        return Broken(("workload", "prompts", "path"), "a path is for source: file", "set workload.prompts.source: file")
-    if prompts.source == "synthetic" and workload.input_tokens is None:
-        hint = "set workload.input_tokens"
-        return Broken(("workload", "prompts", "source"), "synthetic prompts have no natural length", hint)
     return None

@@ -98,7 +98,7 @@ class PromptSpec:
     """`builtin` is the set shipped with llem-ray; `file` reads JSON Lines or Parquet; `dataset` reads with the Hugging Face
     `datasets` library; `synthetic` draws random token ids."""
     path: str | None = None
-    """File of `source: file`, relative to the sweep file: Parquet (`.parquet`), else JSON Lines, each line an object or a string."""
+    """File of `source: file`, relative to the sweep file: Parquet (`.parquet`), else JSON Lines, a line an object or string."""
     column: str = "prompt"
     """Column of the prompt text: a key of each line, or a column of the table."""
     answer_column: str | None = field(default=None, metadata=ADDED)
@@ -170,7 +170,8 @@ class WorkloadSpec:
     batch_size: Annotated[int, Ge(1)] = 1
     """Requests that run together."""
     requests: Annotated[int, Ge(1)] | None = None
-    """Distinct requests of one pass; default: one batch of each turn. The pass is repeated until `measure.min_window_s` is reached."""
+    """Distinct requests of one pass; default: one batch of each turn. The pass is repeated until
+    `measure.min_window_s` is reached."""
     ignore_eos: bool = True
     """Generate exactly `output_tokens`, whatever the model says: rows stay comparable."""
     seed: Annotated[int, Ge(0)] = 0

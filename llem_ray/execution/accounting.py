@@ -200,10 +200,10 @@ class Accounts:
             if mine and all(reading.energy_j is None for reading in mine):
                 yield flag("node_missing", f"{self._meter.hostname(host)}: {mine[0].reason or 'no energy'}")
         workload = ended.trial.experiment.workload
-        wrong = [r for r in outcome.requests if workload.ignore_eos and r.output_tokens != workload.output_tokens]
+        wrong = [r for r in outcome.requests if workload.ignore_eos and r.output_tokens != r.requested_tokens]
         if wrong:
             detail = f"{len(wrong)} of {len(outcome.requests)} requests, the first gave {wrong[0].output_tokens}"
-            yield flag("token_count_mismatch", f"{detail} tokens instead of {workload.output_tokens}")
+            yield flag("token_count_mismatch", f"{detail} tokens instead of {wrong[0].requested_tokens}")
 
     def _balance_columns(self, gang: GangRecord, held: Sequence[EnergyReading], window: Window) -> Row:
         """How evenly the gang's GPUs worked."""

@@ -10,17 +10,19 @@ from llem_ray.core.errors import PlacementError
 from llem_ray.core.plan import Plan
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
-from llem_ray.workloads.prompts import load_prompts
+from llem_ray.workloads.sources import Sources
 
 
 def check_prompts(plan: Plan) -> None:
-    """Read every prompt source of the plan.
+    """Read every prompt source and file of lengths of the plan.
 
     Raises:
-        ConfigError: A prompts file is wrong.
+        ConfigError: A file or data set is wrong.
+        PluginError: The library that reads a data set is not installed.
     """
-    for spec in dict.fromkeys(trial.experiment.workload.prompts for trial in plan.trials):
-        load_prompts(spec, plan.base_dir)
+    sources = Sources(plan.base_dir)
+    for workload in dict.fromkeys(trial.experiment.workload for trial in plan.trials):
+        sources.read(workload)
 
 
 def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) -> None:

@@ -52,10 +52,10 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
         "data_parallel": engine.data_parallel,
         "gpus": gpus,
         "engine_args": to_json(dict(engine.engine_args)),
-        "prompt_source": workload.prompts.path if workload.prompts.source == "file" else workload.prompts.source,
+        "prompt_source": workload.prompts.path or workload.prompts.dataset or workload.prompts.source,
         "batch_size": workload.batch_size,
-        "input_tokens": workload.input_tokens,
-        "output_tokens_requested": workload.output_tokens,
+        "input_tokens": workload.input_tokens if isinstance(workload.input_tokens, int) else None,
+        "output_tokens_requested": workload.output_tokens if isinstance(workload.output_tokens, int) else None,
         "ignore_eos": workload.ignore_eos,
         "workload_seed": workload.seed,
         "temperature": sampling.temperature,
@@ -101,7 +101,16 @@ def count_columns(requests: Sequence[RequestRecord], *, passes: int, steps: int)
         "output_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
         "steps": steps,
+        **_spread("prompt_tokens", [record.prompt_tokens for record in requests]),
+        **_spread("output_tokens", [record.output_tokens for record in requests]),
     }
+
+
+def _spread(name: str, lengths: Sequence[int]) -> Row:
+    """Smallest, mean and largest of the requests' lengths."""
+    if not lengths:
+        return {}
+    return {f"{name}_min": min(lengths), f"{name}_mean": sum(lengths) / len(lengths), f"{name}_max": max(lengths)}
 
 
 def failure_columns(failed: Failed) -> Row:
@@ -211,6 +220,7 @@ def request_row(
         "prompt_tokens": record.prompt_tokens,
         "padded_tokens": record.padded_tokens,
         "output_tokens": record.output_tokens,
+        "output_tokens_requested": record.requested_tokens,
         "finish_reason": record.finish_reason,
         "scheduled_ns": record.scheduled_ns,
         "queued_ns": record.queued_ns,

@@ -96,8 +96,8 @@ _EXPERIMENT = (
     Column("engine_args", _STR, "JSON", "Arguments passed to the engine as they are."),
     Column("prompt_source", _STR, "", "Where prompts came from."),
     Column("batch_size", _I32, "", "Requests that ran together."),
-    Column("input_tokens", _I64, "tokens", "Exact prompt length asked for; null keeps natural lengths."),
-    Column("output_tokens_requested", _I64, "tokens", "Tokens asked for per request."),
+    Column("input_tokens", _I64, "tokens", "Exact prompt length asked for; null for natural lengths and distributions."),
+    Column("output_tokens_requested", _I64, "tokens", "Tokens asked for per request; null for distributions."),
     Column("ignore_eos", _BOOL, "", "Generation went on after an end-of-sequence token."),
     Column("workload_seed", _I64, "", "Seed of the choice and order of prompts."),
     Column("temperature", _F64, "", "0 is greedy."),
@@ -121,6 +121,12 @@ _COUNTS = (
     Column("output_tokens", _I64, "tokens", "Tokens generated, counted from ids."),
     Column("total_tokens", _I64, "tokens", "prompt_tokens + output_tokens."),
     Column("steps", _I64, "", "Forward steps of the engine in the window."),
+    Column("prompt_tokens_min", _I64, "tokens", "Shortest prompt of the window."),
+    Column("prompt_tokens_mean", _F64, "tokens", "Mean prompt length of the window."),
+    Column("prompt_tokens_max", _I64, "tokens", "Longest prompt of the window."),
+    Column("output_tokens_min", _I64, "tokens", "Shortest output of the window."),
+    Column("output_tokens_mean", _F64, "tokens", "Mean output length of the window."),
+    Column("output_tokens_max", _I64, "tokens", "Longest output of the window."),
 )
 
 _ENERGY = (
