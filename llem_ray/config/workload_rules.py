@@ -118,7 +118,8 @@ def _fields_of(lengths: LengthSpec, path: Path) -> Iterator[Broken]:
             yield Broken(path, f"{kind} needs {item.name}", found=f"no {item.name}", allowed=allowed)
         if value is not None and item.name not in needed | optional:
             message = f"{item.name} has no meaning with {kind}"
-            yield Broken((*path, item.name), message, found=str(value), allowed=allowed)
+            shown = str(list(value) if isinstance(value, tuple) else value)
+            yield Broken((*path, item.name), message, found=shown, allowed=allowed)
 
 
 def _words(needed: frozenset[str], optional: frozenset[str]) -> tuple[tuple[str, frozenset[str]], ...]:
