@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,6 +150,16 @@ def test_a_rule_that_names_a_distribution_drops_its_cell(load: Load) -> None:
         "exclude: [{workload.output_tokens: {distribution: normal, mean: 64, std: 8}}]\n"
     )
     assert [cell.experiment.workload.output_tokens for cell in sweep.cells] == [8]
+
+
+def test_the_examples_of_the_docs_are_read(tmp_path: Path) -> None:
+    page = Path(__file__).parents[3] / "docs" / "workloads.md"
+    examples = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(examples) == 4
+    for example in examples:
+        base = "" if "base:" in example else "base:\n  model: {config: llama-tiny}\n"
+        (tmp_path / "sweep.yaml").write_text(f"schema_version: 1\n{base}{example}", encoding="utf-8")
+        assert load_sweep(tmp_path / "sweep.yaml", environ={}).cells
 
 
 def test_the_resolved_sweep_of_an_older_release_is_read(load: Load) -> None:
