@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from math import ceil
+from typing import Any, Final
 
 from llem_ray.config.workload_rules import Broken, broken_workload
-from llem_ray.core.spec import EngineSpec, ModelSpec, WorkloadSpec
+from llem_ray.core.spec import MLPERF_MIN_S, OPEN_LOOPS, EngineSpec, MeasureSpec, ModelSpec, WindowSpec, WorkloadSpec
 
 
 def implied(section: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +22,7 @@ def broken_rule(section: object) -> Broken | None:
     if isinstance(section, ModelSpec):
         return _model(section)
     if isinstance(section, WorkloadSpec):
-        return broken_workload(section)
+        return broken_workload(section) or _load(section)
     if isinstance(section, EngineSpec):
         return _engine(section)
     return None
@@ -51,4 +53,81 @@ def _engine(engine: EngineSpec) -> Broken | None:
     if engine.nodes is not None and workers % engine.nodes:
         what = "GPUs" if engine.gpus else "workers (tensor x pipeline x data parallel)"
         return Broken(("engine", "nodes"), f"{workers} {what} cannot be spread evenly over {engine.nodes} nodes")
+    return None
+
+
+_OF_PATTERN: Final[Mapping[str, frozenset[str]]] = {
+    "rate_per_s": frozenset({"constant", "poisson", "gamma"}),
+    "burstiness": frozenset({"gamma"}),
+    "concurrency": frozenset({"closed", "saturated"}),
+    "trace": frozenset({"trace"}),
+}
+"""Field of a load -> the patterns that it belongs to."""
+_OPTIONAL: Final = frozenset({("concurrency", "saturated")})
+
+
+def _load(workload: WorkloadSpec) -> Broken | None:
+    load, at = workload.load, ("workload", "load")
+    for name, patterns in _OF_PATTERN.items():
+        value, listed = getattr(load, name), ", ".join(sorted(patterns))
+        if value is not None and load.pattern not in patterns:
+            return Broken((*at, name), f"{name} has no meaning for the pattern {load.pattern}", f"it belongs to: {listed}")
+        if value is None and load.pattern in patterns and (name, load.pattern) not in _OPTIONAL:
+            return Broken((*at, "pattern"), f"the pattern {load.pattern} needs {name}", f"set workload.load.{name}")
+    if load.trace_speed != 1.0 and load.pattern != "trace":
+        return Broken((*at, "trace_speed"), f"trace_speed has no meaning for the pattern {load.pattern}", "it belongs to: trace")
+    return _online(workload) if load.online else None
+
+
+def _online(workload: WorkloadSpec) -> Broken | None:
+    pattern = workload.load.pattern
+    if workload.batch_size != 1:
+        hint = "leave it out: how many run together is for the engine, or workload.load.concurrency"
+        return Broken(("workload", "batch_size"), f"batch_size has no meaning for the pattern {pattern}", hint)
+    if workload.turns > 1:
+        hint = "an online load sends requests without regard to earlier turns"
+        return Broken(("workload", "turns"), f"turns have no meaning for the pattern {pattern}", hint)
+    if workload.requests is None and pattern != "trace":
+        message = f"the pattern {pattern} needs a number of requests"
+        return Broken(("workload", "load", "pattern"), message, "set workload.requests")
+    return None
+
+
+def broken_window(measure: MeasureSpec, workload: WorkloadSpec) -> Broken | None:
+    """The first rule between the window that is asked for and a workload that does not hold."""
+    window, at = measure.window, ("measure", "window")
+    for name in ("start_s", "length_s"):
+        is_set = getattr(window, name) is not None
+        if window.rule == "interval" and not is_set:
+            return Broken((*at, "rule"), f"an interval needs {name}", f"set measure.window.{name}")
+        if window.rule != "interval" and is_set:
+            return Broken((*at, name), f"{name} has no meaning for the rule {window.rule}", "it belongs to: interval")
+    rule = window.resolved(workload.load)
+    if not workload.load.online and rule in {"steady_state", "interval"}:
+        return Broken((*at, "rule"), f"the rule {rule} is for online loads", "set workload.load.pattern, or leave the rule out")
+    return _steady_state(workload) if rule == "steady_state" else _long_enough(window, rule, workload)
+
+
+def _long_enough(window: WindowSpec, rule: str, workload: WorkloadSpec) -> Broken | None:
+    """Whether an open loop lasts as long as its window needs."""
+    rate_per_s, requests = workload.load.rate_per_s, workload.requests
+    needs_s = {"mlperf": MLPERF_MIN_S, "interval": (window.start_s or 0.0) + (window.length_s or 0.0)}.get(rule, 0.0)
+    if rate_per_s is None or requests is None or requests / rate_per_s >= needs_s:
+        return None
+    message = f"{requests} requests at {rate_per_s:g}/s last {requests / rate_per_s:g} s, the window needs {needs_s:g} s"
+    return Broken(("measure", "window", "rule"), message, f"set workload.requests to {ceil(needs_s * rate_per_s)} or more")
+
+
+def _steady_state(workload: WorkloadSpec) -> Broken | None:
+    load, many = workload.load, workload.load.concurrency
+    if load.pattern in OPEN_LOOPS:
+        hint = "use total or interval: an open loop does not saturate the engine"
+        return Broken(
+            ("measure", "window", "rule"), f"steady_state is for saturated and closed loads, not for {load.pattern}", hint
+        )
+    if many is not None and workload.requests is not None and workload.requests <= 2 * many + 1:
+        message = f"{workload.requests} requests with {many} in flight have no steady state: it takes {2 * many + 2} and more"
+        return Broken(
+            ("workload", "requests"), message, f"set workload.requests to {4 * many} or more, or measure.window.rule: total"
+        )
     return None

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llem_ray.config.axes import read_axes, read_experiments
-from llem_ray.config.document import Document, read_document
+from llem_ray.config.document import Document, dotted, read_document
 from llem_ray.config.exclusion import read_rules
 from llem_ray.config.expansion import Expansion, check_size, refuse_hidden_overrides
 from llem_ray.config.file import NAME_PATTERN, read_top_level
 from llem_ray.config.overrides import apply_overrides
 from llem_ray.config.patches import read_patch
-from llem_ray.core.spec import Sweep
+from llem_ray.config.rules import broken_window
+from llem_ray.core.spec import Cell, MeasureSpec, Sweep
 
 
 def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Sweep:
@@ -38,6 +39,7 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
     refuse_hidden_overrides(document, axes, experiments)
     check_size(document, axes, experiments, file.max_cells)
     expanded = Expansion(document, base, rules).expand(axes, experiments)
+    _check_windows(document, file.measure, expanded.cells)
     return Sweep(
         name=file.name or _name_from(path, document),
         schema_version=file.schema_version,
@@ -50,6 +52,17 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
         rates=file.rates,
         base_dir=str(path.resolve().parent),
     )
+
+
+def _check_windows(document: Document, measure: MeasureSpec, cells: Sequence[Cell]) -> None:
+    """Refuse a window that a cell's workload cannot have."""
+    for cell in {id(cell.experiment.workload): cell for cell in cells}.values():
+        broken = broken_window(measure, cell.experiment.workload)
+        if broken is not None:
+            where = broken.path if broken.path[0] == "measure" else ("base", *broken.path)
+            found = ", ".join(f"{key}={value}" for key, value in cell.settings.items())
+            message = f"{broken.message} ({dotted(broken.path)})"
+            raise document.error(where, message, found=f"in the cell {found}" if found else None, hint=broken.hint)
 
 
 def _name_from(path: Path, document: Document) -> str:

@@ -20,7 +20,7 @@ MAX_BYTES: Final = 100 * 2**20
 
 
 def pack_sweep(sweep: Sweep, folder: Path) -> None:
-    """Write the resolved sweep and copies of its prompt files and model configs to ``folder``.
+    """Write the resolved sweep and copies of its prompt files, traces and model configs to ``folder``.
 
     Files that lie beside or below the sweep file keep their relative path. Others get a new one, which the packed sweep names
     in place of theirs. A path that is absolute and not there is left as it is: it may be there where the sweep will run.
@@ -75,8 +75,10 @@ class _Packer:
         return replace(cell, experiment=replace(found, model=model, workload=workload))
 
     def _pack_workload(self, found: WorkloadSpec) -> WorkloadSpec:
+        trace = found.load.trace
         return replace(
             found,
+            load=found.load if trace is None else replace(found.load, trace=self._pack("workload.load.trace", trace)),
             prompts=self._pack_prompts(found.prompts),
             input_tokens=self._pack_lengths("workload.input_tokens.path", found.input_tokens),
             output_tokens=self._pack_lengths("workload.output_tokens.path", found.output_tokens),

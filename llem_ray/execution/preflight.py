@@ -10,19 +10,21 @@ from llem_ray.core.errors import PlacementError
 from llem_ray.core.plan import Plan
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
+from llem_ray.workloads.online import taken
 from llem_ray.workloads.sources import Sources
 
 
 def check_prompts(plan: Plan) -> None:
-    """Read every prompt source and file of lengths of the plan.
+    """Read every prompt source, file of lengths and trace of the plan.
 
     Raises:
-        ConfigError: A file or data set is wrong.
+        ConfigError: A file or data set is wrong, or a trace is shorter than what is to be replayed of it.
         PluginError: The library that reads a data set is not installed.
     """
     sources = Sources(plan.base_dir)
     for workload in dict.fromkeys(trial.experiment.workload for trial in plan.trials):
         sources.read(workload)
+        taken(workload, sources.trace(workload.load.trace))
 
 
 def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) -> None:

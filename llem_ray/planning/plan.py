@@ -68,14 +68,15 @@ def gang_gpus(engine: EngineSpec, gpus_available: int | None) -> int:
 
 
 def _group_cells(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
-    keys: dict[tuple[int, int], str] = {}
+    keys: dict[tuple[int, int, bool], str] = {}
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         # Cells share their section objects, which stay alive in `cells`: hash each pair of objects once.
-        pair = (id(cell.experiment.model), id(cell.experiment.engine))
+        online = cell.experiment.workload.load.online
+        pair = (id(cell.experiment.model), id(cell.experiment.engine), online)
         key = keys.get(pair)
         if key is None:
-            key = keys[pair] = load_key(cell.experiment.model, cell.experiment.engine)
+            key = keys[pair] = load_key(cell.experiment.model, cell.experiment.engine, online=online)
         groups.setdefault(key, []).append(cell)
     first: dict[str, int] = {}
     for members in groups.values():

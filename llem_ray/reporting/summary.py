@@ -15,6 +15,7 @@ Row = Mapping[str, Any]
 
 SUMMARY_COLUMNS: Final = (
     "cell_id", "trial_id", "status", "failure_kind", "settings", "model", "backend", "window_s", "output_throughput_tok_s",
+    "window_rule", "run_s", "run_joules_per_output_token",
     "total_energy_j", "energy_uncertainty_j", "sensor_rel", "energy_covers", "energy_not_measured", "energy_reason",
     "waste_energy_j", "joules_per_output_token", "joules_per_total_token", "est_energy_j", "est_joules_per_output_token",
     "power_valid", "invalid_reasons", "flags", "notes", "reason_details",
@@ -62,6 +63,12 @@ class CellSummary:
     est_power_w: float | None
     window_s: float | None
     output_throughput_tok_s: float | None
+    window_rule: str | None
+    """Which part of their runs the windows are."""
+    run_s: float | None
+    """Length of the online runs that the windows are parts of."""
+    run_joules_per_output_token: float | None
+    """Energy of the whole runs over all their output tokens."""
     invalid_reasons: tuple[str, ...]
     flags: tuple[str, ...]
     notes: tuple[str, ...]
@@ -153,6 +160,9 @@ def _summarise_cell(
         est_power_w=_mean_power(unmeasured, "est_energy_j") if not valid else None,
         window_s=_mean(completed, "window_s"),
         output_throughput_tok_s=_mean(completed, "output_throughput_tok_s"),
+        window_rule=next((row["window_rule"] for row in completed if row.get("window_rule")), None),
+        run_s=_mean(completed, "run_s"),
+        run_joules_per_output_token=_mean(valid, "run_joules_per_output_token"),
         invalid_reasons=_distinct(row.get("invalid_reasons") for row in completed),
         flags=_distinct(row.get("flags") for row in completed),
         notes=_distinct(row.get("notes") for row in completed),

@@ -32,6 +32,7 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
     """Identity and experiment of one attempt: the columns known before it runs."""
     experiment = trial.experiment
     model, engine, workload, sampling = experiment.model, experiment.engine, experiment.workload, experiment.sampling
+    load = workload.load
     return {
         "trial_id": trial.trial_id,
         "cell_id": trial.cell.cell_id,
@@ -53,7 +54,12 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
         "gpus": gpus,
         "engine_args": to_json(dict(engine.engine_args)),
         "prompt_source": workload.prompts.path or workload.prompts.dataset or workload.prompts.source,
-        "batch_size": workload.batch_size,
+        "batch_size": None if load.online else workload.batch_size,
+        "load_pattern": load.pattern,
+        "rate_per_s": load.rate_per_s,
+        "burstiness": load.burstiness,
+        "concurrency": load.concurrency,
+        "trace": load.trace,
         "input_tokens": workload.input_tokens if isinstance(workload.input_tokens, int) else None,
         "output_tokens_requested": workload.output_tokens if isinstance(workload.output_tokens, int) else None,
         "ignore_eos": workload.ignore_eos,
@@ -89,28 +95,28 @@ def window_columns(window: Window) -> Row:
     return {"begin_ns": window.begin_ns, "end_ns": window.end_ns, "window_s": window.duration_s}
 
 
-def count_columns(requests: Sequence[RequestRecord], *, passes: int, steps: int) -> Row:
+def count_columns(*, requests: int, prompt_tokens: int, padded_tokens: int, output_tokens: int, passes: int, steps: int) -> Row:
     """Requests, tokens and steps of a window."""
-    prompt_tokens = sum(record.prompt_tokens for record in requests)
-    output_tokens = sum(record.output_tokens for record in requests)
     return {
-        "requests": len(requests),
+        "requests": requests,
         "passes": passes,
         "prompt_tokens": prompt_tokens,
-        "padded_tokens": sum(record.padded_tokens for record in requests),
+        "padded_tokens": padded_tokens,
         "output_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
         "steps": steps,
-        **_spread("prompt_tokens", [record.prompt_tokens for record in requests]),
-        **_spread("output_tokens", [record.output_tokens for record in requests]),
     }
 
 
-def _spread(name: str, lengths: Sequence[int]) -> Row:
-    """Smallest, mean and largest of the requests' lengths."""
-    if not lengths:
+def length_columns(requests: Sequence[RequestRecord]) -> Row:
+    """Smallest, mean and largest realised lengths of requests."""
+    if not requests:
         return {}
-    return {f"{name}_min": min(lengths), f"{name}_mean": sum(lengths) / len(lengths), f"{name}_max": max(lengths)}
+    lengths = {"prompt_tokens": [r.prompt_tokens for r in requests], "output_tokens": [r.output_tokens for r in requests]}
+    row: Row = {}
+    for name, values in lengths.items():
+        row |= {f"{name}_min": min(values), f"{name}_mean": sum(values) / len(values), f"{name}_max": max(values)}
+    return row
 
 
 def failure_columns(failed: Failed) -> Row:
@@ -201,7 +207,13 @@ def clock_row(node: str, generation: int, *, run_ns: int, offset_ns: int, delta_
 
 
 def request_row(
-    record: RequestRecord, *, trial_id: str, attempt: int, latencies: Mapping[str, float | None], keep_token_times: bool
+    record: RequestRecord,
+    *,
+    trial_id: str,
+    attempt: int,
+    latencies: Mapping[str, float | None],
+    keep_token_times: bool,
+    in_window: bool = True,
 ) -> Row:
     """One request.
 
@@ -211,12 +223,14 @@ def request_row(
         attempt: Its attempt.
         latencies: ``ttft_s``, ``tpot_s``, ``e2e_latency_s``, ``e2e_from_schedule_s`` and ``normalized_tpot_s``.
         keep_token_times: Store the time of every token.
+        in_window: It ended in the measured window.
     """
     times = record.token_times_ns
     return {
         "trial_id": trial_id,
         "attempt": attempt,
         "request_id": record.request_id,
+        "in_window": in_window,
         "prompt_tokens": record.prompt_tokens,
         "padded_tokens": record.padded_tokens,
         "output_tokens": record.output_tokens,

@@ -23,6 +23,8 @@ from llem_ray.workloads.prompt_files import FIELD, PromptSet, read_prompt_file
 Encode = Callable[[Sequence[str]], list[list[int]]]
 EncodeChats = Callable[[Sequence[Sequence[ChatMessage]]], list[list[int]]]
 Ids = tuple[int, ...]
+GivenLengths = tuple[int | None, int | None]
+"""Input and output tokens of one request; None leaves one of them to the workload."""
 
 NO_PROMPTS: Final = PromptSet()
 
@@ -66,7 +68,7 @@ def build_requests(
     special_token_ids: Collection[int] = (),
     *,
     encode_chats: EncodeChats | None = None,
-    lengths: Sequence[tuple[int, int]] | None = None,
+    lengths: Sequence[GivenLengths] | None = None,
 ) -> tuple[Request, ...]:
     """The distinct requests of one pass; ``request_id`` is the index as a decimal number.
 
@@ -86,19 +88,20 @@ def build_requests(
         prompts: What ``load_prompts`` returned.
         special_token_ids: Ids that synthetic prompts leave out.
         encode_chats: The engine's chat template, see ``InferenceBackend.encode_chats``; None where it has none.
-        lengths: Input and output tokens of each request, in place of the workload's own number of requests and lengths.
+        lengths: Input and output tokens of each request, in place of the workload's own number of requests and lengths; a
+            length that is None stays the workload's own.
 
     Raises:
         ConfigError: A prompt is empty, its ids are outside the vocabulary, it is too long for the context, an output has no
             tokens, or the model has no chat template.
     """
-    count, inputs = _input_lengths(workload, lengths)
-    longest = workload.shared_prefix_tokens + (0 if inputs is None else max(inputs))
+    inputs = _input_lengths(workload, lengths)
+    longest = workload.shared_prefix_tokens + max(tokens or 0 for tokens in inputs)
     if longest >= context_tokens:  # refused before anything of that size is made
-        raise _too_long("a prompt", longest, _least_output(workload, lengths), context_tokens, _blamed(workload))
+        raise _too_long("a prompt", longest, _least_output(workload), context_tokens, _blamed(workload))
     source = _source(workload, encode, encode_chats, vocab_size, prompts, special_token_ids)
-    bodies = source.bodies(count, inputs)
-    outputs = _output_lengths(workload, lengths, count, source)
+    bodies = source.bodies(inputs)
+    outputs = _output_lengths(workload, lengths, len(inputs), source)
     if max(outputs) >= context_tokens:
         raise _too_long("an answer", 1, max(outputs), context_tokens, "workload.output_tokens")
     random_ids = _RandomIds(vocab_size, special_token_ids)
@@ -121,8 +124,8 @@ def batches(requests: Sequence[Request], batch_size: int) -> Iterator[tuple[Requ
 class _Source(Protocol):
     """Where the tokens of prompts come from."""
 
-    def bodies(self, count: int, inputs: Sequence[int] | None) -> list[Ids]:
-        """What each request asks, of the lengths given or of natural ones."""
+    def bodies(self, inputs: Sequence[int | None]) -> list[Ids]:
+        """What each request asks: as many tokens as given, or a prompt of its natural length for None."""
         ...
 
     def prefix(self, group: int, tokens: int) -> Ids:
@@ -164,15 +167,8 @@ class _Synthetic:
     seed: int
     ids: _RandomIds
 
-    def bodies(self, count: int, inputs: Sequence[int] | None) -> list[Ids]:
-        if inputs is None:
-            raise ConfigError(
-                "synthetic prompts have no natural length",
-                field="workload.input_tokens",
-                found="nothing",
-                allowed="a number of tokens",
-            )
-        return [self.ids.draw(f"{self.seed}/{index}", tokens) for index, tokens in enumerate(inputs[:count])]
+    def bodies(self, inputs: Sequence[int | None]) -> list[Ids]:
+        return [self.ids.draw(f"{self.seed}/{index}", _needed(tokens)) for index, tokens in enumerate(inputs)]
 
     def prefix(self, group: int, tokens: int) -> Ids:
         return self.ids.draw(f"{self.seed}/prefix/{group}", tokens)
@@ -202,13 +198,14 @@ class _Texts:
         self._firsts: list[int] = []
         self._order = _order(len(prompts.texts), str(seed))
 
-    def bodies(self, count: int, inputs: Sequence[int] | None) -> list[Ids]:
-        self._firsts = list(islice(self._order, count))
+    def bodies(self, inputs: Sequence[int | None]) -> list[Ids]:
+        self._firsts = list(islice(self._order, len(inputs)))
         self._fetch(self._firsts)
-        if inputs is None:
-            return [self._ids[index] for index in self._firsts]
         ahead = list(self._firsts)
-        return [self._packed(ahead, start, tokens, self._order) for start, tokens in enumerate(inputs)]
+        return [
+            self._ids[self._firsts[start]] if tokens is None else self._packed(ahead, start, tokens, self._order)
+            for start, tokens in enumerate(inputs)
+        ]
 
     def prefix(self, group: int, tokens: int) -> Ids:
         return self._packed([], 0, tokens, _order(len(self._prompts.texts), f"{self._seed}/prefix/{group}"))
@@ -297,37 +294,52 @@ def _conversations(
     return prompts
 
 
-def _input_lengths(workload: WorkloadSpec, lengths: Sequence[tuple[int, int]] | None) -> tuple[int, list[int] | None]:
-    """How many requests, and the new tokens of each; None for natural lengths."""
-    if lengths is not None:
-        for index, pair in enumerate(lengths):
-            if min(pair) < 1:
-                found = f"{pair[0]} input and {pair[1]} output tokens"
-                raise ConfigError(
-                    f"request {index} asks for nothing", field="workload", found=found, allowed="at least 1 of each"
-                )
-        if not lengths or workload.turns > 1:
-            found = f"turns: {workload.turns}" if lengths else "0 requests"
-            allowed = "turns: 1, at least 1 request"
-            raise ConfigError("given lengths are those of single requests", field="workload.turns", found=found, allowed=allowed)
-        return len(lengths), [tokens for tokens, _ in lengths]
+def _needed(tokens: int | None) -> int:
+    if tokens is None:
+        raise ConfigError(
+            "synthetic prompts have no natural length",
+            field="workload.input_tokens",
+            found="nothing",
+            allowed="a number of tokens",
+        )
+    return tokens
+
+
+def _input_lengths(workload: WorkloadSpec, lengths: Sequence[GivenLengths] | None) -> list[int | None]:
+    """The new tokens of each request; None for its natural length."""
     count = workload.requests if workload.requests is not None else workload.batch_size * workload.turns
-    if workload.input_tokens is None:
-        return count, None
-    return count, draw_lengths(workload.input_tokens, count, f"{workload.seed}/input_tokens")
-
-
-def _output_lengths(workload: WorkloadSpec, lengths: Sequence[tuple[int, int]] | None, count: int, source: _Source) -> list[int]:
     if lengths is not None:
-        return [tokens for _, tokens in lengths]
+        count = len(lengths)
+        _check_given(workload, lengths)
+    own: list[int | None] = [None] * count
+    if workload.input_tokens is not None:
+        own = [*draw_lengths(workload.input_tokens, count, f"{workload.seed}/input_tokens")]
+    return own if lengths is None else [own[i] if tokens is None else tokens for i, (tokens, _) in enumerate(lengths)]
+
+
+def _check_given(workload: WorkloadSpec, lengths: Sequence[GivenLengths]) -> None:
+    for index, (inputs, outputs) in enumerate(lengths):
+        if inputs == 0 or outputs == 0:
+            found = f"{inputs} input and {outputs} output tokens"
+            message = f"request {index} asks for nothing"
+            raise ConfigError(message, field="workload", found=found, allowed="at least 1 of each")
+    if not lengths or workload.turns > 1:
+        found = f"turns: {workload.turns}" if lengths else "0 requests"
+        allowed = "turns: 1, at least 1 request"
+        raise ConfigError("given lengths are those of single requests", field="workload.turns", found=found, allowed=allowed)
+
+
+def _output_lengths(workload: WorkloadSpec, lengths: Sequence[GivenLengths] | None, count: int, source: _Source) -> list[int]:
+    given = [None] * count if lengths is None else [tokens for _, tokens in lengths]
+    if None not in given:
+        return [tokens for tokens in given if tokens is not None]
     asked = workload.output_tokens
     answers = source.answer_lengths() if isinstance(asked, LengthSpec) and asked.distribution == "answer" else None
-    return draw_lengths(asked, count, f"{workload.seed}/output_tokens", answers=answers)
+    own = draw_lengths(asked, count, f"{workload.seed}/output_tokens", answers=answers)
+    return [own[i] if tokens is None else tokens for i, tokens in enumerate(given)]
 
 
-def _least_output(workload: WorkloadSpec, lengths: Sequence[tuple[int, int]] | None) -> int:
-    if lengths is not None:
-        return min(tokens for _, tokens in lengths)
+def _least_output(workload: WorkloadSpec) -> int:
     return workload.output_tokens if isinstance(workload.output_tokens, int) else workload.output_tokens.min or 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -11,28 +11,23 @@ from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.lengths import load_lengths
 from llem_ray.workloads.prompt_files import PromptSet
 from llem_ray.workloads.prompts import load_prompts
+from llem_ray.workloads.traces import Arrival, load_trace
 
 Lengths = TypeVar("Lengths", int | LengthSpec, int | LengthSpec | None)
 
 
 class Sources:
-    """Prompts and lengths by what a workload says of them. Pickles with what it has read: other hosts need no files.
+    """Prompts, lengths and traces by what a workload says of them. Pickles with what it has read: other hosts need no files.
 
     Args:
         base_dir: Folder that relative paths start from.
-        prompts: Prompts that were read elsewhere.
-        lengths: Distributions whose files were read elsewhere.
     """
 
-    def __init__(
-        self,
-        base_dir: str | os.PathLike[str],
-        prompts: Mapping[PromptSpec, PromptSet] | None = None,
-        lengths: Mapping[LengthSpec, LengthSpec] | None = None,
-    ) -> None:
+    def __init__(self, base_dir: str | os.PathLike[str]) -> None:
         self._base_dir = base_dir
-        self._prompts = dict(prompts or {})
-        self._lengths = dict(lengths or {})
+        self._prompts: dict[PromptSpec, PromptSet] = {}
+        self._lengths: dict[LengthSpec, LengthSpec] = {}
+        self._traces: dict[str, tuple[Arrival, ...]] = {}
 
     def read(self, workload: WorkloadSpec) -> None:
         """Read all that the workload names.
@@ -43,6 +38,7 @@ class Sources:
         """
         self.prompts(workload.prompts)
         self.resolved(workload)
+        self.trace(workload.load.trace)
 
     def prompts(self, spec: PromptSpec) -> PromptSet:
         """The prompts of a source. Raises as ``read``."""
@@ -59,12 +55,22 @@ class Sources:
             output_tokens=self._resolved(workload.output_tokens, "workload.output_tokens"),
         )
 
+    def trace(self, path: str | None) -> tuple[Arrival, ...]:
+        """The arrivals of a trace, none without a path. Raises as ``read``."""
+        if path is None:
+            return ()
+        if path not in self._traces:
+            self._traces[path] = load_trace(path, self._base_dir)
+        return self._traces[path]
+
     def part(self, workloads: Iterable[WorkloadSpec]) -> Sources:
         """What these workloads read from files and data sets, to be sent elsewhere. Raises as ``read``."""
         part = Sources(self._base_dir)
         for workload in workloads:
             if workload.prompts.source in ("file", "dataset"):
                 part._prompts[replace(workload.prompts, chat_template=False)] = self.prompts(workload.prompts)
+            if (path := workload.load.trace) is not None:
+                part._traces[path] = self.trace(path)
             self.resolved(workload)
             for lengths in (workload.input_tokens, workload.output_tokens):
                 if isinstance(lengths, LengthSpec) and lengths in self._lengths:

@@ -155,6 +155,7 @@ class RayExecutor:
                     base_dir,
                     self._cache_dir(cache_dir),
                     sources=self._sources_of(group, base_dir),
+                    online=group.online,
                     threads_are_ours="OMP_NUM_THREADS" in os.environ,
                     rank=rank,
                 )
