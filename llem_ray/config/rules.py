@@ -95,6 +95,11 @@ def _online(workload: WorkloadSpec) -> Broken | None:
 
 def broken_window(measure: MeasureSpec, workload: WorkloadSpec) -> Broken | None:
     """The first rule between the window that is asked for and a workload that does not hold."""
+    if measure.slo.preset is not None:
+        for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
+            if getattr(measure.slo, name) is not None:
+                message = f"the preset {measure.slo.preset} has limits of its own"
+                return Broken(("measure", "slo", name), message, "give a preset or limits, not both")
     window, at = measure.window, ("measure", "window")
     for name in ("start_s", "length_s"):
         is_set = getattr(window, name) is not None

@@ -22,6 +22,16 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Order = Literal["interleaved", "shuffled", "sequential"]
 Exclusive = Literal["node", "cluster", "none"]
 LoadPattern = Literal["batch", "saturated", "closed", "constant", "poisson", "gamma", "trace"]
+SloPreset = Literal[
+    "mlperf-llama2-70b",
+    "mlperf-llama2-70b-interactive",
+    "mlperf-llama3.1-405b",
+    "mlperf-llama3.1-405b-interactive",
+    "mlperf-llama3.1-8b",
+    "mlperf-llama3.1-8b-interactive",
+    "mlperf-deepseek-r1",
+    "mlperf-deepseek-r1-interactive",
+]
 WindowRule = Literal["auto", "total", "steady_state", "mlperf", "interval"]
 
 OPEN_LOOPS: Final[frozenset[str]] = frozenset({"constant", "poisson", "gamma", "trace"})
@@ -308,6 +318,22 @@ class WindowSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SloSpec:
+    """Service level objectives: what a request must keep to count in `goodput_req_s`. Without any there is no goodput."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    preset: SloPreset | None = None
+    """Limits of MLPerf Inference on the time to first token and the time per output token."""
+    ttft_ms: Annotated[float, Gt(0)] | None = None
+    """Longest time to first token."""
+    tpot_ms: Annotated[float, Gt(0)] | None = None
+    """Longest time per output token after the first."""
+    e2e_ms: Annotated[float, Gt(0)] | None = None
+    """Longest end-to-end latency."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MeasureSpec:
     """How it is measured. Part of the run's identity, not of a cell's."""
 
@@ -350,6 +376,8 @@ class MeasureSpec:
     """How long an autoscaler may take to add nodes that the sweep needs and the cluster lacks; 0 refuses such a sweep at once."""
     gates: GateSpec = GateSpec()
     """When a window's energy is invalid."""
+    slo: SloSpec = field(default=SloSpec(), metadata=_ADDED)
+    """What a request must keep to be a good one."""
 
     @property
     def shortest_window_s(self) -> float:

@@ -21,7 +21,7 @@ from llem_ray.energy.stationarity import Trend, bin_power_w, bin_tokens, check_d
 from llem_ray.energy.total import sum_readings
 from llem_ray.energy.validity import check_errors, check_foreign_load, flag
 from llem_ray.execution.completeness import cluster_columns, node_columns
-from llem_ray.execution.load_rows import counts_of, load_flags
+from llem_ray.execution.load_rows import counts_of, goodput_columns, load_flags
 from llem_ray.execution.meter import GPU_SCOPES, Meter
 from llem_ray.execution.records import AttemptEnded, DeviceKey, GangRecord, HostDevice, IdleTaken, LoadEnded
 from llem_ray.results.rows import device_columns, flag_columns
@@ -91,6 +91,8 @@ class Accounts:
         row |= flag_columns(flags) | device_columns([*held, *context]) | {"power_valid": valid}
         row |= _host_columns([*held, *context]) | _net_columns(gang, held, window)
         row |= _per_token(total.energy_j if valid else None, *tokens, counts.succeeded)
+        power_w = metrics.avg_total_gpu_power_w(total.energy_j if valid else None, window.duration_s)
+        row |= goodput_columns(outcome, self._measure.slo, power_w)
         row |= _drift_columns(drifts) | self._run_columns(gang, outcome, valid=valid)
         row |= node_columns(gang, self._meter, window, held, context)
         row |= cluster_columns(gang, self._meter, window, held, context)

@@ -13,7 +13,14 @@ from llem_ray.energy.metrics import t_interval
 
 Row = Mapping[str, Any]
 
+LATENCY_COLUMNS: Final = (
+    "ttft_s_p50", "ttft_s_p99", "tpot_s_p50", "tpot_s_p99", "e2e_latency_s_p50", "e2e_latency_s_p99", "request_throughput_req_s",
+    "total_token_throughput_tok_s", "goodput_req_s", "slo_attainment", "failed_requests",
+)  # fmt: skip
+"""Columns of ``trials`` that the table of latencies is made from."""
+
 SUMMARY_COLUMNS: Final = (
+    *LATENCY_COLUMNS,
     "cell_id", "trial_id", "status", "failure_kind", "settings", "model", "backend", "window_s", "output_throughput_tok_s",
     "window_rule", "run_s", "run_joules_per_output_token",
     "total_energy_j", "energy_uncertainty_j", "sensor_rel", "energy_covers", "energy_not_measured", "energy_reason",
@@ -63,6 +70,8 @@ class CellSummary:
     est_power_w: float | None
     window_s: float | None
     output_throughput_tok_s: float | None
+    latency: Mapping[str, float | None]
+    """Columns of ``LATENCY_COLUMNS``, means over the completed trials."""
     window_rule: str | None
     """Which part of their runs the windows are."""
     run_s: float | None
@@ -160,6 +169,7 @@ def _summarise_cell(
         est_power_w=_mean_power(unmeasured, "est_energy_j") if not valid else None,
         window_s=_mean(completed, "window_s"),
         output_throughput_tok_s=_mean(completed, "output_throughput_tok_s"),
+        latency={name: _mean(completed, name) for name in LATENCY_COLUMNS},
         window_rule=next((row["window_rule"] for row in completed if row.get("window_rule")), None),
         run_s=_mean(completed, "run_s"),
         run_joules_per_output_token=_mean(valid, "run_joules_per_output_token"),

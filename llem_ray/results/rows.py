@@ -13,7 +13,7 @@ from llem_ray.core.energy import EnergyReading, Flag, PhaseEnergy, Severity, Win
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import Trial
 from llem_ray.core.power import SamplerInfo
-from llem_ray.results.trial_columns import STATISTICS
+from llem_ray.results.trial_columns import ADJUSTED_STATISTICS, STATISTICS
 
 Row = dict[str, Any]
 
@@ -137,6 +137,11 @@ def distribution_columns(metric: str, values: Mapping[str, float] | None) -> Row
         values: Statistic -> value; others than those of ``STATISTICS`` are left out. None gives nulls.
     """
     return {f"{metric}_{statistic}": None if values is None else values.get(statistic) for statistic in STATISTICS}
+
+
+def adjusted_columns(metric: str, values: Mapping[str, float] | None) -> Row:
+    """The columns ``adj_<metric>_p50`` and so on. None gives nulls."""
+    return {f"adj_{metric}_{statistic}": None if values is None else values[statistic] for statistic in ADJUSTED_STATISTICS}
 
 
 def flag_columns(flags: Iterable[Flag]) -> Row:

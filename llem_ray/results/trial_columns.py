@@ -262,10 +262,37 @@ STATISTICS: Final = {
 }
 """Statistic -> its name. Percentiles are numpy's ``linear``."""
 
-_LATENCY = tuple(
-    Column(f"{metric}_{statistic}", _F64, "s", f"{definition}; {name} over the window's requests.")
-    for metric, definition in LATENCY_METRICS.items()
-    for statistic, name in STATISTICS.items()
+ADJUSTED_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s")
+"""Latency metrics that have percentiles with failures counted, too: ``adj_<metric>_<percentile>``."""
+
+ADJUSTED_STATISTICS: Final = ("p50", "p90", "p95", "p99")
+
+_LATENCY = (
+    *(
+        Column(f"{metric}_{statistic}", _F64, "s", f"{definition}; {name} over the window's successful requests.")
+        for metric, definition in LATENCY_METRICS.items()
+        for statistic, name in STATISTICS.items()
+    ),
+    *(
+        Column(
+            f"adj_{metric}_{statistic}",
+            _F64,
+            "s",
+            f"{LATENCY_METRICS[metric]}; {STATISTICS[statistic]} with each failed request counted as infinitely late.",
+        )
+        for metric in ADJUSTED_METRICS
+        for statistic in ADJUSTED_STATISTICS
+    ),
+)
+
+_GOODPUT = (
+    Column("failed_requests", _I64, "", "Requests of the window that were aborted or gave no token."),
+    Column("slo_ttft_ms", _F64, "ms", "Limit on the time to first token; null without one."),
+    Column("slo_tpot_ms", _F64, "ms", "Limit on the time per output token; null without one."),
+    Column("slo_e2e_ms", _F64, "ms", "Limit on the end-to-end latency; null without one."),
+    Column("goodput_req_s", _F64, "1/s", "Requests that keep all limits / serving_s; null without limits."),
+    Column("slo_attainment", _F64, "1", "Requests that keep all limits / requests, failed ones included; null without limits."),
+    Column("goodput_per_watt", _F64, "1/J", "goodput_req_s / (total_energy_j / window_s). Null unless power_valid."),
 )
 
 _THROUGHPUT = (
@@ -302,6 +329,6 @@ _LOAD = (
 )
 
 TRIAL_COLUMNS: Final[tuple[Column, ...]] = (
-    *_IDENTITY, *_EXPERIMENT, *_COUNTS, *_ENERGY, *_LATENCY, *_THROUGHPUT, *_PACE, *_LOAD
+    *_IDENTITY, *_EXPERIMENT, *_COUNTS, *_ENERGY, *_LATENCY, *_THROUGHPUT, *_GOODPUT, *_PACE, *_LOAD
 )  # fmt: skip
 """All columns of the ``trials`` table, in order."""

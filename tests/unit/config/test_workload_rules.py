@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from llem_ray.config import load_sweep
 from llem_ray.config.resolved import dump_sweep, load_resolved
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, Sweep
+from llem_ray.core.spec import LengthSpec, SloPreset, Sweep
 from llem_ray.planning.plan import make_plan
 from llem_ray.planning.serialise import plan_from_dict, plan_to_dict
+from llem_ray.workloads.slo import PRESETS
 
 TOP = "schema_version: 1\nname: s\nbase:\n  model: {config: llama-tiny}\n"  # four lines
 Load = Callable[[str], Sweep]
@@ -104,6 +106,7 @@ WORKLOADS = {
     "no answers": ("output_tokens: {distribution: answer}", "output_tokens.distribution", "no known answers"),
     "groups of nothing": ("prefix_groups: 2", "prefix_groups", "groups need a prefix"),
     "half a conversation": ("turns: 3\n    batch_size: 2\n    requests: 8", "requests", "conversations must be whole"),
+    "turns of a stream": ("turns: 2\n    requests: 4\n    load: {pattern: saturated}", "turns", "turns have no meaning"),
     "no output": ("output_tokens: 0", "output_tokens", "wrong value for output_tokens"),
 }
 
@@ -115,6 +118,36 @@ def test_fields_that_do_not_go_together(load: Load, name: str) -> None:
         load(f"  workload:\n    {told}\n")
     assert (caught.value.field or "").removeprefix("base.workload.") == field
     assert caught.value.line is not None
+
+
+SLOS = {
+    "unknown preset": ("preset: mlperf-llama2", "slo.preset", "wrong value for preset", "mlperf-llama2-70b"),
+    "unknown metric": ("itl_ms: 30", "slo.itl_ms", "unknown key 'itl_ms'", "preset, ttft_ms, tpot_ms, e2e_ms"),
+    "no time": ("ttft_ms: 0", "slo.ttft_ms", "wrong value for ttft_ms", "number > 0"),
+    "preset and limits": ("preset: mlperf-llama2-70b, e2e_ms: 9", "slo.e2e_ms", "has limits of its own", ""),
+}
+
+
+@pytest.mark.parametrize("name", SLOS)
+def test_objectives_that_cannot_be(load: Load, name: str) -> None:
+    told, field, says, allowed = SLOS[name]
+    with pytest.raises(ConfigError) as caught:
+        load(f"measure: {{slo: {{{told}}}}}\n")
+    assert says in caught.value.message
+    assert caught.value.field == f"measure.{field}"
+    assert allowed in (caught.value.allowed or "")
+    assert caught.value.line == 5
+
+
+def test_objectives_change_a_run_and_no_cell(load: Load) -> None:
+    plain, limited = load(""), load("measure: {slo: {ttft_ms: 200}}\n")
+    assert [cell.cell_id for cell in plain.cells] == [cell.cell_id for cell in limited.cells]
+    assert make_plan(plain).run_hash != make_plan(limited).run_hash
+
+
+def test_every_preset_has_limits() -> None:
+    assert set(PRESETS) == set(get_args(SloPreset))
+    assert all(limits.ttft_ms and limits.tpot_ms for limits in PRESETS.values())
 
 
 def test_the_axis_is_blamed_where_it_set_the_distribution(load: Load) -> None:
