@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any, Final
 
 from llem_ray.config.workload_rules import Broken, broken_workload
-from llem_ray.core.spec import MLPERF_MIN_S, OPEN_LOOPS, EngineSpec, MeasureSpec, ModelSpec, WindowSpec, WorkloadSpec
+from llem_ray.core.spec import CV_BATCHES, MLPERF_MIN_S, OPEN_LOOPS, EngineSpec, MeasureSpec, ModelSpec, WindowSpec, WorkloadSpec
 
 
 def implied(section: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -93,13 +93,30 @@ def _online(workload: WorkloadSpec) -> Broken | None:
     return None
 
 
-def broken_window(measure: MeasureSpec, workload: WorkloadSpec) -> Broken | None:
-    """The first rule between the window that is asked for and a workload that does not hold."""
+def broken_measure(measure: MeasureSpec) -> Broken | None:
+    """The first rule within the measure section that does not hold."""
+    warmup = measure.warmup
+    least = max(warmup.batches, CV_BATCHES)
+    if warmup.until_cv is not None and warmup.max_batches < least:
+        message = f"until_cv compares {CV_BATCHES} batches: max_batches is at least {least}"
+        return Broken(("measure", "warmup", "max_batches"), message, "raise it, or leave it out")
     if measure.slo.preset is not None:
         for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
             if getattr(measure.slo, name) is not None:
                 message = f"the preset {measure.slo.preset} has limits of its own"
                 return Broken(("measure", "slo", name), message, "give a preset or limits, not both")
+    return None
+
+
+def broken_window(measure: MeasureSpec, workload: WorkloadSpec) -> Broken | None:
+    """The first rule between the window that is asked for and a workload that does not hold."""
+    if workload.load.online and measure.least_run_s(workload) >= measure.trial_timeout_s:
+        message = f"a trial takes {measure.least_run_s(workload):g} s and more, its deadline is {measure.trial_timeout_s:g} s"
+        return Broken(("measure", "trial_timeout_s"), message, "raise measure.trial_timeout_s, or ask for less")
+    return _window_of(measure, workload)
+
+
+def _window_of(measure: MeasureSpec, workload: WorkloadSpec) -> Broken | None:
     window, at = measure.window, ("measure", "window")
     for name in ("start_s", "length_s"):
         is_set = getattr(window, name) is not None

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 try:
-    from annotated_types import Ge, Gt, Le, MinLen
+    from annotated_types import Ge, Gt, Le, Lt, MinLen
 except ModuleNotFoundError:  # an engine's own interpreter: bounds were checked where the sweep file was read
-    Ge = Gt = Le = MinLen = lambda bound: bound  # type: ignore[assignment, misc, return-value]
+    Ge = Gt = Le = Lt = MinLen = lambda bound: bound  # type: ignore[assignment, misc, return-value]
 
 _STRICT: Mapping[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 
@@ -39,6 +39,9 @@ OPEN_LOOPS: Final[frozenset[str]] = frozenset({"constant", "poisson", "gamma", "
 
 MLPERF_MIN_S: Final = 600.0
 """Shortest run of MLPerf Inference (``min_duration`` of its load generator)."""
+
+CV_BATCHES: Final = 5
+"""Warm-up batches whose step times are compared."""
 
 HASHED_IF_SET: Final = "hashed_if_set"
 
@@ -262,7 +265,7 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateSpec:
-    """Thresholds beyond which a window's energy is invalid."""
+    """Thresholds beyond which a window's energy is invalid, or flagged."""
 
     __pydantic_config__: ClassVar[Any] = _STRICT
 
@@ -375,7 +378,7 @@ class MeasureSpec:
     wait_for_nodes_s: Annotated[float, Ge(0)] = 0.0
     """How long an autoscaler may take to add nodes that the sweep needs and the cluster lacks; 0 refuses such a sweep at once."""
     gates: GateSpec = GateSpec()
-    """When a window's energy is invalid."""
+    """When a window's energy is invalid, or flagged."""
     slo: SloSpec = field(default=SloSpec(), metadata=_ADDED)
     """What a request must keep to be a good one."""
 
@@ -383,6 +386,30 @@ class MeasureSpec:
     def shortest_window_s(self) -> float:
         """How long a window must be at least, s."""
         return max(self.min_window_s, MLPERF_MIN_S) if self.window.rule == "mlperf" else self.min_window_s
+
+    def least_run_s(self, workload: WorkloadSpec) -> float:
+        """How long a trial of the workload runs at least, s: an open loop lasts as long as its arrivals do."""
+        rate_per_s = workload.load.rate_per_s
+        arrivals_s = workload.requests / rate_per_s if workload.requests and rate_per_s else 0.0
+        return max(self.shortest_window_s, arrivals_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoppingSpec:
+    """When a cell has enough repeats. Without `half_width_rel` every cell gets `repeats`; with it, `repeats` at most."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    half_width_rel: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Target: half of the interval's width, as a share of the mean. 0.02 asks for +-2 %."""
+    confidence: Annotated[float, Gt(0.5), Lt(1)] = 0.95
+    """Confidence level of the interval."""
+    first: Annotated[int, Ge(5)] = 5
+    """Repeats that every cell gets; their spread tells how many it needs (Stein's two-stage rule)."""
+    metric: Literal["joules_per_output_token", "joules_per_total_token", "output_throughput_tok_s"] = "joules_per_output_token"
+    """What the target is about."""
+    budget_s: Annotated[float, Gt(0)] | None = None
+    """Measured time that a cell may take, all its windows together; default: no limit but `repeats`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -431,5 +458,6 @@ class Sweep:
     seed: int
     measure: MeasureSpec
     rates: Rates = Rates()
+    stopping: StoppingSpec = StoppingSpec()
     base_dir: str = "."
     """Folder that relative paths of the sweep file start from."""

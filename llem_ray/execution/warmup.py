@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, pstdev
-from typing import Final
 
 from llem_ray.core.backend import Request, RequestRecord, StepEvent
 from llem_ray.core.outcome import WarmupReport
-from llem_ray.core.spec import WarmupSpec
+from llem_ray.core.spec import CV_BATCHES, WarmupSpec
 from llem_ray.core.units import NS_PER_S
-
-CV_BATCHES: Final = 5
-"""Batches whose step times are compared."""
 
 Events = Iterator[StepEvent | RequestRecord]
 

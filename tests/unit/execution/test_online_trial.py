@@ -266,9 +266,20 @@ def test_a_short_run_and_a_restless_warm_up_are_flagged(tmp_path: Path) -> None:
     }
 
 
-def test_an_online_engine_in_the_middle_of_a_sweep_keeps_its_token_counts_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_requests_for_their_concurrency_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """N = 10 is 5 B: enough; of B = 3 it is not."""
+    plan = plan_of(tmp_path)
+    outcome = ran(tmp_path, monkeypatch, plan)
+    load = plan.trials[0].experiment.workload.load
+    assert list(load_flags(outcome, load, plan.measure)) == []
+    assert outcome.online is not None
+    wider = replace(outcome, online=replace(outcome.online, concurrency=3))
+    assert [(flag.code, flag.detail) for flag in load_flags(wider, load, plan.measure)] == [
+        ("few_requests", "10 requests with 3 at once")
+    ]
+
+
+def test_token_counts_of_an_online_trial_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path, "base.workload.output_tokens=3")
     row = row_of(plan, ran(tmp_path, monkeypatch, plan))
     assert row["invalid_reasons"] == ["token_count_mismatch"]

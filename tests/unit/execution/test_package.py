@@ -123,3 +123,13 @@ def test_a_packed_sweep_that_is_none(tmp_path: Path, content: bytes | None, says
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=says):
         unpack_sweep(path)
+
+
+def test_a_trace_goes_along(home: Path, tmp_path: Path) -> None:
+    (home / "texts" / "arrivals.csv").write_text("timestamp_s\n1\n")
+    path = home / "sweep.yaml"
+    path.write_text(SWEEP.format(prompts="{}", model="{config: llama-tiny}", engine="").replace("[1, 2]", "[1]"))
+    sweep = load_sweep(path, overrides=["workload.load={pattern: trace, trace: texts/arrivals.csv}"])
+    packed, folder = pack(sweep, tmp_path)
+    assert packed.cells == sweep.cells
+    assert (folder / "texts" / "arrivals.csv").read_text() == "timestamp_s\n1\n"
