@@ -25,7 +25,7 @@ def latency_table(summary: RunSummary) -> RenderableType | None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left", title_style="bold")
     table.title = "latency, median / 99th percentile, and rates"
     table.add_column("cell", overflow="fold", min_width=12)
-    headings = ["TTFT ms", "TPOT ms", "end to end s", "req/s", "all tok/s", *(["good req/s"] if with_goodput else [])]
+    headings = ["TTFT ms", "TPOT ms", "E2E s", "req/s", "tok/s", *(["good req/s"] if with_goodput else [])]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
@@ -57,4 +57,4 @@ def _row(cell: CellSummary, *, with_goodput: bool) -> list[Text]:
 
 def _pair(cell: CellSummary, metric: str, scale: float) -> str:
     values = (cell.latency[f"{metric}_{statistic}"] for statistic in ("p50", "p99"))
-    return " / ".join(format_value(None if value is None else value * scale, 3) for value in values)
+    return "/".join(format_value(None if value is None else value * scale, 3) for value in values)

@@ -21,6 +21,7 @@ from llem_ray.energy.stopping import (
     metric_value,
     stein_interval,
 )
+from llem_ray.reporting.numbers import format_setting
 
 Row = Mapping[str, Any]
 
@@ -277,18 +278,14 @@ def _labeller(settings: Iterable[Mapping[str, Any]]) -> Callable[[Mapping[str, A
     """
     settings = list(settings)
     keys = dict.fromkeys(key for one in settings for key in one)
-    varying = {key for key in keys if len({_text(one.get(key)) for one in settings}) > 1} or set(keys)
+    varying = {key for key in keys if len({format_setting(one.get(key)) for one in settings}) > 1} or set(keys)
     last_words = Counter(key.rpartition(".")[2] for key in keys)
     short = {key: last if last_words[last := key.rpartition(".")[2]] == 1 else key for key in keys}
 
     def label(one: Mapping[str, Any]) -> str:
-        return " ".join(f"{short[key]}={_text(value)}" for key, value in one.items() if key in varying)
+        return " ".join(f"{short[key]}={format_setting(value)}" for key, value in one.items() if key in varying)
 
     return label
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _covers(rows: Iterable[Row]) -> dict[str, int]:
