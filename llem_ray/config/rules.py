@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-from llem_ray.config.fields import Path
+from llem_ray.config.workload_rules import Broken, broken_workload
 from llem_ray.core.spec import CV_BATCHES, MLPERF_MIN_S, OPEN_LOOPS, EngineSpec, MeasureSpec, ModelSpec, WindowSpec, WorkloadSpec
-
-
-class Broken(NamedTuple):
-    """A rule that does not hold, and the field to blame."""
-
-    path: Path
-    message: str
-    hint: str | None = None
 
 
 def implied(section: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +22,7 @@ def broken_rule(section: object) -> Broken | None:
     if isinstance(section, ModelSpec):
         return _model(section)
     if isinstance(section, WorkloadSpec):
-        return _workload(section)
+        return broken_workload(section) or _load(section)
     if isinstance(section, EngineSpec):
         return _engine(section)
     return None
@@ -64,18 +56,6 @@ def _engine(engine: EngineSpec) -> Broken | None:
     return None
 
 
-def _workload(workload: WorkloadSpec) -> Broken | None:
-    prompts = workload.prompts
-    if prompts.source == "file" and not prompts.path:
-        return Broken(("workload", "prompts", "source"), "source: file needs workload.prompts.path")
-    if prompts.source != "file" and prompts.path is not None:
-        return Broken(("workload", "prompts", "path"), "a path is for source: file", "set workload.prompts.source: file")
-    if prompts.source == "synthetic" and workload.input_tokens is None:
-        hint = "set workload.input_tokens"
-        return Broken(("workload", "prompts", "source"), "synthetic prompts have no natural length", hint)
-    return _load(workload)
-
-
 _OF_PATTERN: Final[Mapping[str, frozenset[str]]] = {
     "rate_per_s": frozenset({"constant", "poisson", "gamma"}),
     "burstiness": frozenset({"gamma"}),
@@ -104,6 +84,9 @@ def _online(workload: WorkloadSpec) -> Broken | None:
     if workload.batch_size != 1:
         hint = "leave it out: how many run together is for the engine, or workload.load.concurrency"
         return Broken(("workload", "batch_size"), f"batch_size has no meaning for the pattern {pattern}", hint)
+    if workload.turns > 1:
+        hint = "an online load sends requests without regard to earlier turns"
+        return Broken(("workload", "turns"), f"turns have no meaning for the pattern {pattern}", hint)
     if workload.requests is None and pattern != "trace":
         message = f"the pattern {pattern} needs a number of requests"
         return Broken(("workload", "load", "pattern"), message, "set workload.requests")
@@ -117,6 +100,11 @@ def broken_measure(measure: MeasureSpec) -> Broken | None:
     if warmup.until_cv is not None and warmup.max_batches < least:
         message = f"until_cv compares {CV_BATCHES} batches: max_batches is at least {least}"
         return Broken(("measure", "warmup", "max_batches"), message, "raise it, or leave it out")
+    if measure.slo.preset is not None:
+        for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
+            if getattr(measure.slo, name) is not None:
+                message = f"the preset {measure.slo.preset} has limits of its own"
+                return Broken(("measure", "slo", name), message, "give a preset or limits, not both")
     return None
 
 

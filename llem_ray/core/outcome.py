@@ -60,8 +60,6 @@ class OnlineRun:
     """Realised: the most requests that were being answered at one instant."""
     missed: str | None
     """Why the run does not have the window that the rule names; the window then is the whole run."""
-    asked_tokens: Mapping[str, int]
-    """Request id -> output tokens asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,16 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Order = Literal["interleaved", "shuffled", "sequential"]
 Exclusive = Literal["node", "cluster", "none"]
 LoadPattern = Literal["batch", "saturated", "closed", "constant", "poisson", "gamma", "trace"]
+SloPreset = Literal[
+    "mlperf-llama2-70b",
+    "mlperf-llama2-70b-interactive",
+    "mlperf-llama3.1-405b",
+    "mlperf-llama3.1-405b-interactive",
+    "mlperf-llama3.1-8b",
+    "mlperf-llama3.1-8b-interactive",
+    "mlperf-deepseek-r1",
+    "mlperf-deepseek-r1-interactive",
+]
 WindowRule = Literal["auto", "total", "steady_state", "mlperf", "interval"]
 
 OPEN_LOOPS: Final[frozenset[str]] = frozenset({"constant", "poisson", "gamma", "trace"})
@@ -107,12 +117,57 @@ class PromptSpec:
 
     __pydantic_config__: ClassVar[Any] = _STRICT
 
-    source: Literal["builtin", "file", "synthetic"] = "builtin"
-    """`builtin` is the set shipped with llem-ray; `file` reads JSON Lines; `synthetic` draws random token ids."""
+    source: Literal["builtin", "file", "synthetic", "dataset"] = "builtin"
+    """`builtin` is the set shipped with llem-ray; `file` reads JSON Lines or Parquet; `dataset` reads with the Hugging Face
+    `datasets` library; `synthetic` draws random token ids."""
     path: str | None = None
-    """JSON Lines file (`source: file`), relative to the sweep file. Each line an object, or a string."""
+    """File of `source: file`, relative to the sweep file: Parquet (`.parquet`), else JSON Lines, a line an object or string."""
     column: str = "prompt"
-    """Key of the prompt text in each line."""
+    """Column of the prompt text: a key of each line, or a column of the table."""
+    answer_column: str | None = field(default=None, metadata=_ADDED)
+    """Column of a known answer, for `output_tokens: {distribution: answer}`."""
+    format: Literal["column", "sharegpt"] = field(default="column", metadata=_ADDED)
+    """`sharegpt`: each entry has `conversations`, a list of `{from, value}`. The prompt is the first human turn, the known
+    answer the turn that follows it; entries without a human turn are left out."""
+    dataset: str | None = field(default=None, metadata=_ADDED)
+    """Data set of `source: dataset`: a hub id, or a local folder or file (JSON Lines, JSON, CSV, Parquet, text), relative to
+    the sweep file."""
+    config: str | None = field(default=None, metadata=_ADDED)
+    """Configuration (subset) of the data set."""
+    split: str = field(default="train", metadata=_ADDED)
+    """Split of the data set; `train[:1000]` takes a part of it."""
+    revision: str | None = field(default=None, metadata=_ADDED)
+    """Branch, tag or commit of the data set's repository."""
+    limit: Annotated[int, Ge(1)] | None = field(default=None, metadata=_ADDED)
+    """Prompts that are read, from the start of the source; None reads all."""
+    chat_template: bool = field(default=False, metadata=_ADDED)
+    """Render each prompt as a user's message with the model's own chat template, up to where the answer begins."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthSpec:
+    """How many tokens each request has: numbers drawn from a distribution, by `workload.seed`."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    distribution: Literal["fixed", "uniform", "normal", "lognormal", "empirical", "answer"]
+    """`fixed`: always `mean`. `uniform`: every whole number from `min` to `max` alike. `normal`, `lognormal`: `mean` and `std`,
+    cut off at `min` and `max`. `empirical`: one of `values`, or of the lines of `path`. `answer` (output only): the length of
+    the prompt's known answer, limited to `min` and `max`."""
+    mean: Annotated[float, Gt(0)] | None = None
+    """Mean length in tokens, before it is cut off."""
+    std: Annotated[float, Ge(0)] | None = None
+    """Standard deviation of the length in tokens (of the length itself, also for `lognormal`), before it is cut off."""
+    min: Annotated[int, Ge(1)] | None = None
+    """Smallest length; default 1."""
+    max: Annotated[int, Ge(1)] | None = None
+    """Largest length; default: no limit."""
+    values: tuple[Annotated[int, Ge(1)], ...] | None = None
+    """Lengths to draw from."""
+    weights: tuple[Annotated[float, Ge(0)], ...] | None = None
+    """How often each of `values` is drawn, relative to the others; default: all alike."""
+    path: str | None = None
+    """File of lengths to draw from, relative to the sweep file. Each line a number of tokens, or `tokens,weight`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,19 +206,27 @@ class WorkloadSpec:
 
     prompts: PromptSpec = PromptSpec()
     """Where prompts come from."""
-    input_tokens: Annotated[int, Ge(1)] | None = None
-    """Exact prompt length in tokens: longer prompts are cut, shorter ones continued with the next. None keeps natural lengths."""
-    output_tokens: Annotated[int, Ge(1)] = 32
-    """Tokens to generate for each request."""
+    input_tokens: Annotated[int, Ge(1)] | LengthSpec | None = None
+    """Prompt length in tokens, exact or drawn from a distribution: longer prompts are cut, shorter ones continued with the next.
+    None keeps natural lengths."""
+    output_tokens: Annotated[int, Ge(1)] | LengthSpec = 32
+    """Tokens to generate for each request, exact or drawn from a distribution."""
+    shared_prefix_tokens: Annotated[int, Ge(0)] = field(default=0, metadata=_ADDED)
+    """Tokens that requests of one group have in common, before the prompt and on top of `input_tokens`."""
+    prefix_groups: Annotated[int, Ge(1)] = field(default=1, metadata=_ADDED)
+    """Groups of requests, each with a prefix of its own; requests are dealt to them in turn."""
+    turns: Annotated[int, Ge(1)] = field(default=1, metadata=_ADDED)
+    """Turns of a conversation, each a request: its prompt is all that came before, answers included, and `input_tokens` new
+    ones. The answers in it are known in advance: random token ids, as many as the turn before generates."""
     batch_size: Annotated[int, Ge(1)] = 1
     """Requests that run together."""
     requests: Annotated[int, Ge(1)] | None = None
-    """Distinct requests of one pass; default: one batch. The pass is repeated until `measure.min_window_s` is reached.
-    Under an online load they are sent once; a trace's default is all of its arrivals."""
+    """Distinct requests of one pass; default: one batch of each turn. The pass is repeated until
+    `measure.min_window_s` is reached. Under an online load they are sent once; a trace's default is all of its arrivals."""
     ignore_eos: bool = True
     """Generate exactly `output_tokens`, whatever the model says: rows stay comparable."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of the choice and order of prompts, and of arrival times."""
+    """Seed of lengths, of the choice and order of prompts, and of arrival times."""
     load: LoadSpec = field(default=LoadSpec(), metadata=_ADDED)
     """How requests reach the engine."""
 
@@ -258,6 +321,22 @@ class WindowSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SloSpec:
+    """Service level objectives: what a request must keep to count in `goodput_req_s`. Without any there is no goodput."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    preset: SloPreset | None = None
+    """Limits of MLPerf Inference on the time to first token and the time per output token."""
+    ttft_ms: Annotated[float, Gt(0)] | None = None
+    """Longest time to first token."""
+    tpot_ms: Annotated[float, Gt(0)] | None = None
+    """Longest time per output token after the first."""
+    e2e_ms: Annotated[float, Gt(0)] | None = None
+    """Longest end-to-end latency."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MeasureSpec:
     """How it is measured. Part of the run's identity, not of a cell's."""
 
@@ -300,6 +379,8 @@ class MeasureSpec:
     """How long an autoscaler may take to add nodes that the sweep needs and the cluster lacks; 0 refuses such a sweep at once."""
     gates: GateSpec = GateSpec()
     """When a window's energy is invalid, or flagged."""
+    slo: SloSpec = field(default=SloSpec(), metadata=_ADDED)
+    """What a request must keep to be a good one."""
 
     @property
     def shortest_window_s(self) -> float:

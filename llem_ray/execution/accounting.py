@@ -21,7 +21,7 @@ from llem_ray.energy.stationarity import Trend, bin_power_w, bin_tokens, check_d
 from llem_ray.energy.total import sum_readings
 from llem_ray.energy.validity import check_errors, check_foreign_load, flag
 from llem_ray.execution.completeness import cluster_columns, node_columns
-from llem_ray.execution.load_rows import counts_of, load_flags
+from llem_ray.execution.load_rows import counts_of, goodput_columns, load_flags
 from llem_ray.execution.meter import GPU_SCOPES, Meter
 from llem_ray.execution.records import AttemptEnded, DeviceKey, GangRecord, HostDevice, IdleTaken, LoadEnded
 from llem_ray.results.rows import device_columns, flag_columns
@@ -91,6 +91,8 @@ class Accounts:
         row |= flag_columns(flags) | device_columns([*held, *context]) | {"power_valid": valid}
         row |= _host_columns([*held, *context]) | _net_columns(gang, held, window)
         row |= _per_token(total.energy_j if valid else None, *tokens, counts.succeeded)
+        power_w = metrics.avg_total_gpu_power_w(total.energy_j if valid else None, window.duration_s)
+        row |= goodput_columns(outcome, self._measure.slo, power_w)
         row |= _drift_columns(drifts) | self._run_columns(gang, outcome, valid=valid)
         row |= node_columns(gang, self._meter, window, held, context)
         row |= cluster_columns(gang, self._meter, window, held, context)
@@ -207,13 +209,10 @@ class Accounts:
             if mine and all(reading.energy_j is None for reading in mine):
                 yield flag("node_missing", f"{self._meter.hostname(host)}: {mine[0].reason or 'no energy'}")
         workload = ended.trial.experiment.workload
-        asked = outcome.online.asked_tokens if outcome.online else {}
-        wanted = [(record, asked.get(record.request_id, workload.output_tokens)) for record in outcome.requests]
-        wrong = [(record, tokens) for record, tokens in wanted if workload.ignore_eos and record.output_tokens != tokens]
+        wrong = [r for r in outcome.requests if workload.ignore_eos and r.output_tokens != r.requested_tokens]
         if wrong:
-            record, tokens = wrong[0]
-            detail = f"{len(wrong)} of {len(outcome.requests)} requests, the first gave {record.output_tokens}"
-            yield flag("token_count_mismatch", f"{detail} tokens instead of {tokens}")
+            detail = f"{len(wrong)} of {len(outcome.requests)} requests, the first gave {wrong[0].output_tokens}"
+            yield flag("token_count_mismatch", f"{detail} tokens instead of {wrong[0].requested_tokens}")
         if ended.hot is not None:
             yield flag("not_cooled_down", ended.hot)
         yield from load_flags(outcome, workload.load, self._measure)

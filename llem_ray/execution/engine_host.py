@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -26,7 +26,7 @@ from llem_ray.core.energy import Window
 from llem_ray.core.errors import ConfigError, GenerationError, LlemRayError, LoadError
 from llem_ray.core.outcome import Completed, Failed, Outcome, WarmupReport, failed_from
 from llem_ray.core.plan import LoadGroup
-from llem_ray.core.spec import EngineSpec, ModelSpec, PromptSpec, SamplingSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WorkloadSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.execution.calls import Leased, Loaded, TrialOrder
 from llem_ray.execution.engines import make_backend, serves_online, worker_layout
@@ -35,8 +35,8 @@ from llem_ray.execution.spans import SpanLog
 from llem_ray.execution.warmup import warm_up
 from llem_ray.power.host import host_id
 from llem_ray.workloads.online import OnlineWork, build_online
-from llem_ray.workloads.prompts import batches, build_requests, load_prompts
-from llem_ray.workloads.traces import Arrival, load_trace
+from llem_ray.workloads.prompts import batches, build_requests
+from llem_ray.workloads.sources import Sources
 
 KEPT_TOKENS = 2_000_000
 """Prompt tokens of other cells that are kept for their repeats; about 36 bytes each."""
@@ -52,8 +52,7 @@ class EngineHost:
         base_dir: Folder that relative paths of the sweep start from.
         cache_dir: Writable folder for what we build ourselves; None: this host's own, see ``host_cache_dir``.
         clock: The node's monotonic clock.
-        prompts: Texts of prompt files that were read elsewhere; others are read here.
-        traces: Traces that were read elsewhere, by their path in the sweep; others are read here.
+        sources: What workloads read from files and data sets, where that was done elsewhere; the rest is read here.
         online: Its trials send requests one by one.
     """
 
@@ -65,15 +64,13 @@ class EngineHost:
         base_dir: str,
         cache_dir: str | None,
         clock: Clock | None = None,
-        prompts: Mapping[PromptSpec, Sequence[str]] | None = None,
-        traces: Mapping[str, Sequence[Arrival]] | None = None,
+        sources: Sources | None = None,
         *,
         online: bool = False,
     ) -> None:
         self._clock = clock or SystemClock()
         self._base_dir = base_dir
-        self._prompts = dict(prompts or {})
-        self._traces = dict(traces or {})
+        self._sources = sources or Sources(base_dir)
         on_gpu = engine.device == "cuda" or (engine.device == "auto" and gpus > 0)
         device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
         self._config = BackendConfig(
@@ -208,6 +205,7 @@ class EngineHost:
     ) -> tuple[tuple[RequestRecord, ...], int, int]:
         """Whole passes over the workload until the window is long enough."""
         requests: list[RequestRecord] = []
+        wanted = {request.request_id: request.max_new_tokens for batch in work for request in batch}
         steps = passes = 0
         while True:
             for batch in work:
@@ -215,7 +213,8 @@ class EngineHost:
                     if isinstance(event, StepEvent):
                         steps += 1
                     else:
-                        requests.append(replace(event, request_id=f"{passes}-{event.request_id}"))
+                        asked = wanted[event.request_id]
+                        requests.append(replace(event, request_id=f"{passes}-{event.request_id}", requested_tokens=asked))
             passes += 1
             if self._clock.monotonic_ns() >= until_ns:
                 return tuple(requests), steps, passes
@@ -227,12 +226,13 @@ class EngineHost:
             assert self._backend is not None
             assert self._report is not None
             requests = build_requests(
-                workload,
+                self._sources.resolved(workload),
                 encode=self._backend.encode,
                 vocab_size=self._report.vocab_size,
                 context_tokens=self._report.context_tokens,
-                prompts=self._texts(workload.prompts),
+                prompts=self._sources.prompts(workload.prompts),
                 special_token_ids=self._report.special_token_ids,
+                encode_chats=getattr(self._backend, "encode_chats", None),
             )
             if sum(map(_tokens, self._requests.values())) > KEPT_TOKENS:
                 self._requests.clear()
@@ -248,23 +248,16 @@ class EngineHost:
             if sum(_tokens((work.requests,)) for work in self._online.values()) > KEPT_TOKENS:
                 self._online.clear()
             self._online[key] = build_online(
-                workload,
+                self._sources.resolved(workload),
                 encode=self._backend.encode,
                 vocab_size=self._report.vocab_size,
                 context_tokens=self._report.context_tokens,
-                prompts=self._texts(workload.prompts),
+                prompts=self._sources.prompts(workload.prompts),
                 special_token_ids=self._report.special_token_ids,
-                trace=self._trace(workload.load.trace),
+                encode_chats=getattr(self._backend, "encode_chats", None),
+                trace=self._sources.trace(workload.load.trace),
             )
         return self._online[key]
-
-    def _trace(self, path: str | None) -> Sequence[Arrival]:
-        if path is None:
-            return ()
-        return self._traces[path] if path in self._traces else load_trace(path, self._base_dir)
-
-    def _texts(self, spec: PromptSpec) -> Sequence[str]:
-        return self._prompts[spec] if spec in self._prompts else load_prompts(spec, self._base_dir)
 
     def _guard(self, spans: SpanLog, guard_s: float) -> int:
         entered_ns = self._enter(spans, "guard")

@@ -8,10 +8,12 @@ from typing import Any
 from llem_ray.core.backend import RequestRecord
 from llem_ray.core.energy import Flag
 from llem_ray.core.outcome import Completed, WarmupReport
-from llem_ray.core.spec import OPEN_LOOPS, LoadSpec, MeasureSpec
+from llem_ray.core.spec import OPEN_LOOPS, LoadSpec, MeasureSpec, SloSpec
 from llem_ray.energy.validity import flag
+from llem_ray.workloads.latency import succeeded, throughput
 from llem_ray.workloads.pacing import pacing
-from llem_ray.workloads.windows import Counts, count_all, count_inside, inside, succeeded
+from llem_ray.workloads.slo import count_good, limits_of
+from llem_ray.workloads.windows import Counts, count_all, count_inside, inside
 
 Row = dict[str, Any]
 
@@ -57,6 +59,31 @@ def load_columns(done: Completed, load: LoadSpec) -> Row:
         "pacing_error_p90_s": error.p90 if error else None,
         "pacing_error_p99_s": error.p99 if error else None,
         "pacing_error_max_s": error.max if error else None,
+    }
+
+
+def goodput_columns(done: Completed, slo: SloSpec, power_w: float | None) -> Row:
+    """Requests that keep the limits that are asked for; nothing without any.
+
+    Args:
+        done: The trial.
+        slo: The limits.
+        power_w: Mean power of everything that the energy covers; None where the energy is not valid.
+    """
+    limits = limits_of(slo)
+    requests = requests_inside(done)
+    if limits is None or not requests:
+        return {}
+    good, rates = count_good(requests, limits), throughput(requests)
+    length_s = done.window.duration_s if is_part(done) else None if rates is None else rates.duration_s
+    goodput = good / length_s if length_s else None
+    return {
+        "slo_ttft_ms": limits.ttft_ms,
+        "slo_tpot_ms": limits.tpot_ms,
+        "slo_e2e_ms": limits.e2e_ms,
+        "goodput_req_s": goodput,
+        "slo_attainment": good / len(requests),
+        "goodput_per_watt": goodput / power_w if goodput is not None and power_w else None,
     }
 
 

@@ -53,11 +53,13 @@ def run_online(backend: InferenceBackend, order: OnlineOrder, node: str, begin_n
     """
     records: list[RequestRecord] = []
     step_ends_ns: list[int] = []
+    wanted = {request.request_id: request.max_new_tokens for request in order.work.requests}
     for event in backend.run(order.work.requests, order.sampling, order.work.schedule):
         if isinstance(event, StepEvent):
             step_ends_ns.append(event.end_ns)
         else:
-            records.append(replace(event, request_id=f"{PASS}-{event.request_id}"))
+            asked = wanted[event.request_id]
+            records.append(replace(event, request_id=f"{PASS}-{event.request_id}", requested_tokens=asked))
     end_ns = clock.monotonic_ns()
     chosen = choose_window(records, begin_ns, end_ns, order.window, order.load, order.min_window_s)
     return Ran(
@@ -67,7 +69,6 @@ def run_online(backend: InferenceBackend, order: OnlineOrder, node: str, begin_n
             rule=chosen.rule,
             concurrency=chosen.concurrency,
             missed=chosen.missed,
-            asked_tokens={f"{PASS}-{request.request_id}": request.max_new_tokens for request in order.work.requests},
         ),
         requests=tuple(records),
         steps=sum(chosen.begin_ns < stamp_ns <= chosen.end_ns for stamp_ns in step_ends_ns),

@@ -12,24 +12,20 @@ from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
 from llem_ray.execution.memory import local_devices, require_memory
 from llem_ray.workloads.online import taken
-from llem_ray.workloads.prompts import load_prompts
-from llem_ray.workloads.traces import Arrival, load_trace
+from llem_ray.workloads.sources import Sources
 
 
 def check_prompts(plan: Plan) -> None:
-    """Read every prompt source and every trace of the plan.
+    """Read every prompt source, file of lengths and trace of the plan.
 
     Raises:
-        ConfigError: A prompts file or a trace is wrong, or a trace is shorter than what is to be replayed of it.
+        ConfigError: A file or data set is wrong, or a trace is shorter than what is to be replayed of it.
+        PluginError: The library that reads a data set is not installed.
     """
-    for spec in dict.fromkeys(trial.experiment.workload.prompts for trial in plan.trials):
-        load_prompts(spec, plan.base_dir)
-    traces: dict[str, tuple[Arrival, ...]] = {}
-    for workload in {id(trial.experiment.workload): trial.experiment.workload for trial in plan.trials}.values():
-        path = workload.load.trace
-        if path is not None:
-            traces[path] = traces.get(path) or load_trace(path, plan.base_dir)
-            taken(workload, traces[path])
+    sources = Sources(plan.base_dir)
+    for workload in dict.fromkeys(trial.experiment.workload for trial in plan.trials):
+        sources.read(workload)
+        taken(workload, sources.trace(workload.load.trace))
 
 
 def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) -> None:

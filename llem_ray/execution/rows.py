@@ -9,6 +9,7 @@ from llem_ray.core.outcome import Completed, Failed
 from llem_ray.execution.load_rows import counts_of, is_part, load_columns, requests_inside
 from llem_ray.execution.records import AttemptEnded
 from llem_ray.results import rows as columns
+from llem_ray.results.trial_columns import ADJUSTED_METRICS
 from llem_ray.workloads import latency
 
 Row = dict[str, Any]
@@ -44,6 +45,7 @@ def attempt_row(ended: AttemptEnded) -> Row:
         passes=outcome.passes,
         steps=outcome.steps,
     )
+    row |= columns.length_columns(requests_inside(outcome))
     row |= load_columns(outcome, ended.trial.experiment.workload.load)
     return row | latency_columns(outcome, ended.group.experiment.engine.world_size if ended.group.gpus else 0)
 
@@ -57,12 +59,17 @@ def latency_columns(done: Completed, gpus: int) -> Row:
         "tpot_s": summary.tpot_s,
         "inter_chunk_s": summary.inter_chunk_s,
         "e2e_latency_s": summary.e2e_latency_s,
-        "e2e_from_schedule_s": latency.distribution(map(latency.e2e_from_schedule_s, requests)),
+        "e2e_from_schedule_s": latency.distribution(map(latency.e2e_from_schedule_s, filter(latency.succeeded, requests))),
         "normalized_tpot_s": summary.normalized_tpot_s,
     }
     row: Row = {}
     for metric, spread in spreads.items():
         row |= columns.distribution_columns(metric, None if spread is None else asdict(spread))
+    done_well = list(filter(latency.succeeded, requests))
+    for metric in ADJUSTED_METRICS:
+        values = map(_PER_REQUEST[metric], done_well)
+        row |= columns.adjusted_columns(metric, latency.adjusted_percentiles(values, summary.failed))
+    row["failed_requests"] = summary.failed
     rates = part_throughput(done, gpus) if is_part(done) else summary.throughput
     if rates is not None:
         row |= {

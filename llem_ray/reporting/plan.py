@@ -15,7 +15,7 @@ from llem_ray.backends.batch_memory import size_text
 from llem_ray.backends.memory_need import MemoryNeed
 from llem_ray.core.plan import LoadGroup, Plan
 from llem_ray.core.spec import DroppedCell
-from llem_ray.reporting.numbers import count_noun, format_duration, format_value
+from llem_ray.reporting.numbers import count_noun, format_duration, format_setting, format_value
 
 SHOWN_TRIALS: Final = 20
 SHOWN_LOADS: Final = 20
@@ -125,7 +125,7 @@ def _trials(plan: Plan, shown: int) -> Table:
     ordered = ((load, trial) for load, group in enumerate(plan.groups, start=1) for trial in group.trials)
     total = len(plan.trials)
     for number, (load, trial) in zip(range(1, min(shown, total) + 1), ordered, strict=False):
-        settings = " ".join(f"{key}={value}" for key, value in trial.cell.settings.items())
+        settings = " ".join(f"{key}={format_setting(value)}" for key, value in trial.cell.settings.items())
         table.add_row(str(number), str(load), trial.trial_id, Text(settings or "the base experiment"))
     if total > shown:
         table.add_row("...", "", f"and {total - shown} more", "--json lists all")
@@ -137,7 +137,7 @@ def _dropped(dropped: tuple[DroppedCell, ...]) -> list[RenderableType]:
     table.add_column("dropped cell", overflow="fold")
     table.add_column("why", overflow="fold")
     for cell in dropped[:SHOWN_DROPPED]:
-        table.add_row(Text(" ".join(f"{key}={value}" for key, value in cell.settings.items())), Text(cell.reason))
+        table.add_row(Text(" ".join(f"{key}={format_setting(value)}" for key, value in cell.settings.items())), Text(cell.reason))
     if len(dropped) > SHOWN_DROPPED:
         table.add_row(f"... and {len(dropped) - SHOWN_DROPPED} more", "--json lists all")
     return [Text(f"{count_noun(len(dropped), 'cell')} dropped", style="bold"), table]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,7 @@ from llem_ray.core.energy import EnergyReading, Flag, PhaseEnergy, Severity, Win
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import Trial
 from llem_ray.core.power import SamplerInfo
-from llem_ray.results.trial_columns import STATISTICS
+from llem_ray.results.trial_columns import ADJUSTED_STATISTICS, STATISTICS
 
 Row = dict[str, Any]
 
@@ -53,15 +53,15 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
         "data_parallel": engine.data_parallel,
         "gpus": gpus,
         "engine_args": to_json(dict(engine.engine_args)),
-        "prompt_source": workload.prompts.path if workload.prompts.source == "file" else workload.prompts.source,
+        "prompt_source": workload.prompts.path or workload.prompts.dataset or workload.prompts.source,
         "batch_size": None if load.online else workload.batch_size,
         "load_pattern": load.pattern,
         "rate_per_s": load.rate_per_s,
         "burstiness": load.burstiness,
         "concurrency": load.concurrency,
         "trace": load.trace,
-        "input_tokens": workload.input_tokens,
-        "output_tokens_requested": workload.output_tokens,
+        "input_tokens": workload.input_tokens if isinstance(workload.input_tokens, int) else None,
+        "output_tokens_requested": workload.output_tokens if isinstance(workload.output_tokens, int) else None,
         "ignore_eos": workload.ignore_eos,
         "workload_seed": workload.seed,
         "temperature": sampling.temperature,
@@ -108,6 +108,17 @@ def count_columns(*, requests: int, prompt_tokens: int, padded_tokens: int, outp
     }
 
 
+def length_columns(requests: Sequence[RequestRecord]) -> Row:
+    """Smallest, mean and largest realised lengths of requests."""
+    if not requests:
+        return {}
+    lengths = {"prompt_tokens": [r.prompt_tokens for r in requests], "output_tokens": [r.output_tokens for r in requests]}
+    row: Row = {}
+    for name, values in lengths.items():
+        row |= {f"{name}_min": min(values), f"{name}_mean": sum(values) / len(values), f"{name}_max": max(values)}
+    return row
+
+
 def failure_columns(failed: Failed) -> Row:
     """How an attempt failed."""
     return {
@@ -126,6 +137,11 @@ def distribution_columns(metric: str, values: Mapping[str, float] | None) -> Row
         values: Statistic -> value; others than those of ``STATISTICS`` are left out. None gives nulls.
     """
     return {f"{metric}_{statistic}": None if values is None else values.get(statistic) for statistic in STATISTICS}
+
+
+def adjusted_columns(metric: str, values: Mapping[str, float] | None) -> Row:
+    """The columns ``adj_<metric>_p50`` and so on. None gives nulls."""
+    return {f"adj_{metric}_{statistic}": None if values is None else values[statistic] for statistic in ADJUSTED_STATISTICS}
 
 
 def flag_columns(flags: Iterable[Flag]) -> Row:
@@ -223,6 +239,7 @@ def request_row(
         "prompt_tokens": record.prompt_tokens,
         "padded_tokens": record.padded_tokens,
         "output_tokens": record.output_tokens,
+        "output_tokens_requested": record.requested_tokens,
         "finish_reason": record.finish_reason,
         "scheduled_ns": record.scheduled_ns,
         "queued_ns": record.queued_ns,

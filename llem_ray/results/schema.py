@@ -31,6 +31,7 @@ _REQUESTS = (
     Column("prompt_tokens", pa.int64(), "tokens", "Prompt length counted from ids, padding not included."),
     Column("padded_tokens", pa.int64(), "tokens", "Length the prompt was padded to."),
     Column("output_tokens", pa.int64(), "tokens", "Tokens generated, counted from ids."),
+    Column("output_tokens_requested", pa.int64(), "tokens", "Tokens asked for."),
     Column("finish_reason", pa.string(), "", "`length`, `stop` or `abort`."),
     Column("scheduled_ns", pa.int64(), "ns", "When the load schedule wanted it sent; monotonic clock of the engine's node."),
     Column("queued_ns", pa.int64(), "ns", "When it entered the load generator's queue; same clock."),

@@ -101,8 +101,8 @@ _EXPERIMENT = (
     Column("burstiness", _F64, "1", "Shape of the gamma distribution of gaps between arrivals; null but for `gamma`."),
     Column("concurrency", _I32, "", "Requests kept in flight; null where the pattern has none, or the engine sets the limit."),
     Column("trace", _STR, "", "Trace of arrivals that was replayed."),
-    Column("input_tokens", _I64, "tokens", "Exact prompt length asked for; null keeps natural lengths."),
-    Column("output_tokens_requested", _I64, "tokens", "Tokens asked for per request."),
+    Column("input_tokens", _I64, "tokens", "Exact prompt length asked for; null for natural lengths and distributions."),
+    Column("output_tokens_requested", _I64, "tokens", "Tokens asked for per request; null for distributions."),
     Column("ignore_eos", _BOOL, "", "Generation went on after an end-of-sequence token."),
     Column("workload_seed", _I64, "", "Seed of the choice and order of prompts."),
     Column("temperature", _F64, "", "0 is greedy."),
@@ -127,6 +127,12 @@ _COUNTS = (
     Column("output_tokens", _I64, "tokens", "Tokens delivered in the window, counted from ids."),
     Column("total_tokens", _I64, "tokens", "prompt_tokens + output_tokens."),
     Column("steps", _I64, "", "Forward steps of the engine in the window."),
+    Column("prompt_tokens_min", _I64, "tokens", "Shortest prompt of the requests that ended in the window."),
+    Column("prompt_tokens_mean", _F64, "tokens", "Mean prompt length of the requests that ended in the window."),
+    Column("prompt_tokens_max", _I64, "tokens", "Longest prompt of the requests that ended in the window."),
+    Column("output_tokens_min", _I64, "tokens", "Shortest output of the requests that ended in the window."),
+    Column("output_tokens_mean", _F64, "tokens", "Mean output length of the requests that ended in the window."),
+    Column("output_tokens_max", _I64, "tokens", "Longest output of the requests that ended in the window."),
     Column("realised_concurrency", _I32, "", "The most requests that were being answered at one instant; online trials."),
     Column("run_begin_ns", _I64, "ns", "Begin of the whole online run, of which the window is a part; same clock."),
     Column("run_end_ns", _I64, "ns", "When its last answer had come; same clock."),
@@ -256,10 +262,37 @@ STATISTICS: Final = {
 }
 """Statistic -> its name. Percentiles are numpy's ``linear``."""
 
-_LATENCY = tuple(
-    Column(f"{metric}_{statistic}", _F64, "s", f"{definition}; {name} over the window's requests.")
-    for metric, definition in LATENCY_METRICS.items()
-    for statistic, name in STATISTICS.items()
+ADJUSTED_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s")
+"""Latency metrics that have percentiles with failures counted, too: ``adj_<metric>_<percentile>``."""
+
+ADJUSTED_STATISTICS: Final = ("p50", "p90", "p95", "p99")
+
+_LATENCY = (
+    *(
+        Column(f"{metric}_{statistic}", _F64, "s", f"{definition}; {name} over the window's successful requests.")
+        for metric, definition in LATENCY_METRICS.items()
+        for statistic, name in STATISTICS.items()
+    ),
+    *(
+        Column(
+            f"adj_{metric}_{statistic}",
+            _F64,
+            "s",
+            f"{LATENCY_METRICS[metric]}; {STATISTICS[statistic]} with each failed request counted as infinitely late.",
+        )
+        for metric in ADJUSTED_METRICS
+        for statistic in ADJUSTED_STATISTICS
+    ),
+)
+
+_GOODPUT = (
+    Column("failed_requests", _I64, "", "Requests of the window that were aborted or gave no token."),
+    Column("slo_ttft_ms", _F64, "ms", "Limit on the time to first token; null without one."),
+    Column("slo_tpot_ms", _F64, "ms", "Limit on the time per output token; null without one."),
+    Column("slo_e2e_ms", _F64, "ms", "Limit on the end-to-end latency; null without one."),
+    Column("goodput_req_s", _F64, "1/s", "Requests that keep all limits / serving_s; null without limits."),
+    Column("slo_attainment", _F64, "1", "Requests that keep all limits / requests, failed ones included; null without limits."),
+    Column("goodput_per_watt", _F64, "1/J", "goodput_req_s / (total_energy_j / window_s). Null unless power_valid."),
 )
 
 _THROUGHPUT = (
@@ -296,6 +329,6 @@ _LOAD = (
 )
 
 TRIAL_COLUMNS: Final[tuple[Column, ...]] = (
-    *_IDENTITY, *_EXPERIMENT, *_COUNTS, *_ENERGY, *_LATENCY, *_THROUGHPUT, *_PACE, *_LOAD
+    *_IDENTITY, *_EXPERIMENT, *_COUNTS, *_ENERGY, *_LATENCY, *_THROUGHPUT, *_GOODPUT, *_PACE, *_LOAD
 )  # fmt: skip
 """All columns of the ``trials`` table, in order."""

@@ -11,7 +11,8 @@ from llem_ray.core.backend import LoadSchedule, Request
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.spec import WorkloadSpec
 from llem_ray.workloads.arrivals import make_schedule
-from llem_ray.workloads.prompts import Encode, batches, build_requests
+from llem_ray.workloads.prompt_files import PromptSet
+from llem_ray.workloads.prompts import NO_PROMPTS, Encode, EncodeChats, batches, build_requests
 from llem_ray.workloads.traces import FIELD, Arrival
 
 WARMUP_REQUESTS: Final = 8
@@ -33,13 +34,14 @@ def build_online(
     encode: Encode,
     vocab_size: int,
     context_tokens: int,
-    prompts: Sequence[str],
+    prompts: PromptSet = NO_PROMPTS,
     special_token_ids: Collection[int] = (),
     trace: Sequence[Arrival] = (),
+    encode_chats: EncodeChats | None = None,
 ) -> OnlineWork:
     """Requests and schedule of an online workload.
 
-    Lengths of a trace go before those of the workload: prompts are built as long as the longest and cut to each one's length.
+    Lengths of a trace go before those of the workload.
 
     Args:
         workload: With an online load.
@@ -49,6 +51,7 @@ def build_online(
         prompts: What ``load_prompts`` returned.
         special_token_ids: Ids that synthetic prompts leave out.
         trace: What ``load_trace`` returned, where the load replays one.
+        encode_chats: The engine's chat template; None where it has none.
 
     Raises:
         ConfigError: A request does not fit into the context, or the trace is too short.
@@ -56,20 +59,16 @@ def build_online(
     arrivals = taken(workload, trace)
     count = len(arrivals) or workload.requests or 1
     _check_lengths(workload, arrivals, context_tokens)
-    longest = max((arrival.input_tokens or 0 for arrival in arrivals), default=0)
-    asked = replace(workload, requests=count)
-    if longest:
-        asked = replace(asked, input_tokens=max(longest, workload.input_tokens or 0), output_tokens=1)
     built = build_requests(
-        asked,
+        replace(workload, requests=count),
         encode=encode,
         vocab_size=vocab_size,
         context_tokens=context_tokens,
         prompts=prompts,
         special_token_ids=special_token_ids,
+        encode_chats=encode_chats,
+        lengths=[(arrival.input_tokens, arrival.output_tokens) for arrival in arrivals] or None,
     )
-    if arrivals:
-        built = tuple(_cut(request, arrival, workload) for request, arrival in zip(built, arrivals, strict=True))
     size = min(workload.load.concurrency or WARMUP_REQUESTS, count)
     return OnlineWork(
         requests=built,
@@ -95,8 +94,9 @@ def taken(workload: WorkloadSpec, trace: Sequence[Arrival]) -> tuple[Arrival, ..
 
 def _check_lengths(workload: WorkloadSpec, arrivals: Sequence[Arrival], context_tokens: int) -> None:
     for arrival in arrivals:
-        inputs, outputs = arrival.input_tokens or workload.input_tokens, arrival.output_tokens or workload.output_tokens
-        if inputs is not None and inputs + outputs > context_tokens:
+        inputs = arrival.input_tokens or workload.input_tokens
+        outputs = arrival.output_tokens or workload.output_tokens
+        if isinstance(inputs, int) and isinstance(outputs, int) and inputs + outputs > context_tokens:
             raise ConfigError(
                 f"an arrival of the trace is too long for the model: {inputs} prompt + {outputs} output tokens",
                 file=workload.load.trace,
@@ -105,12 +105,3 @@ def _check_lengths(workload: WorkloadSpec, arrivals: Sequence[Arrival], context_
                 found=f"{inputs + outputs} tokens",
                 allowed=f"at most {context_tokens} tokens, the model's context",
             )
-
-
-def _cut(request: Request, arrival: Arrival, workload: WorkloadSpec) -> Request:
-    inputs = arrival.input_tokens or workload.input_tokens or len(request.prompt_token_ids)
-    return replace(
-        request,
-        prompt_token_ids=request.prompt_token_ids[:inputs],
-        max_new_tokens=arrival.output_tokens or workload.output_tokens,
-    )

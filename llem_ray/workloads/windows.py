@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from llem_ray.core.backend import RequestRecord
 from llem_ray.core.spec import MLPERF_MIN_S, LoadSpec, WindowRule, WindowSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
+from llem_ray.workloads.latency import succeeded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +38,6 @@ class Counts:
     padded_tokens: int
     output_tokens: int
     """Tokens delivered inside."""
-
-
-def succeeded(record: RequestRecord) -> bool:
-    """It gave tokens, and was not aborted."""
-    return record.finish_reason != "abort" and record.output_tokens > 0
 
 
 def realised_concurrency(records: Sequence[RequestRecord]) -> int:

@@ -23,12 +23,12 @@ from llem_ray.backends.model_config import (
     read_model_config,
 )
 from llem_ray.backends.model_source import ModelSource, model_commit
-from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
+from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
 from llem_ray.backends.transformers.arguments import TransformersArgs, check_shape
 from llem_ray.backends.transformers.decoding import PaddedBatch, generate_batch
 from llem_ray.backends.transformers.loading import build_model, eos_token_ids
 from llem_ray.backends.transformers.memory import BatchMemory, estimate_batch_memory, host_limit_bytes, require_host_memory
-from llem_ray.core.backend import BackendConfig, LoadReport, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, DeviceMemoryError, GenerationError, LlemRayError, LoadError, NumericsError
 from llem_ray.core.spec import SamplingSpec
 
@@ -66,6 +66,10 @@ class Engine:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, nothing cut."""
         return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        return encode_chats(self._tokenizer, chats)
 
     def require_valid(self, requests: Sequence[Request]) -> None:
         """Refuse what the model cannot serve.

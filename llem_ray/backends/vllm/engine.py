@@ -36,11 +36,11 @@ from llem_ray.backends.model_config import (
     weight_dtype,
 )
 from llem_ray.backends.model_source import ModelSource, model_commit
-from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
+from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
 from llem_ray.backends.vllm.arguments import engine_arguments
 from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
 from llem_ray.backends.vllm.serving import StepRecorder, serve_batch
-from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, ConfigError, DeviceMemoryError, EngineDied, GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec
 
@@ -123,6 +123,10 @@ class Engine:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, nothing cut."""
         return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        return encode_chats(self._tokenizer, chats)
 
     def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
         """See ``InferenceBackend.run``."""

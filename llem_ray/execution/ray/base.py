@@ -13,15 +13,13 @@ from typing import Any, Final
 from llem_ray.core.errors import LlemRayError, PlacementError
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import SamplerInfo
-from llem_ray.core.spec import PromptSpec
 from llem_ray.execution.calls import Call, Fetched, Gang, Node, Sampler, SamplerSettings
 from llem_ray.execution.engines import worker_layout
 from llem_ray.execution.ray.actors import CheckActor, EngineActor, HolderActor, SamplerActor
 from llem_ray.execution.ray.gang import RayGang
 from llem_ray.execution.ray.runtime import RayCall, answer_of, first_line, import_ray, wait_for
 from llem_ray.planning.packing import Seat
-from llem_ray.workloads.prompts import load_prompts
-from llem_ray.workloads.traces import Arrival, load_trace
+from llem_ray.workloads.sources import Sources
 
 LOG = logging.getLogger(__name__)
 
@@ -77,8 +75,7 @@ class RayExecutor:
     """
 
     def __init__(self) -> None:
-        self._prompts: dict[PromptSpec, Sequence[str]] = {}
-        self._traces: dict[str, Sequence[Arrival]] = {}
+        self._sources: Sources | None = None
         self._holders: list[tuple[str, Any]] = []
         self._gangs: list[tuple[RayGang, tuple[Seat, ...]]] = []
         self._logs: Path | None = None
@@ -157,8 +154,7 @@ class RayExecutor:
                     group.gpus,
                     base_dir,
                     self._cache_dir(cache_dir),
-                    prompts=self._prompts_of(group, base_dir),
-                    traces=self._traces_of(group, base_dir),
+                    sources=self._sources_of(group, base_dir),
                     online=group.online,
                     threads_are_ours="OMP_NUM_THREADS" in os.environ,
                     rank=rank,
@@ -185,19 +181,12 @@ class RayExecutor:
         """Where engines keep what they build: None lets each host choose."""
         return cache_dir
 
-    def _prompts_of(self, group: LoadGroup, base_dir: str) -> dict[PromptSpec, Sequence[str]] | None:
-        """Prompt files, read here: other hosts may not have them."""
-        specs = {trial.experiment.workload.prompts for trial in group.trials if trial.experiment.workload.prompts.path}
-        for spec in specs - self._prompts.keys():
-            self._prompts[spec] = load_prompts(spec, base_dir)
-        return {spec: self._prompts[spec] for spec in specs} or None
-
-    def _traces_of(self, group: LoadGroup, base_dir: str) -> dict[str, Sequence[Arrival]] | None:
-        """Traces, read here as prompt files are."""
-        paths = {path for trial in group.trials if (path := trial.experiment.workload.load.trace)}
-        for path in paths - self._traces.keys():
-            self._traces[path] = load_trace(path, base_dir)
-        return {path: self._traces[path] for path in paths} or None
+    def _sources_of(self, group: LoadGroup, base_dir: str) -> Sources:
+        """Prompts and lengths from files and data sets, read here: other hosts may not have them."""
+        with self._lock:
+            if self._sources is None:
+                self._sources = Sources(base_dir)
+            return self._sources.part([trial.experiment.workload for trial in group.trials])
 
     def quarantine(self, node_id: str, gpu_uuid: str) -> None:
         """Hold the GPU: take one after the other of those that are free on the node, and keep that one."""

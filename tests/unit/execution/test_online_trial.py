@@ -229,7 +229,7 @@ def flags_of(
 
 def ran_so(requests: Sequence[RequestRecord], warmup: WarmupReport | None, window_s: float) -> Completed:
     window = Window(node="h1", begin_ns=0, end_ns=ns_from_s(window_s))
-    online = OnlineRun(whole=window, rule="total", concurrency=1, missed=None, asked_tokens={})
+    online = OnlineRun(whole=window, rule="total", concurrency=1, missed=None)
     return Completed(window=window, spans=(), requests=tuple(requests), steps=0, passes=1, warmup=warmup, online=online)
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from llem_ray.core.backend import Request
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LoadSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.online import build_online
 from llem_ray.workloads.traces import load_trace
 
@@ -75,9 +76,13 @@ def workload(requests: int | None = None) -> WorkloadSpec:
     return WorkloadSpec(prompts=PromptSpec(source="synthetic"), input_tokens=4, output_tokens=9, requests=requests, load=load)
 
 
+def sizes(request: Request) -> tuple[int, int]:
+    return len(request.prompt_token_ids), request.max_new_tokens
+
+
 def built(tmp_path: Path, requests: int | None = None, context_tokens: int = 20, text: str = OWN):
     trace = load_trace("own.csv", written(tmp_path, "own.csv", text))
-    return build_online(workload(requests), lambda _: [], vocab_size=50, context_tokens=context_tokens, prompts=(), trace=trace)
+    return build_online(workload(requests), lambda _: [], vocab_size=50, context_tokens=context_tokens, trace=trace)
 
 
 def test_lengths_of_a_trace_go_before_those_of_the_workload(tmp_path: Path) -> None:
@@ -88,6 +93,25 @@ def test_lengths_of_a_trace_go_before_those_of_the_workload(tmp_path: Path) -> N
 def test_a_trace_without_lengths_takes_those_of_the_workload(tmp_path: Path) -> None:
     requests = built(tmp_path, text="timestamp_s\n0\n1\n2\n").requests
     assert [(len(request.prompt_token_ids), request.max_new_tokens) for request in requests] == [(4, 9)] * 3
+
+
+def test_a_trace_with_some_lengths_leaves_the_rest_to_the_workload(tmp_path: Path) -> None:
+    text = "timestamp_s,input_tokens,output_tokens\n0,8,\n1,,3\n2,5,2\n"
+    assert [sizes(request) for request in built(tmp_path, text=text).requests] == [(8, 9), (4, 3), (5, 2)]
+
+
+def test_an_open_loop_draws_its_lengths() -> None:
+    lengths = LengthSpec(distribution="uniform", min=2, max=6)
+    asked = WorkloadSpec(
+        prompts=PromptSpec(source="synthetic"),
+        input_tokens=lengths,
+        output_tokens=lengths,
+        requests=30,
+        load=LoadSpec(pattern="poisson", rate_per_s=5),
+    )
+    requests = build_online(asked, lambda _: [], vocab_size=50, context_tokens=20).requests
+    drawn = [sizes(request) for request in requests]
+    assert {tokens for tokens, _ in drawn} == {tokens for _, tokens in drawn} == set(range(2, 7))
 
 
 def test_a_trace_may_be_cut_but_not_stretched(tmp_path: Path) -> None:
