@@ -56,7 +56,7 @@ class TestBackend(BackendContract):
         return ENGINES[request.param]
 
 
-ONLINE = ("fake", "fake in a process")
+ONLINE = ("fake", "fake in a process", "transformers", "transformers in a process")
 
 
 class TestOnline(OnlineContract):
