@@ -45,7 +45,7 @@ def add_adapter(config: BackendConfig, model_config: Any, model: PreTrainedModel
 
         model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     else:
-        model.load_adapter(str(folder), local_files_only=True)
+        model.load_adapter(str(folder))
         for name, parameter in model.named_parameters():
             if ".lora_" in name:  # PEFT keeps them in 32 bits, and would compute with them so
                 parameter.data = parameter.data.to(model.dtype)

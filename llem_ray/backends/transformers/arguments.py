@@ -11,7 +11,7 @@ from llem_ray.backends.lora import LoraArgs, parse_lora
 from llem_ray.backends.transformers.combinations import check_combinations
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import EngineSpec
+from llem_ray.core.spec import EngineSpec, ModelSpec
 
 AttentionImplementation = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
@@ -175,6 +175,24 @@ def check_shape(engine: EngineSpec, model_config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"the model has {layers} layers", field="engine.pipeline_parallel", found=str(stages), allowed=f"1 to {layers}"
         )
+
+
+def require_plain(model: ModelSpec, existing: Any) -> None:
+    """Refuse to quantise a checkpoint twice.
+
+    Args:
+        model: Says whether it is to be quantised.
+        existing: The checkpoint's `quantization_config`, or None.
+
+    Raises:
+        ConfigError: It is quantised already.
+    """
+    if model.quantization is None or existing is None:
+        return
+    method = existing.get("quant_method") if isinstance(existing, Mapping) else getattr(existing, "quant_method", None)
+    raise ConfigError(
+        f"the checkpoint is quantised already ({method})", field="model.quantization", found=model.quantization, allowed="null"
+    )
 
 
 def _check_numbers(args: TransformersArgs) -> None:

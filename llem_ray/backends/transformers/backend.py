@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
 from llem_ray.backends.model_source import find_model, known_config
-from llem_ray.backends.transformers.arguments import TransformersArgs, check_arguments, check_shape
+from llem_ray.backends.transformers.arguments import TransformersArgs, check_arguments, check_shape, require_plain
 from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent, WorkerLayout
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec
@@ -47,7 +47,9 @@ class TransformersBackend:
         args = check_arguments(self._config)
         _require_extras(args, self._config)
         source = find_model(self._config.model, self._config.base_dir)
-        check_shape(self._config.engine, known_config(source))
+        known = known_config(source)
+        check_shape(self._config.engine, known)
+        require_plain(self._config.model, known.get("quantization_config"))
 
     def load(self) -> LoadReport:
         """Import torch and transformers, load model and tokenizer, run one short batch."""

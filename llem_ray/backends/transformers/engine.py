@@ -94,6 +94,7 @@ class Engine:
         self.require_valid(requests)
         if self._server is not None:
             self._server.drop()
+            self._server.require_usable()
         need = self._memory(requests)
         if need is not None and self._model.device.type == "cpu":
             require_host_memory(need.total_bytes, f"a batch of {len(requests)} requests", need.arithmetic)
@@ -274,7 +275,7 @@ def load_engine(
         warm_s=warm_s,
         context_tokens=context_tokens(model.config),
         vocab_size=int(model.config.get_text_config().vocab_size),
-        parameters=model.num_parameters() if replica is None else _count(config, model_config),
+        parameters=model.num_parameters() if replica is None else _count(config, model_config, model),
         weight_bytes=weight_bytes(model) if replica is None else replica.weight_bytes,
         dtype=str(model.dtype).removeprefix("torch."),
         device=device.type,
@@ -342,8 +343,9 @@ def find_device(config: BackendConfig) -> torch.device:
     return torch.device("cuda", number if visible > 1 else 0)
 
 
-def _count(config: BackendConfig, model_config: Any) -> int:
-    return count_parameters(model_config, trust_remote_code=config.model.trust_remote_code)
+def _count(config: BackendConfig, model_config: Any, share: Any) -> int:
+    adapter = sum(parameter.numel() for name, parameter in share.named_parameters() if ".lora_" in name)
+    return count_parameters(model_config, trust_remote_code=config.model.trust_remote_code) + adapter
 
 
 def _notes(model: Any, source: ModelSource, tokenizer_origin: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from llem_ray.backends.model_source import ModelSource
 from llem_ray.backends.transformers.adapter import add_adapter
 from llem_ray.backends.transformers.arguments import TransformersArgs
 from llem_ray.backends.transformers.memory import require_host_memory
-from llem_ray.backends.transformers.quantization import quantization_config, require_capability
+from llem_ray.backends.transformers.quantization import avoid_packing, quantization_config, require_capability
 from llem_ray.backends.transformers.random_checkpoint import random_checkpoint
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import DeviceMemoryError
@@ -77,6 +77,8 @@ def build_model(
         built = AutoModelForCausalLM.from_pretrained(
             location, config=model_config, revision=model.revision or "main", dtype=dtype, **options
         )
+    if device.type == "cpu" and quantization is not None:
+        avoid_packing(built)
     if device.type == "cuda" and args.device_map is not None:
         _require_on_gpus(built)
     if args.lora is not None:
@@ -98,18 +100,19 @@ def weight_bytes(model: PreTrainedModel) -> int:
     total = 0
     for parameter in model.parameters():
         share = getattr(parameter, "_local_tensor", parameter)
-        total += share.numel() * share.element_size() + sum(part.numel() * part.element_size() for part in _scales(parameter))
-    return total
+        total += share.numel() * share.element_size()
+    return total + sum(scale.numel() * scale.element_size() for module in model.modules() for scale in _scales(module))
 
 
-def _scales(parameter: Any) -> Iterator[torch.Tensor]:
-    """What bitsandbytes keeps beside a quantised weight."""
-    if getattr(parameter, "SCB", None) is not None:
-        yield parameter.SCB
-    state = getattr(parameter, "quant_state", None)
+def _scales(module: Any) -> Iterator[torch.Tensor]:
+    """What bitsandbytes keeps beside a quantised weight: in the weight, and for 8 bits in the layer after the first use."""
+    weight = getattr(module, "weight", None)
+    kept = (getattr(holder, "SCB", None) for holder in (weight, getattr(module, "state", None)))
+    yield from (scale for scale in kept if scale is not None)
+    state = getattr(weight, "quant_state", None)
     while state is not None:
-        yield from (part for part in (state.absmax, state.code, state.offset) if isinstance(part, torch.Tensor))
-        state = state.state2
+        yield from (part for part in (state.absmax, state.code, getattr(state, "offset", None)) if part is not None)
+        state = getattr(state, "state2", None)
 
 
 def _draw(model: ModelSpec, model_config: Any, dtype: Any, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from llem_ray.backends.transformers.arguments import BitsAndBytesArgs, TransformersArgs
-from llem_ray.core.errors import ConfigError, LoadError
+from llem_ray.backends.transformers.arguments import BitsAndBytesArgs, TransformersArgs, require_plain
+from llem_ray.core.errors import LoadError
 from llem_ray.core.spec import ModelSpec
 
 LEAST_CAPABILITY: Final[Mapping[str, tuple[int, int]]] = {"bitsandbytes-8bit": (7, 5), "bitsandbytes-4bit": (6, 0)}
 """CUDA compute capability that bitsandbytes 0.50 asks for (its installation guide)."""
+PACKED_ROWS: Final = 32
 
 
 def quantization_config(
@@ -33,16 +34,8 @@ def quantization_config(
     """
     if model.quantization is None:
         return None
-    if (existing := getattr(model_config, "quantization_config", None)) is not None:
-        method = existing.get("quant_method") if isinstance(existing, Mapping) else getattr(existing, "quant_method", None)
-        raise ConfigError(
-            f"the checkpoint is quantised already ({method})",
-            field="model.quantization",
-            found=model.quantization,
-            allowed="null",
-        )
-    # Activations in another format than float16 are cast, which the library tells for every layer.
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast", category=UserWarning)
+    require_plain(model, getattr(model_config, "quantization_config", None))
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every cast of every layer in every step
     details = args.bitsandbytes or BitsAndBytesArgs()
     if model.quantization == "bitsandbytes-8bit":
         return BitsAndBytesConfig(
@@ -72,3 +65,15 @@ def require_capability(quantization: str, capability: tuple[int, int]) -> None:
             f"this GPU has compute capability {capability[0]}.{capability[1]}, {quantization} needs {least[0]}.{least[1]}",
             "leave out model.quantization, or name another engine.gpu_type",
         )
+
+
+def avoid_packing(model: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16 bitsandbytes packs 4-bit weights anew, and fails for layers that no whole blocks fill.
+
+    Those are computed as on other CPUs.
+    """
+    module: Any
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and (module.in_features % state.blocksize or module.out_features % PACKED_ROWS):
+            module.support_avx512bf16_for_cpu = False

@@ -96,6 +96,15 @@ class Server:
             batching.restore_attention()
             self._batching = None
 
+    def require_usable(self) -> None:
+        """Refuse to go on with a model that a step which did not end may still use.
+
+        Raises:
+            EngineDied: There is such a step.
+        """
+        if self._broken is not None:
+            raise EngineDied(self._broken)
+
     def notes(self) -> dict[str, str]:
         """Of the load report."""
         batching = self._ready()
@@ -107,8 +116,7 @@ class Server:
         }
 
     def _ready(self) -> WatchedBatching:
-        if self._broken is not None:
-            raise EngineDied(self._broken)
+        self.require_usable()
         if self._batching is None:
             self._batching = WatchedBatching(self._model, self._config())
         if self._batching.batch_processor is None:
