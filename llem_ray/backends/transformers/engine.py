@@ -257,6 +257,8 @@ def load_engine(
             engine.close()
         raise
     except Exception as error:  # model code of third parties may raise anything; here it becomes one typed error
+        if engine is not None:
+            engine.close()
         free_after(error)
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"the model does not fit: {first_line(error)}") from error

@@ -80,7 +80,7 @@ def build_model(
     if device.type == "cpu" and quantization is not None:
         avoid_packing(built)
     if device.type == "cuda" and args.device_map is not None:
-        _require_on_gpus(built)
+        require_on_gpus(built)
     if args.lora is not None:
         built = add_adapter(config, model_config, built, merge=args.merge_lora)
     return built.eval()
@@ -115,21 +115,26 @@ def _scales(module: Any) -> Iterator[torch.Tensor]:
         state = getattr(state, "state2", None)
 
 
-def _draw(model: ModelSpec, model_config: Any, dtype: Any, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        stack.enter_context(device)
-        torch.manual_seed(model.seed)
-        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
+def require_on_gpus(model: Any) -> None:
+    """Refuse what accelerate does where the GPUs are too small: leave layers in the host's memory, or on disk.
 
-
-def _require_on_gpus(model: PreTrainedModel) -> None:
+    Raises:
+        DeviceMemoryError: It did.
+    """
     places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     if elsewhere := sorted(places & {"cpu", "disk", "meta"}):
         raise DeviceMemoryError(
             f"the GPUs of the gang do not hold the model: accelerate would leave layers on {', '.join(elsewhere)}",
             "set a larger engine.gpus",
         )
+
+
+def _draw(model: ModelSpec, model_config: Any, dtype: Any, device: torch.device, options: dict[str, Any]) -> PreTrainedModel:
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stack.enter_context(device)
+        torch.manual_seed(model.seed)
+        return AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
 
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
