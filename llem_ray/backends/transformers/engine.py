@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 WARM_PROMPT_TOKENS = 8
 WARM_STEPS = 2
+CLOSE_S = 10.0
+"""How long ``close`` waits for a step of continuous batching."""
 
 ENGINE_ERRORS = (RuntimeError, MemoryError, ValueError, TypeError, IndexError)
 """What model code raises; anything else is a defect of ours."""
@@ -192,7 +194,7 @@ class Engine:
     def close(self) -> None:
         """Drop the model and give its memory back to the device."""
         if self._server is not None:
-            self._server.drop()
+            self._server.drop(CLOSE_S)
         self._forwarding.close()
         del self._model, self._tokenizer, self._forwarding, self._server
         torch.set_num_threads(self._threads_before)

@@ -89,10 +89,14 @@ class Server:
         if self._batching is not None:
             self._end(drop=self._args.allow_block_sharing)
 
-    def drop(self) -> None:
-        """Stop the loop, free the cache and give the model back as it was loaded."""
+    def drop(self, timeout_s: float | None = None) -> None:
+        """Stop the loop, free the cache and give the model back as it was loaded.
+
+        Args:
+            timeout_s: Longest wait for the step that runs; default: the longest step.
+        """
         batching = self._batching
-        if batching is not None and self._end(drop=True):
+        if batching is not None and self._end(drop=True, timeout_s=timeout_s):
             batching.restore_attention()
             self._batching = None
 
@@ -199,11 +203,12 @@ class Server:
             token_times_ns=tuple(answer.times_ns),
         )
 
-    def _end(self, *, drop: bool) -> bool:
+    def _end(self, *, drop: bool, timeout_s: float | None = None) -> bool:
         assert self._batching is not None
-        ended = self._batching.end(self._step_timeout_s, drop=drop)
+        wait_s = self._step_timeout_s if timeout_s is None else min(timeout_s, self._step_timeout_s)
+        ended = self._batching.end(wait_s, drop=drop)
         if not ended:
-            self._broken = f"a step of continuous batching did not end within {self._step_timeout_s:g} s"
+            self._broken = f"a step of continuous batching did not end within {wait_s:g} s"
         return ended
 
 
