@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from llem_ray.backends.transformers.backend import TransformersBackend
+from llem_ray.backends.transformers.decoding import generate_batch
 from llem_ray.backends.transformers.loading import require_on_gpus
 from llem_ray.backends.transformers.quantization import require_capability
 from llem_ray.core.backend import BackendConfig, LoadReport, Request, RequestRecord
@@ -24,6 +26,11 @@ LINEAR = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 352)
 REST = 1_000_576 - LINEAR
 ROWS = 4 * (2 * 128 + 2 * 64 + 2 * 352 + 128)
 """Output features of those layers."""
+
+REQUESTS = [
+    Request(request_id=str(row), prompt_token_ids=tuple(range(9 + row, 9 + row + length)), max_new_tokens=8)
+    for row, length in enumerate([4, 9, 6])
+]
 
 
 def ask(folder: Path, quantization: str | None = None, model: str = "llama-tiny", **args: Any) -> tuple[LoadReport, list[Any]]:
@@ -47,11 +54,7 @@ def ask(folder: Path, quantization: str | None = None, model: str = "llama-tiny"
 
 
 def tokens_of(backend: TransformersBackend) -> list[Any]:
-    requests = [
-        Request(request_id=str(row), prompt_token_ids=tuple(range(9 + row, 9 + row + length)), max_new_tokens=8)
-        for row, length in enumerate([4, 9, 6])
-    ]
-    return [event.output_token_ids for event in backend.run(requests, SamplingSpec()) if isinstance(event, RequestRecord)]
+    return [event.output_token_ids for event in backend.run(REQUESTS, SamplingSpec()) if isinstance(event, RequestRecord)]
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +105,41 @@ def test_layers_that_accelerate_leaves_on_the_host_are_refused() -> None:
     assert "engine.gpus" in str(caught.value.hint)
 
 
+def test_a_device_map_has_a_rank_for_each_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BackendConfig(
+        model=ModelSpec(config="llama-tiny"),
+        engine=EngineSpec(engine_args={"device_map": "auto"}, gpus=2),
+        device="cuda",
+        host="h",
+        base_dir=str(folder),
+        cache_dir=str(folder),
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"{device.index:032}"))
+    backend = TransformersBackend(config)
+    backend.check()
+    backend._engine = SimpleNamespace(close=lambda: None)  # type: ignore[assignment]
+    ranks = backend.identity()
+    assert [(rank.rank, rank.gpu_uuid) for rank in ranks] == [(0, f"GPU-{0:032}"), (1, f"GPU-{1:032}")]
+    assert len({rank.pid for rank in ranks}) == 1
+
+
 def test_a_device_map_changes_no_token(folder: Path, plain: list[Any]) -> None:
     report, tokens = ask(folder, device_map="auto")
     assert tokens == plain
     assert report.parameters == 1_000_576
+
+
+def test_steps_pass_through_accelerates_hooks(folder: Path, plain: list[Any], tmp_path: Path) -> None:
+    """What moves activations between GPUs moves weights from disk just as well."""
+    ask(folder, device_map="auto")  # draws the weights
+    (checkpoint,) = (folder / "cache" / "random-checkpoints").glob("[0-9a-f]*")
+    places: dict[str, str] = {f"model.layers.{layer}": "disk" if layer % 2 else "cpu" for layer in range(4)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, device_map=places, offload_folder=tmp_path).eval()
+    assert set(model.hf_device_map.values()) == {"cpu", "disk"}
+    events = generate_batch(model, REQUESTS, SamplingSpec(), frozenset(), 2047)
+    assert [event.output_token_ids for event in events if isinstance(event, RequestRecord)] == plain
 
 
 def test_a_static_cache_changes_no_token(folder: Path, plain: list[Any]) -> None:
