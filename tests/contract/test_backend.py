@@ -67,7 +67,7 @@ class TestBackend(BackendContract):
         return ENGINES[request.param]
 
 
-ONLINE = ("fake", "fake in a process", "transformers", "transformers in a process")
+ONLINE = ("fake", "fake in a process", "transformers", "transformers, adapter", "transformers in a process")
 
 
 class TestOnline(OnlineContract):

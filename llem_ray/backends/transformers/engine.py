@@ -245,22 +245,15 @@ def load_engine(
             Server(model, args.online, eos_token_ids(model), args.step_timeout_s) if config.online else None,
         )
         constructed_s = time.monotonic()
-        if replica is None or replica.layout.place == 0:
-            engine.warm()
-        first_s = time.monotonic() - constructed_s
-        if args.compile is not None and (replica is None or replica.layout.place == 0):
-            engine.warm()
-    except GenerationError as error:
-        if engine is not None:
-            engine.close()
-        raise LoadError(f"the model does not run: {error.message}") from error
-    except LlemRayError:
-        if engine is not None:
-            engine.close()
-        raise
+        leads = replica is None or replica.layout.place == 0
+        warm_s, compile_s = _warm(engine, compiled=args.compile is not None) if leads else (0.0, None)
     except Exception as error:  # model code of third parties may raise anything; here it becomes one typed error
         if engine is not None:
             engine.close()
+        if isinstance(error, GenerationError):
+            raise LoadError(f"the model does not run: {error.message}") from error
+        if isinstance(error, LlemRayError):
+            raise
         free_after(error)
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"the model does not fit: {first_line(error)}") from error
@@ -268,10 +261,6 @@ def load_engine(
             f"hub model {source.location!r} (no folder has that name)" if source.kind == "hub" else f"model {source.location!r}"
         )
         raise load_error(what, error) from error
-    warm_s, compile_s = first_s, None
-    if args.compile is not None:
-        warm_s = time.monotonic() - constructed_s - first_s
-        compile_s = max(0.0, first_s - warm_s)
     return engine, LoadReport(
         import_s=import_s,
         construct_s=constructed_s - begin_s,
@@ -288,6 +277,18 @@ def load_engine(
         special_token_ids=special_token_ids(tokenizer),
         notes=_notes(model, source, origin) | _extras(args, config) | engine.notes(),
     )
+
+
+def _warm(engine: Engine, *, compiled: bool) -> tuple[float, float | None]:
+    """Run a short batch; seconds of that, and of compilation: the first such batch less another one."""
+    begin_s = time.monotonic()
+    engine.warm()
+    first_s = time.monotonic() - begin_s
+    if not compiled:
+        return first_s, None
+    engine.warm()
+    again_s = time.monotonic() - begin_s - first_s
+    return again_s, max(0.0, first_s - again_s)
 
 
 def gpu_uuids(config: BackendConfig, *, spread: bool) -> list[str]:

@@ -155,6 +155,20 @@ def test_requests_put_off_for_want_of_room_are_answered_in_full(tmp_path: Path) 
     backend.close()
 
 
+def test_shared_prefixes_are_computed_once_until_reset(tmp_path: Path) -> None:
+    backend = backend_of(tmp_path, online={"page_size": 16, "num_blocks": 32, "allow_block_sharing": True})
+    request = requests_of([100], 4)
+    steps, first = run(backend, request, ONE)
+    assert sum(step.prefill_tokens for step in steps) == 100
+    steps, second = run(backend, request, ONE)
+    assert sum(step.prefill_tokens for step in steps) == 100 - 6 * 16
+    assert outputs(first) == outputs(second)
+    backend.reset()
+    steps, _ = run(backend, request, ONE)
+    assert sum(step.prefill_tokens for step in steps) == 100
+    backend.close()
+
+
 def test_eager_attention_is_given_back_for_batches(tmp_path: Path) -> None:
     backend = backend_of(tmp_path, attn_implementation="eager")
     requests = requests_of([5, 9], 6)
