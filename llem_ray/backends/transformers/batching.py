@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -27,8 +27,7 @@ from llem_ray.core.errors import GenerationError, NumericsError
 from llem_ray.core.spec import SamplingSpec
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NewToken:
+class NewToken(NamedTuple):
     """What a step made for one request."""
 
     request_id: str
@@ -190,11 +189,7 @@ def _served(batch: list[Any], begin_ns: int, end_ns: int) -> ServedStep:
     fresh = [part for part in batch if not part.has_new_token or part.state.generated_len() == 1]
     prefill_tokens = sum(part.query_length for part in fresh)
     tokens = tuple(
-        NewToken(
-            request_id=part.state.request_id,
-            token=part.state.generated_tokens[-1],
-            last=part.state.status == RequestStatus.FINISHED,
-        )
+        NewToken(part.state.request_id, part.state.generated_tokens[-1], part.state.status is RequestStatus.FINISHED)
         for part in batch
         if part.has_new_token
     )
