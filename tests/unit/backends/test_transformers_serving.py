@@ -46,7 +46,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TransformersBac
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[TransformersBackend]:
     """One that may be broken."""
-    backend = backend_of(tmp_path, step_timeout_s=0.5)
+    backend = backend_of(tmp_path)
     yield backend
     backend.close()
 
@@ -223,6 +223,7 @@ def test_a_step_that_does_not_end_is_a_hang(own: TransformersBackend, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(model_of(own).model, "forward", block)
+        patch.setattr(own._engine._server, "_step_timeout_s", 0.5)  # type: ignore[union-attr]
         with pytest.raises(HangError, match="no step ended within"):
             run(own, requests_of([5], 4), ONE)
         for schedule in (ONE, None):
