@@ -152,6 +152,8 @@ class GangLane:
             if not self._is_needed(trial):
                 self._run.book.not_needed(trial)
                 continue
+            if self._run.waits.stop_requested:  # while it was waited for results
+                break
             stop, group_lost, again = self._run_trial(trial)
             if self._lost is not None:
                 left = self._trials[index if again else index + 1 :]

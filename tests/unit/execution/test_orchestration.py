@@ -19,10 +19,12 @@ from model_configs import LLAMA_3_70B
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.energy import PhaseSpan
 from llem_ray.core.errors import PlacementError
+from llem_ray.core.plan import Trial
 from llem_ray.energy.ledger import check_tiling
 from llem_ray.execution import bookkeeper, dispatch, fleet, meter
 from llem_ray.execution.calls import TrialOrder
 from llem_ray.execution.driver import RunDriver, RunOptions, RunResult
+from llem_ray.execution.stopping import Stopping
 from llem_ray.planning.plan import make_plan
 from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import RunDirectory
@@ -465,3 +467,19 @@ def test_cells_that_reached_the_target_get_no_more_repeats_also_after_a_resume(s
     assert_each_done_once(session, 10)
     assert session.events().count("not_needed") == 6
     assert {row["repeat"] for row in session.rows()} == {0, 1, 2, 3, 4}
+
+
+def test_who_waits_for_results_starts_nothing_after_a_stop(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def ask(stopping: Stopping, trial: Trial) -> str:
+        if trial.repeat < 1:
+            return "run"
+        if not begun:
+            begun.append(session.events().count("measuring"))
+            os.kill(os.getpid(), signal.SIGINT)
+        return "wait"
+
+    monkeypatch.setattr(Stopping, "ask", ask)
+    assert session.run(REPEATED).interrupted
+    assert session.events().count("measuring") == begun[0]
