@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
 from typing import Any, Final
@@ -106,11 +106,12 @@ def _time_s(shape: _Shape, row: Mapping[str, Any], file: Path, line: int) -> flo
     value = row.get(shape.time)
     try:
         if shape.name == "Azure":
-            return datetime.fromisoformat(str(value)).timestamp()
+            at = datetime.fromisoformat(str(value))
+            return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()  # a zone's summer time would make or hide an hour
         seconds = float(value) / (1000.0 if shape.name == "Mooncake" else 1.0)  # type: ignore[arg-type]
         if not isfinite(seconds):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         kinds = {"own": "seconds", "Mooncake": "milliseconds", "Azure": "a time such as 2023-11-16 18:15:46.6805900"}
         raise _wrong(file, line, f"{shape.time} is not a time", repr(value), kinds[shape.name]) from None
     return seconds
@@ -124,7 +125,7 @@ def _length(shape: _Shape, column: str, row: Mapping[str, Any], file: Path, line
         return None
     try:
         count = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         count = 0
     if count < 1 or isinstance(value, (bool, float)):
         raise _wrong(file, line, f"{column} is not a length", repr(value), "tokens, 1 and more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,8 @@ def test_shapes(tmp_path: Path, name: str, text: str, gap_s: float, lengths: lis
         ("t.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n5,3,3\n", r"TIMESTAMP is not a time"),
         ("t.csv", "timestamp_s,output_tokens\n1,0\n", r"t.csv:2: .*output_tokens is not a length\n  found: '0'"),
         ("t.jsonl", '{"timestamp_s": 1, "input_tokens": 2.5}\n', r"t.jsonl:1: .*input_tokens is not a length"),
+        ("t.jsonl", '{"timestamp_s": 1, "input_tokens": Infinity}\n', r"t.jsonl:1: .*input_tokens is not a length"),
+        ("t.jsonl", '{"timestamp_s": 1' + "0" * 400 + "}\n", r"t.jsonl:1: .*timestamp_s is not a time"),
         ("t.csv", "timestamp_s,input_tokens\n1\n", r"t.csv:2: .*number of columns"),
         ("t.jsonl", "[1]\n", r"t.jsonl:1: .*not an arrival"),
         ("t.jsonl", "{\n", r"t.jsonl:1: .*not JSON"),
@@ -64,6 +67,18 @@ def test_shapes(tmp_path: Path, name: str, text: str, gap_s: float, lengths: lis
 def test_wrong_traces(tmp_path: Path, name: str, text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load_trace(name, written(tmp_path, name, text))
+
+
+def test_wall_times_without_a_zone_know_no_summer_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-03-26 01:59:59,3,4\n2023-03-26 03:00:01,3,4\n"
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        first, second = load_trace("azure.csv", written(tmp_path, "azure.csv", text))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert second.at_s - first.at_s == 3602
 
 
 def test_a_trace_that_is_not_there(tmp_path: Path) -> None:
