@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from llem_ray.core.errors import PlacementError
+from llem_ray.core.errors import ConfigError, PlacementError
 from llem_ray.core.plan import Plan
+from llem_ray.core.spec import WorkloadSpec
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
 from llem_ray.execution.memory import local_devices, require_memory
 from llem_ray.workloads.online import taken
 from llem_ray.workloads.sources import Sources
+from llem_ray.workloads.traces import Arrival
 
 
 def check_prompts(plan: Plan) -> None:
     """Read every prompt source, file of lengths and trace of the plan.
 
     Raises:
-        ConfigError: A file or data set is wrong, or a trace is shorter than what is to be replayed of it.
+        ConfigError: A file or data set is wrong, or a trace has fewer arrivals than are to be replayed, or outlasts its trial's
+            deadline.
         PluginError: The library that reads a data set is not installed.
     """
     sources = Sources(plan.base_dir)
     for workload in dict.fromkeys(trial.experiment.workload for trial in plan.trials):
         sources.read(workload)
-        taken(workload, sources.trace(workload.load.trace))
+        _check_deadline(workload, taken(workload, sources.trace(workload.load.trace)), plan.measure.trial_timeout_s)
 
 
 def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) -> None:
@@ -52,6 +56,18 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) ->
             )
         check_group(group, plan.base_dir, cache_dir, alone=alone)
     require_memory(plan.groups, plan.base_dir, local_devices())
+
+
+def _check_deadline(workload: WorkloadSpec, arrivals: Sequence[Arrival], timeout_s: float) -> None:
+    lasts_s = (arrivals[-1].at_s - arrivals[0].at_s) / workload.load.trace_speed if arrivals else 0.0
+    if lasts_s >= timeout_s:
+        raise ConfigError(
+            f"a trial takes longer than its deadline: the trace {workload.load.trace} lasts {lasts_s:g} s",
+            "raise measure.trial_timeout_s or workload.load.trace_speed, or set workload.requests to replay its first arrivals",
+            field="measure.trial_timeout_s",
+            found=f"{timeout_s:g} s",
+            allowed=f"more than {lasts_s:g} s",
+        )
 
 
 def process_start_ns() -> int:
