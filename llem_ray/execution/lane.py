@@ -147,13 +147,12 @@ class GangLane:
 
     def _run_trials(self) -> LaneResult:
         for index, trial in enumerate(self._trials):
-            if self._run.waits.stop_requested:
+            is_needed = self._is_needed(trial)
+            if self._run.waits.stop_requested:  # asked last: results may have been waited for
                 break
-            if not self._is_needed(trial):
+            if not is_needed:
                 self._run.book.not_needed(trial)
                 continue
-            if self._run.waits.stop_requested:  # while it was waited for results
-                break
             stop, group_lost, again = self._run_trial(trial)
             if self._lost is not None:
                 left = self._trials[index if again else index + 1 :]
