@@ -188,11 +188,11 @@ class EngineHost:
         work: Sequence[tuple[Request, ...]],
         schedule: LoadSchedule | None,
     ) -> WarmupReport | None:
-        if not order.warmup.batches and order.warmup.until_cv is None:
-            return None
-        self._enter(spans, "warmup")
-        report = warm_up(order.warmup, work, lambda batch: backend.run(batch, order.experiment.sampling, schedule))
-        backend.reset()
+        report = None
+        if order.warmup.batches or order.warmup.until_cv is not None:
+            self._enter(spans, "warmup")
+            report = warm_up(order.warmup, work, lambda batch: backend.run(batch, order.experiment.sampling, schedule))
+        backend.reset()  # of an earlier trial too, where nothing warms up
         return report
 
     def _cool_down(self, spans: SpanLog, cooldown_s: float) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llem_ray.core.outcome import Failed
-from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec, WorkloadSpec
+from llem_ray.core.outcome import Completed, Failed
+from llem_ray.core.spec import EngineSpec, Experiment, LoadSpec, ModelSpec, WarmupSpec, WorkloadSpec
 from llem_ray.execution import engines
 from llem_ray.execution.calls import TrialOrder
 from llem_ray.execution.engine_host import EngineHost
@@ -37,9 +38,50 @@ def test_an_engine_that_cannot_be_reset_is_done_for(
     host = EngineHost(MODEL, ENGINE, 0, str(tmp_path), str(tmp_path))
     host.load()
     experiment = Experiment(model=MODEL, engine=ENGINE, workload=WorkloadSpec(output_tokens=4))
-    order = TrialOrder(trial_id="t-r0", attempt=1, experiment=experiment, guard_s=0.0, min_window_s=0.01, cooldown_s=0.0)
+    order = TrialOrder(
+        trial_id="t-r0",
+        attempt=1,
+        experiment=experiment,
+        guard_s=0.0,
+        warmup=WarmupSpec(batches=1),
+        min_window_s=0.01,
+        cooldown_s=0.0,
+    )
     outcome = host.run(order)
     assert isinstance(outcome, Failed)
     assert outcome.kind == kind
     assert "told to fail" in outcome.message
     assert ("illegal memory access" in outcome.message) == (kind == "engine_died")
+
+
+@pytest.mark.parametrize("load", [LoadSpec(), LoadSpec(pattern="saturated")])
+@pytest.mark.parametrize("batches", [0, 1])
+def test_no_trial_finds_prefixes_that_an_earlier_one_cached(
+    batches: int, load: LoadSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Telling(FakeBackend):
+        def run(self, *args: Any) -> Any:
+            told.append("run")
+            return super().run(*args)
+
+        def reset(self) -> None:
+            told.append("reset")
+
+    monkeypatch.setattr(engines, "load_plugin", lambda group, name: Telling)
+    host = EngineHost(MODEL, EngineSpec(backend="fake", device="cpu"), 0, str(tmp_path), str(tmp_path), online=load.online)
+    host.load()
+    workload = WorkloadSpec(input_tokens=3, output_tokens=2, requests=1, load=load)
+    order = TrialOrder(
+        trial_id="t-r0",
+        attempt=1,
+        experiment=Experiment(model=MODEL, engine=ENGINE, workload=workload),
+        guard_s=0.0,
+        warmup=WarmupSpec(batches=batches),
+        min_window_s=1e-6,
+        cooldown_s=0.0,
+    )
+    for _ in range(2):
+        assert isinstance(host.run(order), Completed)
+    assert told == ["run"] * batches + ["reset", "run"] + ["run"] * batches + ["reset", "run"]
