@@ -18,9 +18,10 @@ from llem_ray.reporting.summary import CellSummary, RunSummary
 
 PARTS = frozenset({"steady_state", "interval"})
 """Rules whose windows are parts of a run."""
+NOT_REACHED = "window_not_reached"
 EVERYWHERE = "all"
-SHOWN_OUTLIERS = 5
 """Mark of what holds for every cell."""
+SHOWN_OUTLIERS = 5
 
 _SCOPES = {
     "gpu": "GPU",
@@ -144,7 +145,9 @@ def _reading(summary: RunSummary) -> list[Text]:
     if kinds:
         gain = "" if summary.sensor_rel is None else f" The sensors' gain error, up to {summary.sensor_rel:.0%}, comes on top."
         lines.append(Text("± is the " + ", or ".join(told[kind] for kind in told if kind in kinds) + "." + gain))
-    lines += [_part(cell) for cell in summary.cells if cell.window_rule in PARTS and cell.run_s is not None]
+    lines += [_part(cell) for cell in summary.cells if cell.window_rule in PARTS and cell.run_s is not None and _reached(cell)]
+    if not all(map(_reached, summary.cells)) and (seen := summary.details.get(NOT_REACHED)) is not None:
+        lines.append(Text(f"{NOT_REACHED}, for example: {seen}."))
     if any(cell.valid != cell.trials for cell in summary.cells):
         lines.append(Text("n is the repeats with valid energy, of those that were tried."))
     lines += _resolved(summary)
@@ -161,6 +164,11 @@ def _reading(summary: RunSummary) -> list[Text]:
     if told_spent:
         lines.append(Text("Measured: " + ", ".join(told_spent) + "."))
     return lines
+
+
+def _reached(cell: CellSummary) -> bool:
+    """Some trial has the window that was asked for."""
+    return cell.valid > 0 or NOT_REACHED not in cell.invalid_reasons
 
 
 def _part(cell: CellSummary) -> Text:

@@ -159,3 +159,18 @@ def test_a_window_that_is_a_part_of_a_run_tells_of_the_whole() -> None:
     text = render(run_table(summarise_run("demo", [part, row(2, window_rule="total")]), Path("runs/demo")), 120)
     assert "batch_size=1: steady_state, 10.0 of 12.5 s; 0.4567 J/output token over the whole run." in text
     assert "batch_size=2: total" not in text
+
+
+def test_a_window_that_was_not_reached_is_not_called_one_and_says_what_was_lacking() -> None:
+    seen = "no steady state: 8 requests succeeded with B = 8 at once"
+    missed = row(
+        1,
+        **INVALID,
+        window_rule="steady_state",
+        run_s=10.02,
+        invalid_reasons=["window_not_reached"],
+        reason_details={"window_not_reached": seen},
+    )
+    text = render(run_table(summarise_run("demo", [missed]), Path("runs/demo")), 120)
+    assert "steady_state, 10.0 of 10.0 s" not in text
+    assert seen in text
