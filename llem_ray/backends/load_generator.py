@@ -130,7 +130,7 @@ class LoadGenerator:
             if self._stopped:
                 return None
             if times_ns is None:
-                return self._room_since_ns
+                return due_ns if limit is None else self._room_since_ns
         while self._clock.monotonic_ns() < due_ns:
             pass
         return due_ns

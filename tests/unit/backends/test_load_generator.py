@@ -58,6 +58,22 @@ class TestOpenLoop:
 
 
 class TestClosedLoop:
+    def test_without_a_limit_all_are_due_at_the_begin_however_early_answers_come(self) -> None:
+        sent: list[int] = []
+        ended = threading.Event()
+
+        def answer_at_once(request: Request) -> None:
+            time.sleep(0.001)
+            sent.append(generator.done(request.request_id).scheduled_ns)
+            if len(sent) == 3:
+                ended.set()
+
+        generator = LoadGenerator(some(3), LoadSchedule(), answer_at_once)
+        generator.start()
+        assert ended.wait(WAIT_S)
+        generator.stop()
+        assert sent == [generator.begin_ns] * 3
+
     def test_never_more_in_flight_than_allowed(self) -> None:
         in_flight, most, lock = set[str](), 0, threading.Lock()
         arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
