@@ -19,6 +19,7 @@ from llem_ray.execution.bookkeeper import Bookkeeper
 from llem_ray.execution.calls import Executor, Gang, Leased, Loaded, TrialOrder
 from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.interrupts import Aborted
+from llem_ray.execution.load_times import LoadMarks
 from llem_ray.execution.meter import Meter
 from llem_ray.execution.placement import guard_s, place_gang
 from llem_ray.execution.policy import FailurePolicy
@@ -61,6 +62,10 @@ class RunContext:
     clock: Clock
     policy: FailurePolicy
     cache_dir: str
+    submitted_ns: int
+    """Start of the command."""
+    ready_ns: int
+    """From here on gangs may be placed."""
     consecutive_failures: int = 0
     gangs_opened: int = 0
     tried: dict[str, int] = field(default_factory=dict)
@@ -185,6 +190,9 @@ class GangLane:
         decision = run.policy.decide(outcome, tried, run.count_outcome(outcome))
         gap_begin_ns = self._timeline.end_ns
         spans = self._on_our_clock(outcome.spans)
+        marks = None if self._record is None else self._record.marks
+        if marks is not None and marks.first is None:
+            marks.first, marks.begun_ns = (trial.trial_id, attempt), spans[0].begin_ns if spans else None
         if isinstance(outcome, Completed):
             LOG.info("%s attempt %d: %d passes in %.3f s", trial.trial_id, attempt, outcome.passes, outcome.window.duration_s)
             self._add_spans(spans)
@@ -236,9 +244,12 @@ class GangLane:
             warmup_batches=measure.warmup.batches,
             min_window_s=measure.min_window_s,
             cooldown_s=measure.cooldown_s,
+            record_steps=measure.record_steps,
         )
         run.book.measuring(trial, attempt, self._record)
         run.gang = self._gang
+        if self._record.marks is not None and self._record.marks.ordered_ns is None:
+            self._record.marks.ordered_ns = run.clock.monotonic_ns()
         try:
             call = self._gang.run(order)
             outcome = run.waits.answer(call, measure.trial_timeout_s, f"trial {trial.trial_id}", check=self._check_nodes)
@@ -259,13 +270,20 @@ class GangLane:
         with run.lock:
             run.gangs_opened += 1
             name = f"gang-{run.gangs_opened}"
+        opened_ns = run.clock.monotonic_ns()
         try:
             gang, workers = self._lease_fit()
             record = self._record = self._make_record(name, workers)
+            marks = record.marks = LoadMarks(
+                submitted_ns=run.submitted_ns,
+                ready_ns=run.ready_ns,
+                opened_ns=opened_ns,
+                placed_ns=run.clock.monotonic_ns(),
+            )
             run.book.add(GangPlaced(lane=self._name, gang=record))
             self._cover("startup")
             self._idle(record, "bare_idle", measure.idle_baseline_s)
-            begin_ns = run.clock.monotonic_ns()
+            begin_ns = marks.load_begin_ns = run.clock.monotonic_ns()
             run.book.phase = "load"
             loaded: Loaded = run.waits.answer(
                 gang.load(), measure.load_timeout_s, "model load", may_stop=True, check=self._check_nodes
@@ -273,7 +291,8 @@ class GangLane:
             self._check_identity(record, loaded)
             record.loaded = loaded
             LOG.info("%s on %s loaded %s", record.name, record.lead.hostname, loaded.report)
-            span = PhaseSpan(phase="load", begin_ns=begin_ns, end_ns=run.clock.monotonic_ns())
+            marks.load_end_ns = run.clock.monotonic_ns()
+            span = PhaseSpan(phase="load", begin_ns=begin_ns, end_ns=marks.load_end_ns)
             self._add_spans([span])
             run.book.add(LoadEnded(gang=record, span=span, lane=self._name))
             self._idle(record, "resident_idle", measure.idle_baseline_s)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Final, Literal
 
 from llem_ray.energy.metrics import t_interval
+from llem_ray.reporting.loads import LoadSummary, summarise_loads
 
 Row = Mapping[str, Any]
 
@@ -90,18 +91,26 @@ class RunSummary:
     """Largest systematic gain error of a sensor; never part of an interval."""
     details: Mapping[str, str]
     """Reason code -> an example of what was seen."""
+    loads: tuple[LoadSummary, ...] = ()
+    """Where the time to the first token went, by engine."""
+    dataset_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Part of the dataset -> its size on disk."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def summarise_run(name: str, rows: Iterable[Row]) -> RunSummary:
+def summarise_run(
+    name: str, rows: Iterable[Row], loads: Iterable[Row] = (), dataset_bytes: Mapping[str, int] | None = None
+) -> RunSummary:
     """Summary of a run.
 
     Args:
         name: Its name.
         rows: Rows of ``trials``: all attempts, in the order they were written.
+        loads: Rows of ``loads``.
+        dataset_bytes: Part of the dataset -> its size on disk.
     """
     rows = list(rows)
     by_cell: dict[str, list[Row]] = {}
@@ -123,6 +132,8 @@ def summarise_run(name: str, rows: Iterable[Row]) -> RunSummary:
         not_measured=_distinct(row.get("energy_not_measured") for row in rows),
         sensor_rel=max((row["sensor_rel"] for row in rows if row.get("sensor_rel") is not None), default=None),
         details={code: seen for row in rows for code, seen in dict(row.get("reason_details") or {}).items()},
+        loads=summarise_loads(loads),
+        dataset_bytes=dict(dataset_bytes or {}),
     )
 
 
