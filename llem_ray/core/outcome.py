@@ -20,6 +20,7 @@ from llem_ray.core.errors import (
     NumericsError,
     PluginError,
 )
+from llem_ray.core.step_log import StepLog
 
 FailureKind = Literal[
     "out_of_memory",
@@ -49,6 +50,8 @@ class Completed:
     steps: int
     """Forward steps of the engine in the window."""
     passes: int
+    step_log: StepLog | None = None
+    """Those steps; None where they are not recorded."""
     notes: Mapping[str, str] = field(default_factory=dict)
 
 

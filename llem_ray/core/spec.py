@@ -196,6 +196,10 @@ class MeasureSpec:
     """Quiet time on both sides of a window; `auto` is 3 counter ticks of the slowest leased device, 0 without a counter."""
     cooldown_s: Annotated[float, Ge(0)] = 0.0
     """Rest after each trial."""
+    record_steps: bool = True
+    """Keep every step of a window in the table `steps`."""
+    record_token_times: bool = True
+    """Keep when each token of a request was delivered, in `requests.token_times_ns`."""
     trial_timeout_s: Annotated[float, Gt(0)] = 1800.0
     """Deadline of one trial."""
     load_timeout_s: Annotated[float, Gt(0)] = 1800.0

@@ -43,6 +43,7 @@ class TrialOrder:
     warmup_batches: int
     min_window_s: float
     cooldown_s: float
+    record_steps: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

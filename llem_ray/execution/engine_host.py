@@ -26,6 +26,7 @@ from llem_ray.core.errors import GenerationError, LlemRayError, LoadError
 from llem_ray.core.outcome import Completed, Failed, Outcome, failed_from
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.spec import EngineSpec, ModelSpec, PromptSpec, SamplingSpec, WorkloadSpec
+from llem_ray.core.step_log import StepLog
 from llem_ray.core.units import ns_from_s
 from llem_ray.execution.calls import Leased, Loaded, TrialOrder
 from llem_ray.execution.engines import make_backend, worker_layout
@@ -144,18 +145,24 @@ class EngineHost:
             backend.reset()
         self._guard(spans, order.guard_s)
         begin_ns = self._enter(spans, "measured")
-        requests, steps, passes = self._measure(backend, work, sampling, begin_ns + ns_from_s(order.min_window_s))
+        log = StepLog() if order.record_steps else None
+        requests, steps, passes = self._measure(backend, work, sampling, begin_ns + ns_from_s(order.min_window_s), log)
         end_ns = self._guard(spans, order.guard_s)
         if order.cooldown_s:
             entered_ns = self._enter(spans, "cooldown")
             self._clock.sleep_until_ns(entered_ns + ns_from_s(order.cooldown_s))
         window = Window(node=self._config.host, begin_ns=begin_ns, end_ns=end_ns)
-        return Completed(window=window, spans=spans.finish(), requests=requests, steps=steps, passes=passes)
+        return Completed(window=window, spans=spans.finish(), requests=requests, steps=steps, passes=passes, step_log=log)
 
     def _measure(
-        self, backend: InferenceBackend, work: tuple[tuple[Request, ...], ...], sampling: SamplingSpec, until_ns: int
+        self,
+        backend: InferenceBackend,
+        work: tuple[tuple[Request, ...], ...],
+        sampling: SamplingSpec,
+        until_ns: int,
+        log: StepLog | None,
     ) -> tuple[tuple[RequestRecord, ...], int, int]:
-        """Whole passes over the workload until the window is long enough."""
+        """Whole passes over the workload until the window is long enough; steps are told to ``log``."""
         requests: list[RequestRecord] = []
         steps = passes = 0
         while True:
@@ -163,6 +170,8 @@ class EngineHost:
                 for event in backend.run(batch, sampling):
                     if isinstance(event, StepEvent):
                         steps += 1
+                        if log is not None:
+                            log.add(event)
                     else:
                         requests.append(replace(event, request_id=f"{passes}-{event.request_id}"))
             passes += 1

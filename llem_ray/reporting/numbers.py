@@ -54,6 +54,14 @@ def format_energy(energy_j: float | None) -> str:
     return f"{format_value(energy_j, 3)} J"
 
 
+def format_bytes(size: int) -> str:
+    """``950 B``, ``12.5 kB``, ``3.2 MB``, in powers of 1000."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{format_value(size / scale, 3)} {unit}"
+    return f"{size} B"
+
+
 def count_noun(count: int, noun: str) -> str:
     """``1 trial``, ``3 trials``."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
