@@ -9,16 +9,22 @@ from typing import Any, Final
 from llem_ray.core.energy import Baseline, EnergyReading, EnergyTotal, Flag, PhaseSpan, Window
 from llem_ray.core.outcome import Completed
 from llem_ray.core.power import Trace
-from llem_ray.core.spec import MeasureSpec
+from llem_ray.core.spec import FootprintSpec, MeasureSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy import metrics
 from llem_ray.energy.balance import idle_bubble_share, rank_imbalance
 from llem_ray.energy.estimator import read_window
 from llem_ray.energy.idle import idle_baseline, net_energy, sum_net
+from llem_ray.energy.phase_split import NoSplit
+from llem_ray.energy.request_share import BY_PHASES, BY_TOTAL_TOKENS
 from llem_ray.energy.total import sum_readings
 from llem_ray.energy.validity import check_errors, check_foreign_load, flag
+from llem_ray.execution.clock_windows import moved_window
 from llem_ray.execution.completeness import cluster_columns, node_columns
+from llem_ray.execution.computing import flop_columns
+from llem_ray.execution.footprint import Footprint, footprint_columns, look_up_footprint
 from llem_ray.execution.meter import GPU_SCOPES, Meter
+from llem_ray.execution.phases import phase_columns, split_gang
 from llem_ray.execution.records import AttemptEnded, DeviceKey, GangRecord, HostDevice, IdleTaken, LoadEnded
 from llem_ray.results.rows import device_columns, flag_columns
 
@@ -36,9 +42,11 @@ class Accounts:
     Args:
         measure: Gates and settings.
         meter: Where samples come from.
+        footprint: What a kWh emits and costs; default: nothing is known.
     """
 
-    def __init__(self, measure: MeasureSpec, meter: Meter) -> None:
+    def __init__(self, measure: MeasureSpec, meter: Meter, footprint: Footprint | None = None) -> None:
+        self._footprint = footprint or look_up_footprint(FootprintSpec())
         self._gates = measure.gates
         self._meter = meter
         self._foreign: dict[DeviceKey, tuple[Flag, ...]] = {}
@@ -84,7 +92,15 @@ class Accounts:
         row |= flag_columns(flags) | device_columns([*held, *context]) | {"power_valid": valid}
         row |= _host_columns([*held, *context]) | _net_columns(gang, held, window)
         succeeded = sum(request.finish_reason != "abort" and request.output_tokens > 0 for request in outcome.requests)
-        row |= _per_token(total.energy_j if valid else None, *tokens, succeeded)
+        energy_j = total.energy_j if valid else None
+        row |= _per_token(energy_j, *tokens, succeeded)
+        split = split_gang(gang, self._meter, outcome, held) if valid else NoSplit(reason="the energy is invalid")
+        row |= phase_columns(split, gpus=gang.group.gpus)
+        if valid and any(tokens):
+            row["request_energy_rule"] = BY_TOTAL_TOKENS if isinstance(split, NoSplit) else BY_PHASES
+        for more in (flop_columns(gang, outcome, energy_j), footprint_columns(self._footprint, energy_j)):
+            reasons = {**(row["null_reasons"] or {}), **more["null_reasons"]}
+            row |= more | {"null_reasons": reasons or None}
         row |= node_columns(gang, self._meter, window, held, context)
         row |= cluster_columns(gang, self._meter, window, held, context)
         row |= self._balance_columns(gang, held, window)
@@ -223,22 +239,6 @@ class Accounts:
             "idle_bubble_share": sum(shares) / len(shares) if shares and len(shares) == len(held) else None,
             "rank_imbalance": rank_imbalance(energies_j) if len(energies_j) == len(held) else None,
         }
-
-
-def moved_window(window: Window, host: str, meter: Meter) -> Window | None:
-    """A window on another host's clock, with the error of both offsets; None when one is not known."""
-    if window.node == host:
-        return window
-    clocks = meter.clocks
-    edges = []
-    for stamp_ns in (window.begin_ns, window.end_ns):
-        ours_ns = clocks.to_own(window.node, stamp_ns)
-        there, here = (None, None) if ours_ns is None else (clocks.offset(window.node, ours_ns), clocks.offset(host, ours_ns))
-        if ours_ns is None or there is None or here is None:
-            return None
-        edges.append((ours_ns + here.offset_ns, window.delta_ns + there.delta_ns + here.delta_ns))
-    (begin_ns, begin_delta_ns), (end_ns, end_delta_ns) = edges
-    return Window(node=host, begin_ns=begin_ns, end_ns=end_ns, delta_ns=max(begin_delta_ns, end_delta_ns))
 
 
 def _is_guessed(reading: EnergyReading) -> bool:

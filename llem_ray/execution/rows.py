@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from llem_ray.core.outcome import Completed, Failed
+from llem_ray.energy.request_share import BY_PHASES, PhaseParts, share_energy
 from llem_ray.execution.records import AttemptEnded
 from llem_ray.results import rows as columns
 from llem_ray.workloads import latency
@@ -64,8 +66,8 @@ def latency_columns(done: Completed, gpus: int) -> Row:
     return row
 
 
-def request_rows(ended: AttemptEnded, *, keep_token_times: bool) -> list[Row]:
-    """One row per request of the window; none for a failed attempt."""
+def request_rows(ended: AttemptEnded, trial: Row, *, keep_token_times: bool) -> list[Row]:
+    """One row per request of the window; none for a failed attempt. ``trial`` is the attempt's row, energies included."""
     if not isinstance(ended.outcome, Completed):
         return []
     return [
@@ -75,6 +77,23 @@ def request_rows(ended: AttemptEnded, *, keep_token_times: bool) -> list[Row]:
             attempt=ended.attempt,
             latencies={name: metric(record) for name, metric in _PER_REQUEST.items()},
             keep_token_times=keep_token_times,
+            energy_j=energy_j,
         )
-        for record in ended.outcome.requests
+        for record, energy_j in zip(ended.outcome.requests, request_energies(trial, ended.outcome), strict=True)
     ]
+
+
+def request_energies(trial: Row, done: Completed) -> Sequence[float | None]:
+    """Energy of each request by the trial's ``request_energy_rule``; nulls where it has none."""
+    rule = trial.get("request_energy_rule")
+    parts = None
+    if rule == BY_PHASES:
+        parts = PhaseParts(prefill_j=trial["prefill_energy_j"], decode_j=trial["decode_energy_j"])
+    if rule is None:
+        return [None] * len(done.requests)
+    return share_energy(
+        trial["total_energy_j"],
+        [record.prompt_tokens for record in done.requests],
+        [record.output_tokens for record in done.requests],
+        parts,
+    )

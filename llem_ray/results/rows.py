@@ -192,7 +192,13 @@ def clock_row(node: str, generation: int, *, run_ns: int, offset_ns: int, delta_
 
 
 def request_row(
-    record: RequestRecord, *, trial_id: str, attempt: int, latencies: Mapping[str, float | None], keep_token_times: bool
+    record: RequestRecord,
+    *,
+    trial_id: str,
+    attempt: int,
+    latencies: Mapping[str, float | None],
+    keep_token_times: bool,
+    energy_j: float | None = None,
 ) -> Row:
     """One request.
 
@@ -202,6 +208,7 @@ def request_row(
         attempt: Its attempt.
         latencies: ``ttft_s``, ``tpot_s``, ``e2e_latency_s``, ``e2e_from_schedule_s`` and ``normalized_tpot_s``.
         keep_token_times: Store the time of every token.
+        energy_j: Its share of the window's energy.
     """
     times = record.token_times_ns
     return {
@@ -218,6 +225,7 @@ def request_row(
         "first_token_ns": times[0] if times else None,
         "last_token_ns": times[-1] if times else None,
         **latencies,
+        "energy_j": energy_j,
         "token_times_ns": list(times) if keep_token_times else None,
     }
 

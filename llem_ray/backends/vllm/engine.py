@@ -25,6 +25,7 @@ with warnings.catch_warnings():
 
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.engine_args import FIELD
+from llem_ray.backends.flop_formula import flop_model
 from llem_ray.backends.model_config import (
     first_line,
     known_parameters,
@@ -236,6 +237,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         random_weights=source.random,
         special_token_ids=special_token_ids(tokenizer),
         notes=_notes(engine, prepared, origin),
+        flop_model=flop_model(prepared.model_config.get_text_config()),
     )
 
 
