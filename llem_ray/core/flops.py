@@ -33,16 +33,19 @@ class FlopModel:
         seen = prompt_tokens * self._shown(prompt_tokens)
         return prompt_tokens * self.per_token + self.per_output + pairs * self.per_pair + seen * self.per_pair_sliding
 
-    def decode(self, prompt_tokens: int, output_tokens: int) -> float:
-        """FLOP of all output tokens but the first, each over the keys up to its own."""
-        steps = max(0, output_tokens - 1)
-        last = prompt_tokens + steps
-        pairs, seen = _sum_to(last) - _sum_to(prompt_tokens), self._shown_to(last) - self._shown_to(prompt_tokens)
+    def decode(self, prompt_tokens: int, begin: int, end: int) -> float:
+        """FLOP of the output tokens after the ``begin``-th up to the ``end``-th, each over the keys up to its own.
+
+        The first comes with the prefill: ``begin`` is 1 and more.
+        """
+        steps = max(0, end - begin)
+        first, last = prompt_tokens + begin - 1, prompt_tokens + begin - 1 + steps
+        pairs, seen = _sum_to(last) - _sum_to(first), self._shown_to(last) - self._shown_to(first)
         return steps * (self.per_token + self.per_output) + pairs * self.per_pair + seen * self.per_pair_sliding
 
     def request(self, prompt_tokens: int, output_tokens: int) -> float:
         """FLOP of a whole request; 0 for one that got no token."""
-        return self.prefill(prompt_tokens) + self.decode(prompt_tokens, output_tokens) if output_tokens else 0.0
+        return self.prefill(prompt_tokens) + self.decode(prompt_tokens, 1, output_tokens) if output_tokens else 0.0
 
     def _shown(self, keys: int) -> int:
         return keys if self.window_tokens is None else min(keys, self.window_tokens)

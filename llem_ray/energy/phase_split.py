@@ -99,7 +99,7 @@ def split_phases(
     if len(series.tau_s) < MIN_TICKS:
         return NoSplit(reason=f"{len(series.tau_s)} counter ticks in the window, {MIN_TICKS} are needed")
     window_s = (begin_s, end_s)
-    problem = _by_tokens(steps) if steps.mixed.any() else _by_time(steps, window_s)
+    problem = _by_tokens(steps, window_s) if steps.mixed.any() else _by_time(steps, window_s)
     for name, total in zip(("prefill", "decode"), problem.whole, strict=True):
         if total <= 0:
             return NoSplit(reason=f"the window has no {name}")
@@ -161,9 +161,10 @@ def _by_time(steps: StepTable, window_s: tuple[float, float]) -> _Problem:
     return _Problem("phase_time_regression", amounts, whole, has_rest)
 
 
-def _by_tokens(steps: StepTable) -> _Problem:
+def _by_tokens(steps: StepTable, window_s: tuple[float, float]) -> _Problem:
     amounts = (steps.prefill_tokens, steps.decode_tokens)
-    whole = (float(amounts[0].sum()), float(amounts[1].sum()))
+    share = shares_inside(steps.begin_s, steps.end_s, *window_s)
+    whole = (float(amounts[0] @ share), float(amounts[1] @ share))
     return _Problem("phase_token_regression", amounts, whole, has_rest=True)
 
 
@@ -235,6 +236,15 @@ def _errors(design: Float64, left_j: Float64) -> Float64:
     plain = np.diag(inverse) * float(left_j @ left_j) / max(1, n - k)
     result: Float64 = np.sqrt(np.maximum(robust, plain))
     return result
+
+
+def shares_inside(begin: Any, end: Any, window_begin: float, window_end: float) -> Float64:
+    """How much of each step lies in a window, 0 to 1. One of no length lies where it begins."""
+    begins, ends = np.asarray(begin), np.asarray(end)
+    inside = np.clip(ends, window_begin, window_end) - np.clip(begins, window_begin, window_end)
+    instant = (begins >= window_begin) & (begins <= window_end)
+    shares: Float64 = np.where(ends > begins, inside / np.maximum(ends - begins, np.finfo(float).tiny), instant)
+    return shares
 
 
 def _spread(steps: StepTable, amount: Float64, edges_s: Float64) -> Float64:

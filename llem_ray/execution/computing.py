@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
+
+import numpy as np
 
 from llem_ray.core.backend import LoadReport
 from llem_ray.core.flops import parameter_model
@@ -12,7 +13,9 @@ from llem_ray.core.outcome import Completed
 from llem_ray.core.spec import Experiment
 from llem_ray.energy.metrics import joules_per_flop, mfu
 from llem_ray.energy.peak_flops import peak_flops_per_s
+from llem_ray.energy.phase_split import shares_inside
 from llem_ray.execution.records import GangRecord
+from llem_ray.execution.window_tokens import request_parts
 
 Row = dict[str, Any]
 
@@ -42,18 +45,20 @@ def count_flops(done: Completed, report: LoadReport | None) -> tuple[float | Non
     The engine's own count of every step comes first, then the model's architecture, then two for each parameter and token.
     """
     log = done.step_log
-    if log is not None and len(log) and all(map(isfinite, log.flops)):
-        return sum(log.flops), "engine", None
+    inside = np.empty(0) if log is None else shares_inside(log.begin_ns, log.end_ns, done.window.begin_ns, done.window.end_ns)
+    if log is not None and len(log) and np.isfinite(log.flops).all():
+        return float(inside @ np.asarray(log.flops)), "engine", None
     model = report.flop_model if report is not None else None
     if model is None and report is not None and report.parameters is not None:
         model = parameter_model(report.parameters)
     if model is None:
         return None, None, "the engine tells neither FLOP nor the model's size"
+    parts = request_parts(done)
     prompt_tokens = sum(record.prompt_tokens for record in done.requests)
     computed = sum(log.prefill_tokens) if log is not None and len(log) else prompt_tokens
     if computed < prompt_tokens:
         return None, None, f"the engine computed {computed} of {prompt_tokens} prompt tokens, the others were cached"
-    return sum(model.request(record.prompt_tokens, record.output_tokens) for record in done.requests), model.method, None
+    return sum(part.flops(model) for part in parts), model.method, None
 
 
 def _peak(gang: GangRecord, report: LoadReport | None) -> float | str:

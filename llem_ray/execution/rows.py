@@ -9,6 +9,7 @@ from typing import Any
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.energy.request_share import BY_PHASES, PhaseParts, share_energy
 from llem_ray.execution.records import AttemptEnded
+from llem_ray.execution.window_tokens import request_parts
 from llem_ray.results import rows as columns
 from llem_ray.workloads import latency
 
@@ -91,9 +92,7 @@ def request_energies(trial: Row, done: Completed) -> Sequence[float | None]:
         parts = PhaseParts(prefill_j=trial["prefill_energy_j"], decode_j=trial["decode_energy_j"])
     if rule is None:
         return [None] * len(done.requests)
+    tokens = request_parts(done)
     return share_energy(
-        trial["total_energy_j"],
-        [record.prompt_tokens for record in done.requests],
-        [record.output_tokens for record in done.requests],
-        parts,
+        trial["total_energy_j"], [part.prompt_tokens for part in tokens], [part.output_tokens for part in tokens], parts
     )

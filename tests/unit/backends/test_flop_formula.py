@@ -111,14 +111,15 @@ def test_a_small_llama_costs_what_vllm_counts() -> None:
     model = flop_model(AutoConfig.for_model("llama", **LLAMA_OF_VLLM))
     assert model is not None
     assert model.prefill(128) == 738_721_792
-    assert model.decode(128, 2) == 6_295_552
+    assert model.decode(128, 1, 2) == 6_295_552
 
 
 def test_a_window_shows_no_more_keys_than_it_has() -> None:
     model = FlopModel(per_token=0.0, per_output=0.0, per_pair_sliding=1.0, window_tokens=4)
     assert model.prefill(3) == 9
     assert model.prefill(6) == 24
-    assert model.decode(2, 5) == 3 + 4 + 4 + 4
+    assert model.decode(2, 1, 5) == 3 + 4 + 4 + 4
+    assert model.decode(2, 1, 3) + model.decode(2, 3, 5) == model.decode(2, 1, 5)
     assert model.request(6, 1) == model.prefill(6)
 
 
