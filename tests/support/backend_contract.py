@@ -254,6 +254,7 @@ class BackendContract(LoadedEngine):
         assert report.context_tokens > 0
         assert report.device == loaded.config.device
         assert report.parameters == 1_000_576 or report.notes["engine"] == "fake"
+        assert report.flop_model is not None or report.notes["engine"] == "fake"
         assert report.random_weights
         assert all(isinstance(text, str) for text in report.notes.values())
         assert pickle.loads(pickle.dumps(report)) == report

@@ -80,6 +80,9 @@ def test_flops_of_every_step_are_vllm_s_count(loaded: VllmBackend) -> None:
         assert linear <= step.flops <= linear + 4 * layers * heads * head_dim * tokens * position
         assert step.read_bytes is not None
         assert step.read_bytes > 4 * matmul
+    model = loaded.report.flop_model  # type: ignore[attr-defined]
+    by_formula = [model.prefill(len(PROMPTS[0])), *(model.decode(len(PROMPTS[0]), done, done + 1) for done in (1, 2, 3))]
+    assert [step.flops for step in steps] == pytest.approx(by_formula, rel=1e-3)
 
 
 def test_a_request_that_vllm_would_clip_is_refused_before_it_is_sent(loaded: VllmBackend) -> None:

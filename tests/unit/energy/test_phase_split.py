@@ -103,3 +103,34 @@ class TestNoSplit:
         found = split(replace(served, load=wild), 0, end_s=BEGIN_S + 2.5)
         assert isinstance(found, NoSplit)
         assert "explain the power badly" in found.reason or "not told apart" in found.reason
+
+
+@pytest.mark.parametrize("make", [batches, mixing])
+def test_a_cpus_counter_that_moves_every_millisecond_serves_too(make) -> None:
+    """RAPL: every poll shows a new value, so the fit is over polls."""
+    served = make(5)
+    model = SensorModel(tick_s=0.001, quantum_mj=0.061, power_tick_s=None)
+    trace = simulate_trace(served.load, BEGIN_S - 3, END_S + 3, seed=5, model=model)
+    ticks = find_ticks(trace, model.calibration("package-0"), sample_period_s=model.poll_s, origin_ns=0)
+    found = split_phases(ticks, served.steps, BEGIN_S, END_S, served.load.energy_j(BEGIN_S, END_S))
+    assert isinstance(found, PhaseSplit), found
+    assert abs(found.prefill_j - served.prefill_j) <= 3 * found.prefill_u_j
+    assert abs(found.decode_j - served.decode_j) <= 3 * found.decode_u_j
+    assert found.prefill_j == pytest.approx(served.prefill_j, rel=0.02)
+
+
+@pytest.mark.parametrize("make", [batches, mixing])
+def test_steps_outside_the_window_belong_to_no_phase_of_it(make) -> None:
+    served, begin_s, end_s = make(6), BEGIN_S + 7.005, BEGIN_S + 23.005
+    model = SensorModel()
+    trace = simulate_trace(served.load, BEGIN_S - 3, END_S + 3, seed=6, model=model)
+    ticks = find_ticks(trace, model.calibration("GPU-sim"), sample_period_s=model.poll_s, origin_ns=0)
+    whole_j = served.load.energy_j(begin_s, end_s)
+    found = split_phases(ticks, served.steps, begin_s, end_s, whole_j)
+    inside = (served.steps.end_s > begin_s) & (served.steps.begin_s < end_s)
+    few = replace(served.steps, **{name: getattr(served.steps, name)[inside] for name in StepTable.__dataclass_fields__})
+    again = split_phases(ticks, few, begin_s, end_s, whole_j)
+    assert isinstance(found, PhaseSplit)
+    assert isinstance(again, PhaseSplit)
+    assert (found.prefill_j, found.decode_j) == pytest.approx((again.prefill_j, again.decode_j), rel=1e-3)
+    assert 0.4 < found.prefill_j / served.prefill_j < 0.65
