@@ -1,4 +1,4 @@
-"""Rows of ``loads`` to one summary per engine and model: where the time to the first token went."""
+"""Rows of ``loads`` to one summary per engine: where the time to the first token went."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class LoadSummary:
 
     def text(self) -> str:
         """One sentence."""
-        failed = f", {self.failed} without one" if self.failed else ""
         if self.submit_to_first_token_s is None:
-            return f"{self.backend}: no load reached a first token{failed and f' ({self.failed} tried)'}"
+            return f"{self.backend}: no first token after {count_noun(self.failed, 'load')}"
+        failed = f", {self.failed} without one" if self.failed else ""
         mean = "mean of " if self.loads > 1 else ""
         parts = ", ".join(f"{name} {_seconds(value)}" for name, value in self.parts_s.items())
         total = _seconds(self.submit_to_first_token_s)
