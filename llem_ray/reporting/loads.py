@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Final
 
-from llem_ray.reporting.numbers import MISSING, count_noun
+from llem_ray.reporting.numbers import count_noun
 
 LOAD_PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "startup": ("startup_s",),
@@ -26,6 +26,8 @@ LOAD_PARTS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 """Part as ``show`` names it -> columns of ``loads``; together they are ``submit_to_first_token_s``."""
 
+SHOWN_S: Final = 0.005
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSummary:
@@ -40,14 +42,15 @@ class LoadSummary:
     submit_to_first_token_s: float | None
 
     def text(self) -> str:
-        """One sentence."""
+        """One sentence; parts of less than 5 ms are left out."""
         if self.submit_to_first_token_s is None:
             return f"{self.backend}: no first token after {count_noun(self.failed, 'load')}"
         failed = f", {self.failed} without one" if self.failed else ""
         mean = "mean of " if self.loads > 1 else ""
-        parts = ", ".join(f"{name} {_seconds(value)}" for name, value in self.parts_s.items())
-        total = _seconds(self.submit_to_first_token_s)
-        return f"{self.backend}: {total} s from submit to first token ({mean}{count_noun(self.loads, 'load')}{failed}): {parts}"
+        shown = {name: value for name, value in self.parts_s.items() if value is not None and value >= SHOWN_S}
+        parts = ", ".join(f"{name} {value:.2f}" for name, value in shown.items())
+        loads = f"{mean}{count_noun(self.loads, 'load')}{failed}"
+        return f"{self.backend}: {self.submit_to_first_token_s:.2f} s from submit to first token ({loads}): {parts}"
 
 
 def summarise_loads(rows: Iterable[Mapping[str, Any]]) -> tuple[LoadSummary, ...]:
@@ -73,7 +76,3 @@ def _mean(rows: list[Mapping[str, Any]], columns: tuple[str, ...]) -> float | No
     """Mean over all loads of the sum of the columns; a null is 0 where another load has a value, so that means add up."""
     known = [[row[column] for column in columns if row[column] is not None] for row in rows]
     return fmean(sum(values) for values in known) if any(known) else None
-
-
-def _seconds(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f}"
