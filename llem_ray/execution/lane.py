@@ -19,7 +19,6 @@ from llem_ray.execution.bookkeeper import Bookkeeper
 from llem_ray.execution.calls import Executor, Gang, Leased, Loaded, TrialOrder
 from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.interrupts import Aborted
-from llem_ray.execution.load_times import LoadMarks
 from llem_ray.execution.meter import Meter
 from llem_ray.execution.placement import guard_s, place_gang
 from llem_ray.execution.policy import FailurePolicy
@@ -207,9 +206,8 @@ class GangLane:
         decision = run.policy.decide(outcome, tried, run.count_outcome(outcome))
         gap_begin_ns = self._timeline.end_ns
         spans = self._on_our_clock(outcome.spans)
-        marks = None if self._record is None else self._record.marks
-        if marks is not None and marks.first is None:
-            marks.first, marks.begun_ns = (trial.trial_id, attempt), spans[0].begin_ns if spans else None
+        if self._record is not None:
+            self._record.marks.note_attempt(trial.trial_id, attempt, spans)
         if isinstance(outcome, Completed):
             LOG.info("%s attempt %d: %d passes in %.3f s", trial.trial_id, attempt, outcome.passes, outcome.window.duration_s)
             self._add_spans(spans)
@@ -265,8 +263,7 @@ class GangLane:
         )
         run.book.measuring(trial, attempt, self._record)
         run.gang = self._gang
-        if self._record.marks is not None and self._record.marks.ordered_ns is None:
-            self._record.marks.ordered_ns = run.clock.monotonic_ns()
+        self._record.marks.note_order(run.clock.monotonic_ns())
         try:
             call = self._gang.run(order)
             outcome = run.waits.answer(call, measure.trial_timeout_s, f"trial {trial.trial_id}", check=self._check_nodes)
@@ -291,12 +288,9 @@ class GangLane:
         try:
             gang, workers = self._lease_fit()
             record = self._record = self._make_record(name, workers)
-            marks = record.marks = LoadMarks(
-                submitted_ns=run.submitted_ns,
-                ready_ns=run.ready_ns,
-                opened_ns=opened_ns,
-                placed_ns=run.clock.monotonic_ns(),
-            )
+            marks = record.marks
+            marks.submitted_ns, marks.ready_ns, marks.opened_ns = run.submitted_ns, run.ready_ns, opened_ns
+            marks.placed_ns = run.clock.monotonic_ns()
             run.book.add(GangPlaced(lane=self._name, gang=record))
             self._cover("startup")
             self._idle(record, "bare_idle", measure.idle_baseline_s)

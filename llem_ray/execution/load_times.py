@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llem_ray.core.backend import LoadReport
+from llem_ray.core.energy import PhaseSpan
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.units import s_from_ns
 
@@ -20,13 +22,13 @@ _REPORTED = ("process_start_s", "import_s", "construct_s", "compile_s", "warm_s"
 class LoadMarks:
     """How far a load and the first attempt on it have come. Times are ns of the run driver's clock; None: not so far."""
 
-    submitted_ns: int
+    submitted_ns: int | None = None
     """Start of the command."""
-    ready_ns: int
+    ready_ns: int | None = None
     """Cluster and samplers were there, engines checked: gangs may be placed from here on."""
-    opened_ns: int
+    opened_ns: int | None = None
     """The gang was asked for."""
-    placed_ns: int
+    placed_ns: int | None = None
     """Its processes ran."""
     load_begin_ns: int | None = None
     load_end_ns: int | None = None
@@ -36,6 +38,16 @@ class LoadMarks:
     """It began there."""
     first: tuple[str, int] | None = None
     """Trial and attempt; also of a load that failed."""
+
+    def note_order(self, now_ns: int) -> None:
+        """An attempt is sent to the engine."""
+        if self.ordered_ns is None:
+            self.ordered_ns = now_ns
+
+    def note_attempt(self, trial_id: str, attempt: int, spans: Sequence[PhaseSpan]) -> None:
+        """An attempt has ended; its spans on the run driver's clock."""
+        if self.first is None:
+            self.first, self.begun_ns = (trial_id, attempt), spans[0].begin_ns if spans else None
 
     def parts_s(self) -> dict[str, float | None]:
         """Time between each mark and the next. Another host's clock may be off by its bound, so none is negative."""
@@ -56,9 +68,9 @@ class LoadMarks:
 def load_row(ended: AttemptEnded) -> dict[str, Any] | None:
     """The ``loads`` row of the load that this attempt is the first on; None for any other attempt."""
     gang = ended.gang
-    marks = None if gang is None else gang.marks
-    if gang is None or marks is None or marks.first != (ended.trial.trial_id, ended.attempt):
+    if gang is None or gang.marks.first != (ended.trial.trial_id, ended.attempt):
         return None
+    marks = gang.marks
     report = gang.loaded.report if gang.loaded is not None else None
     parts = marks.parts_s() | _within_load_s(marks, report) | _within_trial_s(ended.outcome)
     total = [value for part, value in parts.items() if part != "load_s"]

@@ -56,7 +56,7 @@ class GangRecord:
     begin_ns: int = 0
     end_ns: int | None = None
     """When its processes were gone; None while they are not."""
-    marks: LoadMarks | None = None
+    marks: LoadMarks = field(default_factory=LoadMarks)
     """How far its load has come."""
     neighbours: set[str] = field(default_factory=set)
     """Names of gangs that were on one of its hosts at the same time."""
