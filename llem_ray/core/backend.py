@@ -101,7 +101,7 @@ class LoadReport:
     special_token_ids: tuple[int, ...] = ()
     """Ids that random prompts leave out (begin, end, padding); empty where the engine does not tell."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Further facts worth a column: attention implementation, engine version, tokenizer origin."""
+    """Further facts worth a column: ``engine`` (name and version), attention implementation, tokenizer origin."""
     process_start_s: float | None = None
     """Starting the engine's own process; None where it has none."""
 

@@ -255,6 +255,7 @@ class BackendContract(LoadedEngine):
         assert report.device == loaded.config.device
         assert report.parameters == 1_000_576 or report.notes["engine"] == "fake"
         assert report.random_weights
+        assert report.notes["engine"].partition(" ")[2] or report.notes["engine"] == "fake"
         assert all(isinstance(text, str) for text in report.notes.values())
         assert pickle.loads(pickle.dumps(report)) == report
 
