@@ -104,7 +104,7 @@ def _within_trial_s(outcome: Completed | Failed) -> dict[str, float | None]:
     firsts = [record.token_times_ns[0] for record in getattr(outcome, "requests", ()) if record.token_times_ns]
     if isinstance(outcome, Failed) or not firsts:
         return dict.fromkeys(("warmup_s", "guard_s", "first_token_s"))
-    begin_ns = outcome.window.begin_ns
+    begin_ns = next((span.begin_ns for span in outcome.spans if span.phase == "measured"), outcome.window.begin_ns)
     before = [span for span in outcome.spans if span.end_ns <= begin_ns]
     warmup_ns = sum(span.end_ns - span.begin_ns for span in before if span.phase == "warmup")
     guard_ns = sum(span.end_ns - span.begin_ns for span in before if span.phase != "warmup")
