@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from llem_ray.core.flops import FlopModel
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
@@ -13,6 +13,13 @@ FinishReason = Literal["length", "stop", "abort"]
 StepKind = Literal["prefill", "decode", "mixed"]
 WorkerLayout = Literal["host", "rank"]
 """How many processes serve a gang: one on each of its hosts, or one for each rank (GPU)."""
+
+
+class ChatMessage(NamedTuple):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +78,8 @@ class RequestRecord:
     """Just before it was handed to the engine."""
     token_times_ns: tuple[int, ...]
     """When each output token was delivered, ascending, as long as ``output_token_ids``."""
+    requested_tokens: int | None = None
+    """Output tokens that were asked for; filled in where the request was made, not by the engine."""
 
     @property
     def output_tokens(self) -> int:
@@ -102,7 +111,7 @@ class LoadReport:
     special_token_ids: tuple[int, ...] = ()
     """Ids that random prompts leave out (begin, end, padding); empty where the engine does not tell."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Further facts worth a column: attention implementation, engine version, tokenizer origin."""
+    """Further facts worth a column: ``engine`` (name and version), attention implementation, tokenizer origin."""
     process_start_s: float | None = None
     """Starting the engine's own process; None where it has none."""
     flop_model: FlopModel | None = None
@@ -198,6 +207,16 @@ class InferenceBackend(Protocol):
 
         Raises:
             LoadError: The model has no usable tokenizer.
+        """
+        ...
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat, rendered with the model's own template up to where the assistant's answer begins.
+
+        Called for workloads with ``chat_template`` only. An engine without this method refuses them.
+
+        Raises:
+            ConfigError: The model has no chat template, or its template refuses these messages.
         """
         ...
 

@@ -260,7 +260,7 @@ def _reached(amount: Float64) -> Float64:
 
 
 def step_table(begin_ns: Any, end_ns: Any, prefill_tokens: Any, decode_tokens: Any, mixed: Any, origin_ns: int) -> StepTable:
-    """Columns of steps, in order of time, as the fit wants them.
+    """Columns of steps, in order of time, as the fit wants them. One that begins before the last has ended begins at its end.
 
     Args:
         begin_ns: Begin of each step, shape (n,), ns on the clock of the device's node.
@@ -270,8 +270,8 @@ def step_table(begin_ns: Any, end_ns: Any, prefill_tokens: Any, decode_tokens: A
         mixed: Whether it did both.
         origin_ns: Zero of the ticks' times.
     """
-    begin_s = (np.asarray(begin_ns, np.int64) - origin_ns) / 1e9
-    end_s = (np.asarray(end_ns, np.int64) - origin_ns) / 1e9
+    end_s = np.maximum.accumulate((np.asarray(end_ns, np.int64) - origin_ns) / 1e9)
+    begin_s = np.maximum((np.asarray(begin_ns, np.int64) - origin_ns) / 1e9, np.concatenate([[-np.inf], end_s])[:-1])
     return StepTable(
         begin_s=begin_s,
         end_s=np.maximum(end_s, begin_s),

@@ -10,6 +10,7 @@ from llem_ray.core.backend import LoadReport
 from llem_ray.core.energy import PhaseSpan
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.units import s_from_ns
+from llem_ray.results.rows import engine_version
 
 if TYPE_CHECKING:
     from llem_ray.execution.records import AttemptEnded
@@ -79,7 +80,7 @@ def load_row(ended: AttemptEnded) -> dict[str, Any] | None:
         "gang": gang.name,
         "load_key": ended.group.load_key,
         "backend": ended.group.experiment.engine.backend,
-        "engine_version": None if report is None else report.notes.get("engine_version"),
+        "engine_version": None if report is None else engine_version(report),
         "host": gang.lead.hostname,
         "trial_id": ended.trial.trial_id,
         "attempt": ended.attempt,
@@ -103,7 +104,7 @@ def _within_trial_s(outcome: Completed | Failed) -> dict[str, float | None]:
     firsts = [record.token_times_ns[0] for record in getattr(outcome, "requests", ()) if record.token_times_ns]
     if isinstance(outcome, Failed) or not firsts:
         return dict.fromkeys(("warmup_s", "guard_s", "first_token_s"))
-    begin_ns = outcome.window.begin_ns
+    begin_ns = next((span.begin_ns for span in outcome.spans if span.phase == "measured"), outcome.window.begin_ns)
     before = [span for span in outcome.spans if span.end_ns <= begin_ns]
     warmup_ns = sum(span.end_ns - span.begin_ns for span in before if span.phase == "warmup")
     guard_ns = sum(span.end_ns - span.begin_ns for span in before if span.phase != "warmup")

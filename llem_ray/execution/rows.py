@@ -8,9 +8,11 @@ from typing import Any
 
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.energy.request_share import BY_PHASES, PhaseParts, share_energy
+from llem_ray.execution.load_rows import counts_of, is_part, load_columns, requests_inside
 from llem_ray.execution.records import AttemptEnded
 from llem_ray.execution.window_tokens import request_parts
 from llem_ray.results import rows as columns
+from llem_ray.results.trial_columns import ADJUSTED_METRICS
 from llem_ray.workloads import latency
 
 Row = dict[str, Any]
@@ -37,25 +39,41 @@ def attempt_row(ended: AttemptEnded) -> Row:
     if isinstance(outcome, Failed):
         return row | columns.failure_columns(outcome)
     row |= columns.window_columns(outcome.window)
-    row |= columns.count_columns(outcome.requests, passes=outcome.passes, steps=outcome.steps)
+    counts = counts_of(outcome)
+    row |= columns.count_columns(
+        requests=counts.requests,
+        prompt_tokens=counts.prompt_tokens,
+        padded_tokens=counts.padded_tokens,
+        output_tokens=counts.output_tokens,
+        passes=outcome.passes,
+        steps=outcome.steps,
+    )
+    row |= columns.length_columns(requests_inside(outcome))
+    row |= load_columns(outcome, ended.trial.experiment.workload.load)
     return row | latency_columns(outcome, ended.group.experiment.engine.world_size if ended.group.gpus else 0)
 
 
 def latency_columns(done: Completed, gpus: int) -> Row:
-    """Latency percentiles and throughputs over the window's requests."""
-    summary = latency.summarise_latency(done.requests, gpus)
+    """Latency percentiles and throughputs over the window's requests: those that ended in it."""
+    requests = requests_inside(done)
+    summary = latency.summarise_latency(requests, gpus)
     spreads = {
         "ttft_s": summary.ttft_s,
         "tpot_s": summary.tpot_s,
         "inter_chunk_s": summary.inter_chunk_s,
         "e2e_latency_s": summary.e2e_latency_s,
-        "e2e_from_schedule_s": latency.distribution(map(latency.e2e_from_schedule_s, done.requests)),
+        "e2e_from_schedule_s": latency.distribution(map(latency.e2e_from_schedule_s, filter(latency.succeeded, requests))),
         "normalized_tpot_s": summary.normalized_tpot_s,
     }
     row: Row = {}
     for metric, spread in spreads.items():
         row |= columns.distribution_columns(metric, None if spread is None else asdict(spread))
-    rates = summary.throughput
+    done_well = list(filter(latency.succeeded, requests))
+    for metric in ADJUSTED_METRICS:
+        values = map(_PER_REQUEST[metric], done_well)
+        row |= columns.adjusted_columns(metric, latency.adjusted_percentiles(values, summary.failed))
+    row["failed_requests"] = summary.failed
+    rates = part_throughput(done, gpus) if is_part(done) else summary.throughput
     if rates is not None:
         row |= {
             "serving_s": rates.duration_s,
@@ -67,10 +85,32 @@ def latency_columns(done: Completed, gpus: int) -> Row:
     return row
 
 
+def part_throughput(done: Completed, gpus: int) -> latency.Throughput:
+    """Rates within a window that is a part of a run: what happened inside, over its length."""
+    counts, length_s = counts_of(done), done.window.duration_s
+    return latency.Throughput(
+        duration_s=length_s,
+        requests=counts.succeeded,
+        input_tokens=counts.prompt_tokens,
+        output_tokens=counts.output_tokens,
+        request_throughput_req_s=counts.succeeded / length_s,
+        output_throughput_tok_s=counts.output_tokens / length_s,
+        total_token_throughput_tok_s=(counts.prompt_tokens + counts.output_tokens) / length_s,
+        throughput_per_gpu_tok_s=counts.output_tokens / length_s / gpus if gpus else None,
+    )
+
+
 def request_rows(ended: AttemptEnded, trial: Row, *, keep_token_times: bool) -> list[Row]:
-    """One row per request of the window; none for a failed attempt. ``trial`` is the attempt's row, energies included."""
+    """One row per request of the window, of an online trial of the whole run; none for a failed attempt.
+
+    Args:
+        ended: The attempt.
+        trial: Its row, energies included.
+        keep_token_times: Store the time of every token.
+    """
     if not isinstance(ended.outcome, Completed):
         return []
+    window_ids = {record.request_id for record in requests_inside(ended.outcome)}
     return [
         columns.request_row(
             record,
@@ -79,13 +119,14 @@ def request_rows(ended: AttemptEnded, trial: Row, *, keep_token_times: bool) -> 
             latencies={name: metric(record) for name, metric in _PER_REQUEST.items()},
             keep_token_times=keep_token_times,
             energy_j=energy_j,
+            in_window=record.request_id in window_ids,
         )
         for record, energy_j in zip(ended.outcome.requests, request_energies(trial, ended.outcome), strict=True)
     ]
 
 
 def request_energies(trial: Row, done: Completed) -> Sequence[float | None]:
-    """Energy of each request by the trial's ``request_energy_rule``; nulls where it has none."""
+    """Energy of each request by the trial's ``request_energy_rule``; None without one, and for what is outside the window."""
     rule = trial.get("request_energy_rule")
     parts = None
     if rule == BY_PHASES:
@@ -93,6 +134,6 @@ def request_energies(trial: Row, done: Completed) -> Sequence[float | None]:
     if rule is None:
         return [None] * len(done.requests)
     tokens = request_parts(done)
-    return share_energy(
-        trial["total_energy_j"], [part.prompt_tokens for part in tokens], [part.output_tokens for part in tokens], parts
-    )
+    prompts, outputs = [part.prompt_tokens for part in tokens], [part.output_tokens for part in tokens]
+    shares_j = share_energy(trial["total_energy_j"], prompts, outputs, parts)
+    return [share_j if part.output_tokens or part.prompt_tokens else None for share_j, part in zip(shares_j, tokens, strict=True)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
+from llem_ray.core.backend import RequestRecord
 from llem_ray.core.flops import FlopModel
 from llem_ray.core.outcome import Completed
 
@@ -30,13 +32,19 @@ class RequestPart:
 
 
 def request_parts(done: Completed) -> tuple[RequestPart, ...]:
-    """Each request's part, in the order of ``done.requests``: all of it, as a window of batches has whole requests."""
-    return tuple(
-        RequestPart(
-            prompt_length=record.prompt_tokens,
-            prompt_tokens=record.prompt_tokens,
-            tokens_before=0,
-            output_tokens=record.output_tokens,
-        )
-        for record in done.requests
+    """Each request's part, in the order of ``done.requests``, by when its tokens came; where batches ran, all of it."""
+    if done.online is None:
+        return tuple(_part(record, record.prompt_tokens, 0, record.output_tokens) for record in done.requests)
+    return tuple(_inside(record, done.window.begin_ns, done.window.end_ns) for record in done.requests)
+
+
+def _inside(record: RequestRecord, begin_ns: int, end_ns: int) -> RequestPart:
+    before = bisect_right(record.token_times_ns, begin_ns)
+    until = bisect_right(record.token_times_ns, end_ns)
+    return _part(record, record.prompt_tokens if not before and until else 0, before, until - before)
+
+
+def _part(record: RequestRecord, prompt_tokens: int, before: int, output_tokens: int) -> RequestPart:
+    return RequestPart(
+        prompt_length=record.prompt_tokens, prompt_tokens=prompt_tokens, tokens_before=before, output_tokens=output_tokens
     )

@@ -27,9 +27,11 @@ _KEYS = (
 _REQUESTS = (
     *_KEYS,
     Column("request_id", pa.string(), "", "Request within the trial: `<pass>-<index>`."),
+    Column("in_window", pa.bool_(), "", "It ended in the measured window; others of an online run are here too."),
     Column("prompt_tokens", pa.int64(), "tokens", "Prompt length counted from ids, padding not included."),
     Column("padded_tokens", pa.int64(), "tokens", "Length the prompt was padded to."),
     Column("output_tokens", pa.int64(), "tokens", "Tokens generated, counted from ids."),
+    Column("output_tokens_requested", pa.int64(), "tokens", "Tokens asked for."),
     Column("finish_reason", pa.string(), "", "`length`, `stop` or `abort`."),
     Column("scheduled_ns", pa.int64(), "ns", "When the load schedule wanted it sent; monotonic clock of the engine's node."),
     Column("queued_ns", pa.int64(), "ns", "When it entered the load generator's queue; same clock."),
@@ -180,7 +182,12 @@ _LOADS = (
     Column("prepare_s", pa.float64(), "s", "Until the trial began at the engine: the order's way, prompts to token ids."),
     Column("warmup_s", pa.float64(), "s", "The trial's warm-up batches."),
     Column("guard_s", pa.float64(), "s", "Quiet time before the window."),
-    Column("first_token_s", pa.float64(), "s", "Begin of the window until the first token of any of its requests."),
+    Column(
+        "first_token_s",
+        pa.float64(),
+        "s",
+        "Until the first token of any request: from the begin of the window, or of an online run.",
+    ),
     Column("load_s", pa.float64(), "s", "The whole load: process_start_s to load_rest_s."),
     Column("submit_to_first_token_s", pa.float64(), "s", "Sum of startup_s to first_token_s."),
     Column("reason", pa.string(), "", "Why times are null: how the load or its first attempt failed."),
@@ -210,8 +217,8 @@ COLUMNS: Final[Mapping[TableName, tuple[Column, ...]]] = {
 
 DESCRIPTIONS: Final[Mapping[TableName, str]] = {
     "trials": "One row per attempt at a trial, good or failed.",
-    "requests": "One row per request of a measured window.",
-    "steps": "One row per forward step of an engine in a measured window.",
+    "requests": "One row per request of a measured window; of an online trial, one per request of the whole run.",
+    "steps": "One row per forward step of an engine in a measured window; of an online trial, in its whole run.",
     "loads": (
         "One row per load of a model: the time from the start of the command to the first token of its first window, part by "
         "part. Each part begins where the one before ends; a null part counts as 0."

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.engine_args import FIELD
 from llem_ray.backends.flop_formula import flop_model
+from llem_ray.backends.memory_need import require_fit
 from llem_ray.backends.model_config import (
     first_line,
     known_parameters,
@@ -36,11 +37,11 @@ from llem_ray.backends.model_config import (
     weight_dtype,
 )
 from llem_ray.backends.model_source import ModelSource, model_commit
-from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
+from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
 from llem_ray.backends.vllm.arguments import engine_arguments
 from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
 from llem_ray.backends.vllm.serving import StepRecorder, serve_batch
-from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, ConfigError, DeviceMemoryError, EngineDied, GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec
 
@@ -124,6 +125,10 @@ class Engine:
         """Token ids of each text, special tokens included, nothing cut."""
         return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
 
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        return encode_chats(self._tokenizer, chats)
+
     def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
         """See ``InferenceBackend.run``."""
         # vLLM would cut max_tokens to what is left of the context, and say nothing.
@@ -201,6 +206,9 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         raise LoadError("another vLLM engine is loaded in this process", "close it first: vLLM's state is one for the process")
     begin_s = time.monotonic()
     source = prepared.source
+    if config.device == "cuda" and prepared.vllm_config.model_config.quantization is None:
+        memory_bytes = int(current_platform.get_device_total_memory())
+        require_fit(config, prepared.model_config.to_dict(), memory_bytes, random=source.random)
     started: LLMEngine | None = None
     engine: Engine | None = None
     try:

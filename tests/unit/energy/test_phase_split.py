@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from served_loads import BEGIN_S, END_S, Served, batches, mixing, table
 
-from llem_ray.energy.phase_split import NoSplit, PhaseSplit, StepTable, split_phases, tick_times
+from llem_ray.energy.phase_split import NoSplit, PhaseSplit, StepTable, split_phases, step_table, tick_times
 from llem_ray.energy.ticks import find_ticks
 from llem_ray.testing.loads import Segment, SegmentLoad
 from llem_ray.testing.sensor import SensorModel, simulate_trace
@@ -134,3 +134,9 @@ def test_steps_outside_the_window_belong_to_no_phase_of_it(make) -> None:
     assert isinstance(again, PhaseSplit)
     assert (found.prefill_j, found.decode_j) == pytest.approx((again.prefill_j, again.decode_j), rel=1e-3)
     assert 0.4 < found.prefill_j / served.prefill_j < 0.65
+
+
+def test_steps_that_overlap_follow_each_other() -> None:
+    steps = step_table([0, 8_000_000, 15_000_000], [10_000_000, 20_000_000, 18_000_000], [1, 1, 1], [1, 1, 1], [False] * 3, 0)
+    assert steps.begin_s.tolist() == pytest.approx([0, 0.01, 0.02])
+    assert steps.end_s.tolist() == pytest.approx([0.01, 0.02, 0.02])

@@ -17,7 +17,7 @@ from llem_ray.config.sweep import load_sweep
 from llem_ray.core.backend import LoadReport, RequestRecord, StepEvent
 from llem_ray.core.energy import Window
 from llem_ray.core.flops import FlopModel
-from llem_ray.core.outcome import Completed
+from llem_ray.core.outcome import Completed, OnlineRun
 from llem_ray.core.plan import Plan
 from llem_ray.core.power import SampleBatch
 from llem_ray.core.spec import EngineSpec, FootprintSpec
@@ -33,6 +33,7 @@ from llem_ray.execution.footprint import look_up_footprint
 from llem_ray.execution.meter import Meter
 from llem_ray.execution.records import AttemptEnded, GangRecord, HostDevice
 from llem_ray.execution.rows import request_energies
+from llem_ray.execution.window_tokens import request_parts
 from llem_ray.planning.plan import make_plan
 from llem_ray.testing.clock import VirtualClock
 from llem_ray.testing.loads import Segment, SegmentLoad
@@ -55,7 +56,7 @@ START_S = 1000.0
 REQUESTS = tuple(
     RequestRecord(
         request_id=f"0-{n}", prompt_tokens=100 * (n + 1), padded_tokens=800, output_token_ids=tuple(range(8)),
-        finish_reason="length", scheduled_ns=1, queued_ns=1, sent_ns=1, token_times_ns=tuple(range(8)),
+        finish_reason="length", scheduled_ns=1, queued_ns=1, sent_ns=1, token_times_ns=tuple(range(8)), requested_tokens=8,
     )
     for n in range(8)
 )  # fmt: skip
@@ -226,6 +227,21 @@ def test_invalid_energy_is_not_given_to_phases_or_requests(plan: Plan) -> None:
     assert request_energies(row, short) == [None] * 8
     assert row["joules_per_flop"] is None
     assert row["carbon_g"] is None
+
+
+def test_of_an_online_run_only_what_lies_in_the_window_counts() -> None:
+    times = ((1, 2, 3, 4), (5, 6, 11, 12), (11, 12, 13, 30), (25, 26, 27, 28))
+    records = tuple(replace(REQUESTS[0], output_token_ids=(1,) * 4, prompt_tokens=100, token_times_ns=stamps) for stamps in times)
+    window, whole = Window(node="h1", begin_ns=10, end_ns=20), Window(node="h1", begin_ns=0, end_ns=40)
+    online = OnlineRun(whole=whole, rule="interval", concurrency=4, missed=None)
+    done = replace(completed(None), window=window, requests=records, online=online)
+    parts = [(part.prompt_tokens, part.tokens_before, part.output_tokens) for part in request_parts(done)]
+    assert parts == [(0, 4, 0), (0, 2, 2), (100, 0, 3), (0, 0, 0)]
+    model = TestFlops.MODEL
+    flops, _, _ = count_flops(done, replace(REPORT, flop_model=model))
+    assert flops == model.decode(100, 2, 4) + model.prefill(100) + model.decode(100, 1, 3)
+    row = {"request_energy_rule": "total_tokens", "total_energy_j": 105.0}
+    assert request_energies(row, done) == [None, pytest.approx(2.0), pytest.approx(103.0), None]
 
 
 class TestFlops:

@@ -24,7 +24,7 @@ TRIAL = Trial(trial_id="c0-r1", cell=Cell(cell_id="c0", experiment=EXPERIMENT, s
 REPORT = LoadReport(
     import_s=1.0, construct_s=2.0, compile_s=None, warm_s=None, context_tokens=2048, vocab_size=100, parameters=10,
     weight_bytes=40, dtype="float32", device="cpu", model_commit=None, random_weights=True,
-    notes={"engine_version": "5.17.0", "attention": "sdpa"},
+    notes={"engine": "transformers 5.17.0", "attention": "sdpa"},
 )  # fmt: skip
 RECORD = RequestRecord(
     request_id="0-0", prompt_tokens=12, padded_tokens=16, output_token_ids=(5, 6), finish_reason="length",
@@ -46,7 +46,7 @@ def test_a_whole_trial_made_of_core_objects_is_written_and_read(tmp_path: Path) 
         **rows.trial_row(TRIAL, attempt=1, load_key="k", gpus=2),
         **rows.load_columns(REPORT),
         **rows.window_columns(Window(node="n1", begin_ns=0, end_ns=50_000_000)),
-        **rows.count_columns([RECORD, RECORD], passes=2, steps=9),
+        **rows.count_columns(requests=2, prompt_tokens=24, padded_tokens=32, output_tokens=4, passes=2, steps=9),
         **rows.device_columns([READING]),
         **rows.flag_columns(READING.flags),
         **rows.rank_columns([Rank(rank=0, host="n1", pid=3, gpu_uuid="GPU-1")]),
