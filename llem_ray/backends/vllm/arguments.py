@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from llem_ray.backends.engine_args import FIELD
+from llem_ray.backends.lora import parse_lora
 from llem_ray.backends.model_source import ModelSource
 from llem_ray.backends.vllm.worker import WORKER_EXTENSION
 from llem_ray.core.backend import BackendConfig
@@ -35,6 +36,12 @@ RESERVED: Final[Mapping[str, str]] = {
 EAGER_ARGUMENTS: Final = ("enforce_eager", "compilation_config", "optimization_level")
 """Who names one of these decides about compilation; otherwise the CPU runs eagerly."""
 
+OURS: Final = ("lora",)
+"""Arguments that vLLM does not know."""
+
+LORA_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `max_lora_rank`."""
+
 
 def check_spec(config: BackendConfig) -> None:
     """Refuse what needs no vLLM to be seen as wrong.
@@ -45,6 +52,7 @@ def check_spec(config: BackendConfig) -> None:
     for name in config.engine.engine_args:
         if name in RESERVED:
             raise ConfigError("llem-ray sets this argument itself", RESERVED[name], field=f"{FIELD}.{name}", found=name)
+    parse_lora(config.engine.engine_args, config.base_dir)
     if config.engine.data_parallel != 1:
         raise ConfigError(
             "the vllm engine does not run replicas yet",
@@ -78,7 +86,9 @@ def runs_eagerly(config: BackendConfig) -> bool:
     return config.device == "cpu" and not any(name in args for name in EAGER_ARGUMENTS)
 
 
-def engine_arguments(config: BackendConfig, source: ModelSource, location: str, dtype: str) -> dict[str, Any]:
+def engine_arguments(
+    config: BackendConfig, source: ModelSource, location: str, dtype: str, lora_rank: int | None = None
+) -> dict[str, Any]:
     """Keyword arguments of vLLM's EngineArgs.
 
     Args:
@@ -86,6 +96,7 @@ def engine_arguments(config: BackendConfig, source: ModelSource, location: str, 
         source: Where the model comes from.
         location: Hub id, or folder with at least a config.json.
         dtype: Number format of the weights, or ``auto``.
+        lora_rank: Rank of the adapter, where there is one.
     """
     engine, model = config.engine, config.model
     values: dict[str, Any] = {
@@ -110,4 +121,9 @@ def engine_arguments(config: BackendConfig, source: ModelSource, location: str, 
         values["distributed_executor_backend"] = "mp"
     if runs_eagerly(config):
         values["enforce_eager"] = True
-    return values | dict(engine.engine_args)
+    if "speculative_config" in engine.engine_args:
+        values["per_request_spec_decode_metrics"] = "summary"
+    if lora_rank is not None:
+        values["enable_lora"] = True
+        values["max_lora_rank"] = next((rank for rank in LORA_RANKS if rank >= lora_rank), LORA_RANKS[-1])
+    return values | {name: value for name, value in engine.engine_args.items() if name not in OURS}

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from llem_ray.backends.batch_checks import require_batch
 from llem_ray.backends.model_source import find_model
@@ -28,11 +28,15 @@ INSTALL: Final = "pip install 'llem-ray[vllm]', in an environment of its own (on
 
 
 class VllmBackend:
-    """vLLM in this process, or with its workers in processes of their own; offline batches.
+    """vLLM in this process, or with its workers in processes of their own.
+
+    Loaded for batches it is vLLM's LLMEngine; with ``config.online`` it is AsyncLLM, which serves batches too.
 
     Args:
         config: Model, engine and device.
     """
+
+    serves_online: ClassVar[bool] = True
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
@@ -69,11 +73,12 @@ class VllmBackend:
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
     ) -> Iterator[StepEvent | RequestRecord]:
-        """Hand all requests to vLLM's scheduler and step it until they are served."""
-        require_batch(schedule, "vllm")
+        """Hand the requests to vLLM's scheduler, all at once or by the schedule, until they are served."""
         if self._engine is None:
             raise GenerationError("the model is not loaded")
-        return self._engine.run(requests, sampling)
+        if not self._config.online:
+            require_batch(schedule, "vllm")
+        return self._engine.run(requests, sampling, schedule)
 
     def reset(self) -> None:
         """Forget cached prefixes, also where `enable_prefix_caching` is on."""

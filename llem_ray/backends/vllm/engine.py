@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,26 +22,38 @@ with warnings.catch_warnings():
     from transformers import AutoModelForCausalLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.request import LoRARequest
     from vllm.platforms import current_platform
     from vllm.v1.engine.exceptions import EngineDeadError
-    from vllm.v1.engine.llm_engine import LLMEngine
 
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.cache_file import write_atomically
 from llem_ray.backends.engine_args import FIELD
+from llem_ray.backends.lora import LORA_FIELD, LoraArgs, adapter_rank, parse_lora
 from llem_ray.backends.model_config import count_parameters, first_line, load_error, quieten, read_model_config, weight_dtype
 from llem_ray.backends.model_source import ModelSource, model_commit
+from llem_ray.backends.random_adapter import random_adapter
 from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
 from llem_ray.backends.vllm.arguments import engine_arguments
 from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
-from llem_ray.backends.vllm.serving import StepRecorder, serve_batch
-from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
-from llem_ray.core.errors import BackendError, ConfigError, DeviceMemoryError, EngineDied, GenerationError, LoadError, PluginError
+from llem_ray.backends.vllm.offline import OfflineEngine
+from llem_ray.backends.vllm.online import OnlineEngine
+from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.errors import (
+    BackendError,
+    ConfigError,
+    DeviceMemoryError,
+    EngineDied,
+    GenerationError,
+    HangError,
+    LoadError,
+    PluginError,
+)
 from llem_ray.core.spec import SamplingSpec
 
 WARM_PROMPT_TOKENS: Final = 8
 WARM_NEW_TOKENS: Final = 2
-RPC_TIMEOUT_S: Final = 60.0
 
 ARGUMENT_ERRORS: Final = (TypeError, ValueError, KeyError, AttributeError, NotImplementedError, AssertionError)
 """What vLLM's config raises at arguments; pydantic's errors are ValueErrors."""
@@ -55,6 +68,9 @@ OUT_OF_MEMORY_TEXTS: Final = (
 )
 """What vLLM's and torch's plain errors say when the device is too small."""
 
+KILLED_AT_START: Final = re.compile(r"Failed core proc\(s\): .*?: -(\d+)")
+"""What vLLM says when a signal ended its process before it was ready."""
+
 _open_engines = 0
 """Engines of this process. vLLM's process groups belong to the whole process, and closing one engine ends them for all."""
 
@@ -66,28 +82,27 @@ class Prepared:
     source: ModelSource
     model_config: Any
     vllm_config: Any
+    adapter: Path | None
+    """Folder of the LoRA adapter."""
 
 
 class Engine:
     """A vLLM engine with its workers, and the model's tokenizer.
 
     Args:
-        engine: vLLM's LLMEngine.
+        engine: vLLM's own, for batches or for requests that come one by one.
         tokenizer: Of transformers.
         host: Stable id of this host.
     """
 
-    def __init__(self, engine: LLMEngine, tokenizer: Any, host: str) -> None:
+    def __init__(self, engine: OfflineEngine | OnlineEngine, tokenizer: Any, host: str) -> None:
         global _open_engines  # noqa: PLW0603 - vLLM's distributed state is one for the process
         self._engine = engine
         self._tokenizer = tokenizer
-        self._recorder = StepRecorder()
-        # vLLM's own loggers format a Prometheus page's worth of counters in every step; ours keeps one reference.
-        engine.logger_manager = self._recorder
         config = engine.vllm_config
         self.context_tokens = int(config.model_config.max_model_len)
         self.vocab_size = int(config.model_config.get_vocab_size())
-        self._workers = engine.collective_rpc("llem_ray_describe", timeout=RPC_TIMEOUT_S)
+        self._workers = engine.describe_workers()
         self.ranks = tuple(
             Rank(rank=int(worker["rank"]), host=host, pid=int(worker["pid"]), gpu_uuid=worker["gpu_uuid"] or None)
             for worker in sorted(self._workers, key=lambda worker: worker["rank"])
@@ -118,19 +133,21 @@ class Engine:
         """Token ids of each text, special tokens included, nothing cut."""
         return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
 
-    def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
+    def run(
+        self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
+    ) -> Iterator[StepEvent | RequestRecord]:
         """See ``InferenceBackend.run``."""
         # vLLM would cut max_tokens to what is left of the context, and say nothing.
         require_valid(requests, vocab_size=self.vocab_size, context_tokens=self.context_tokens)
         try:
-            yield from serve_batch(self._engine, self._recorder, requests, sampling, len(self.ranks))
+            yield from self._engine.serve(requests, sampling, schedule, len(self.ranks))
         except BackendError:
             raise
         except EngineDeadError as error:
             raise EngineDied(f"vLLM's engine process ended: {first_line(error)}") from error
         except Exception as error:  # vLLM raises plain exceptions of every kind
             if is_out_of_memory(error):
-                raise DeviceMemoryError(f"a batch of {len(requests)} requests does not fit: {first_line(error)}") from error
+                raise DeviceMemoryError(f"{len(requests)} requests do not fit: {first_line(error)}") from error
             if not all(_is_alive(rank.pid) for rank in self.ranks):
                 raise EngineDied(f"a worker's process ended: {first_line(error)}") from error
             raise GenerationError(f"vLLM failed: {first_line(error)}") from error
@@ -145,14 +162,14 @@ class Engine:
 
     def reset(self) -> None:
         """Forget cached prefixes."""
-        if not self._engine.reset_prefix_cache():
+        if not self._engine.reset():
             raise GenerationError("vLLM could not reset its prefix cache: requests are still running")
 
     def close(self) -> None:
         """End the workers, free the device."""
         global _open_engines  # noqa: PLW0603 - as in __init__
         _open_engines -= 1
-        self._engine.engine_core.shutdown()
+        self._engine.close()
         remove_segments(self._segments)
         del self._engine, self._tokenizer
         release_process_state()
@@ -174,14 +191,18 @@ def prepare(config: BackendConfig, source: ModelSource) -> Prepared:
         raise load_error(f"model {source.location!r}", error) from error
     dtype = weight_dtype(source, config.model, model_config, config.device)
     location = _location(source, model_config, Path(config.cache_dir))
-    arguments = engine_arguments(config, source, location, str(dtype).removeprefix("torch.") if dtype else "auto")
+    lora = parse_lora(config.engine.engine_args, config.base_dir)
+    arguments = engine_arguments(
+        config, source, location, str(dtype).removeprefix("torch.") if dtype else "auto", adapter_rank(lora) if lora else None
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             vllm_config = _vllm_config(arguments, config.engine.engine_args)
         except (OSError, RuntimeError, MemoryError) as error:
             raise load_error(f"model {source.location!r}", error) from error
-    return Prepared(source=source, model_config=model_config, vllm_config=vllm_config)
+    adapter = _adapter(config, model_config, vllm_config, lora) if lora else None
+    return Prepared(source=source, model_config=model_config, vllm_config=vllm_config, adapter=adapter)
 
 
 def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> tuple[Engine, LoadReport]:
@@ -195,14 +216,16 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         raise LoadError("another vLLM engine is loaded in this process", "close it first: vLLM's state is one for the process")
     begin_s = time.monotonic()
     source = prepared.source
-    started: LLMEngine | None = None
+    started: OfflineEngine | OnlineEngine | None = None
     engine: Engine | None = None
     try:
         tokenizer, origin = find_tokenizer(config, source, prepared.model_config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            started = LLMEngine.from_vllm_config(prepared.vllm_config)
+            started = (OnlineEngine if config.online else OfflineEngine)(prepared.vllm_config)
             engine = Engine(started, tokenizer, config.host)
+            if prepared.adapter is not None:
+                started.add_adapter(LoRARequest("adapter", 1, str(prepared.adapter)))
             constructed_s = time.monotonic()
             engine.warm()
     except Exception as error:  # vLLM and model code of third parties may raise anything
@@ -211,7 +234,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
             engine.close()
         else:
             if started is not None:
-                started.engine_core.shutdown()
+                started.close()
             release_process_state()
         raise failure from error
     finished_s = time.monotonic()
@@ -230,7 +253,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         model_commit=model_commit(source, prepared.model_config),
         random_weights=source.random,
         special_token_ids=special_token_ids(tokenizer),
-        notes=_notes(engine, prepared, origin),
+        notes=_notes(config, engine, prepared, origin),
     )
 
 
@@ -283,6 +306,26 @@ def _vllm_config(arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
         ) from error
 
 
+def _adapter(config: BackendConfig, model_config: Any, vllm_config: Any, lora: LoraArgs) -> Path:
+    """Folder of the adapter, which vLLM has judged; a random one is written."""
+    if lora.path is not None:
+        folder = Path(lora.path)
+    else:
+        folder = random_adapter(model_config, lora, Path(config.cache_dir), trust_remote_code=config.model.trust_remote_code)
+    try:
+        if vllm_config.lora_config is None:
+            raise ValueError("LoRA is not enabled")
+        PEFTHelper.from_local_dir(str(folder), vllm_config.model_config.max_model_len).validate_legal(vllm_config.lora_config)
+    except (*ARGUMENT_ERRORS, OSError) as error:
+        raise ConfigError(
+            f"vLLM {vllm.__version__} refuses this adapter: {_message(error)}",
+            "leave out max_lora_rank and enable_lora: they follow from the adapter",
+            field=LORA_FIELD,
+            found=str(folder) if lora.path is not None else f"rank {lora.rank}",
+        ) from error
+    return folder
+
+
 def _message(error: Exception) -> str:
     """The text of an exception without pydantic's address and dump of the input."""
     lines = (line.partition(" [type=")[0].strip() for line in str(error).splitlines())
@@ -319,19 +362,25 @@ def _load_failure(source: ModelSource, error: Exception) -> BackendError:
     if is_out_of_memory(error):
         return DeviceMemoryError(f"the model does not fit: {first_line(error)}")
     failure = load_error(f"model {source.location!r}", error)
+    if killed := KILLED_AT_START.search(str(error)):
+        return EngineDied(f"vLLM's engine process was killed by signal {killed[1]} while it loaded {source.location!r}")
+    if isinstance(error, TimeoutError):
+        return HangError(failure.message)
     if "root cause" in str(error):
         return LoadError(failure.message, "the cause stands on standard error, written by vLLM's own process")
     return failure
 
 
-def _notes(engine: Engine, prepared: Prepared, tokenizer_origin: str) -> dict[str, str]:
+def _notes(asked: BackendConfig, engine: Engine, prepared: Prepared, tokenizer_origin: str) -> dict[str, str]:
     config = prepared.vllm_config
     notes = {
         "engine": f"vllm {vllm.__version__}",
         "torch": str(torch.__version__),
         "model": prepared.source.location,
         "tokenizer": tokenizer_origin,
+        "serving": "online, AsyncLLM" if asked.online else "offline, LLMEngine",
         "executor": str(config.parallel_config.distributed_executor_backend),
+        "async_scheduling": "on" if config.scheduler_config.async_scheduling else "off",
         "compilation": str(getattr(config.compilation_config.mode, "name", config.compilation_config.mode)),
         "prefix_caching": "on, reset between trials" if config.cache_config.enable_prefix_caching else "off",
         "chunked_prefill": "on" if config.scheduler_config.enable_chunked_prefill else "off",
@@ -339,6 +388,16 @@ def _notes(engine: Engine, prepared: Prepared, tokenizer_origin: str) -> dict[st
         "kv_cache_tokens": str(engine.cache_tokens),
         "numerics": "NaN and Inf logits are not detected by this engine",
     }
+    if config.model_config.quantization is not None:
+        notes["quantization"] = str(config.model_config.quantization)
+    if config.speculative_config is not None:
+        notes["speculation"] = (
+            f"{config.speculative_config.method}, {config.speculative_config.num_speculative_tokens} tokens;"
+            " FLOPs and bytes leave out what drafts them"
+        )
+    if prepared.adapter is not None:
+        rank = PEFTHelper.from_local_dir(str(prepared.adapter), None).r
+        notes["lora"] = f"{prepared.adapter}, rank {rank}; FLOPs and bytes leave it out"
     if prepared.source.random:
         notes["weights"] = "vLLM's dummy weights, uniform in +-0.001: joules don't compare with other engines' or real weights"
     return notes
