@@ -260,6 +260,7 @@ class OnlineEngine:
 
     async def _shut_down(self) -> None:
         self.llm.shutdown()
+        self.llm.engine_core.resources.ctx.destroy(linger=0)  # vLLM closes its sockets, and leaves their context
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
