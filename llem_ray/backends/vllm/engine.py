@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -223,6 +224,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         else:
             if started is not None:
                 started.close()
+            _drop_frames(error)
             release_process_state()
         raise failure from error
     finished_s = time.monotonic()
@@ -249,6 +251,14 @@ def release_process_state() -> None:
     """Drop vLLM's process groups and give memory back."""
     gc.collect()
     cleanup_dist_env_and_memory()
+
+
+def _drop_frames(error: BaseException) -> None:
+    """The frames of a failed load hold the engine as far as it was built, and its memory, for as long as the error lives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
 
 
 def _is_alive(pid: int) -> bool:
