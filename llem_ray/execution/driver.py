@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -161,8 +161,7 @@ class RunDriver:
             record_session(self._rundir, environment, datetime.now(UTC).isoformat(), allow_mixed=self._options.allow_mixed)
             journal.append(JournalEvent(event="run_started", host=socket.gethostname(), pid=os.getpid()))
             self._versions = {**environment.engines, **environment.packages}
-            for info in infos:
-                self._record_node(info)
+            self._record_nodes(infos)
             self._book.start()
             self._cover("startup")
             self._record_cut_short()
@@ -181,13 +180,14 @@ class RunDriver:
     def _on_sampler(self, info: SamplerInfo) -> None:
         """A sampler that was started anew belongs in the nodes table too."""
         if self._book.is_running:
-            self._record_node(info)
+            self._record_nodes([info])
 
-    def _record_node(self, info: SamplerInfo) -> None:
-        LOG.info("sampler on %s: %s", info.hostname, ", ".join(device.uuid for device in info.devices) or "no device")
-        for name, reason in info.unavailable.items():
-            LOG.info("power source %s gives nothing on %s: %s", name, info.hostname, reason)
-        self._writer.write_nodes([node_row(info, self._versions)])
+    def _record_nodes(self, infos: Sequence[SamplerInfo]) -> None:
+        for info in infos:
+            LOG.info("sampler on %s: %s", info.hostname, ", ".join(device.uuid for device in info.devices) or "no device")
+            for name, reason in info.unavailable.items():
+                LOG.info("power source %s gives nothing on %s: %s", name, info.hostname, reason)
+        self._writer.write_nodes([node_row(info, self._versions) for info in infos])
 
     def _run_groups(self) -> str | None:
         waits = Waits(self._clock, self._interrupts, self._tick)
@@ -226,6 +226,7 @@ class RunDriver:
             if self._book.is_running:
                 self._cover("unleased")
                 self._book.phase = "finalise"
+                self._timeline.close_at("unleased", self._clock.monotonic_ns())
                 self._book.drain(DRAIN_TIMEOUT_S)
                 self._writer.compact()
                 self._cover("finalise")

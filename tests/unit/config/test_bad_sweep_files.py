@@ -145,6 +145,11 @@ CASES = {
         7,
         "base.engine.nodes: 3 GPUs cannot be spread evenly over 2 nodes",
     ),
+    "workers that do not spread over the nodes": Bad(
+        TOP + "  engine:\n    tensor_parallel: 3\n    nodes: 2\n",
+        6,
+        "base.engine.nodes: 3 workers (tensor x pipeline x data parallel) cannot be spread evenly over 2 nodes",
+    ),
     "override without value": Bad(TOP, None, "--set takes key=value", overrides=("repeats",)),
     "override of nothing": Bad(TOP, None, "unknown key 'repeat'", "did you mean 'repeats'?", ("repeat=1",)),
     "override of a bare field": Bad(TOP, None, "unknown key 'batch_size'", "'workload.batch_size'", ("batch_size=1",)),
