@@ -112,6 +112,13 @@ class Engine:
         return sum(int(worker["weight_bytes"]) for worker in self._workers)
 
     @property
+    def compile_s(self) -> float | None:
+        """What torch.compile took, the longest of all workers; 0 where nothing is compiled, None where vLLM does not tell."""
+        compiled_s = max(float(worker["compile_s"]) for worker in self._workers)
+        eager = not self._engine.vllm_config.compilation_config.mode
+        return compiled_s if compiled_s or eager else None
+
+    @property
     def cache_tokens(self) -> int | None:
         """Tokens the KV cache holds."""
         cache = self._engine.vllm_config.cache_config
@@ -231,8 +238,8 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
     parameters = _parameters(prepared.model_config, config.model.trust_remote_code)
     return engine, LoadReport(
         import_s=import_s,
-        construct_s=constructed_s - begin_s,
-        compile_s=None,
+        construct_s=constructed_s - begin_s - (engine.compile_s or 0.0),
+        compile_s=engine.compile_s,
         warm_s=finished_s - constructed_s,
         context_tokens=engine.context_tokens,
         vocab_size=engine.vocab_size,

@@ -14,13 +14,20 @@ class WorkerExtension:
     device: Any
     rank: int
     model_runner: Any
+    compilation_config: Any
 
-    def llem_ray_describe(self) -> dict[str, int | str]:
-        """Rank, pid, UUID of the device (empty on the CPU) and bytes of the weights this worker holds."""
+    def llem_ray_describe(self) -> dict[str, int | float | str]:
+        """Rank, pid, UUID of the device (empty on the CPU), bytes of the weights this worker holds, seconds it compiled."""
         uuid = ""
         if self.device.type == "cuda":
             import torch  # noqa: PLC0415 - this module is imported by processes that have no torch
 
             uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model_runner.get_model().parameters())
-        return {"rank": self.rank, "pid": os.getpid(), "gpu_uuid": uuid, "weight_bytes": weights}
+        return {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "gpu_uuid": uuid,
+            "weight_bytes": weights,
+            "compile_s": float(self.compilation_config.compilation_time),
+        }
