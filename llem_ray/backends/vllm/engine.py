@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import time
 import traceback
 import warnings
@@ -38,7 +39,7 @@ from llem_ray.backends.random_adapter import random_adapter
 from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
 from llem_ray.backends.vllm.arguments import OURS, engine_arguments
 from llem_ray.backends.vllm.failures import is_out_of_memory, load_failure, whole_message
-from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
+from llem_ray.backends.vllm.leftovers import end_processes, is_alive, remove_segments, shared_segments
 from llem_ray.backends.vllm.offline import OfflineEngine
 from llem_ray.backends.vllm.online import OnlineEngine
 from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
@@ -55,6 +56,8 @@ from llem_ray.core.spec import SamplingSpec
 
 WARM_PROMPT_TOKENS: Final = 8
 WARM_NEW_TOKENS: Final = 2
+END_S: Final = 3.0
+"""Longest wait for workers that were told to end, before they are killed."""
 
 ARGUMENT_ERRORS: Final = (TypeError, ValueError, KeyError, AttributeError, NotImplementedError, AssertionError)
 """What vLLM's config raises at arguments; pydantic's errors are ValueErrors."""
@@ -96,6 +99,7 @@ class Engine:
             for worker in sorted(self._workers, key=lambda worker: worker["rank"])
         )
         self._segments = shared_segments(rank.pid for rank in self.ranks)
+        self._processes = [psutil.Process(rank.pid) for rank in self.ranks if rank.pid != os.getpid()]
         _open_engines += 1
 
     def weight_bytes(self, parameters: int | None) -> int | None:
@@ -143,7 +147,7 @@ class Engine:
         except Exception as error:  # vLLM raises plain exceptions of every kind
             if is_out_of_memory(error):
                 raise DeviceMemoryError(f"{len(requests)} requests do not fit: {first_line(error)}") from error
-            if not all(_is_alive(rank.pid) for rank in self.ranks):
+            if not all(is_alive(process) for process in self._processes):
                 raise EngineDied(f"a worker's process ended: {first_line(error)}") from error
             raise GenerationError(f"vLLM failed: {first_line(error)}") from error
 
@@ -165,6 +169,7 @@ class Engine:
         global _open_engines  # noqa: PLW0603 - as in __init__
         _open_engines -= 1
         self._engine.close()
+        end_processes(self._processes, END_S)
         remove_segments(self._segments)
         del self._engine, self._tokenizer
         release_process_state()
@@ -266,13 +271,6 @@ def _drop_frames(error: BaseException) -> None:
         warnings.simplefilter("ignore")
         traceback.clear_frames(error.__traceback__)
         gc.collect()
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _shield_kernel_search() -> None:

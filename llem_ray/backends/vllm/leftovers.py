@@ -1,12 +1,15 @@
-"""Shared memory that vLLM's CPU workers leave behind even when they end in good order."""
+"""What vLLM leaves behind: workers that take their time to end, and shared memory of those that ended in good order."""
 
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 SEGMENT: Final = re.compile(r"/dev/shm/vllm_dist_[^\n]+?(?= \(deleted\)$|$)", re.MULTILINE)  # noqa: S108
 
@@ -25,3 +28,28 @@ def remove_segments(segments: Iterable[Path]) -> None:
     for path in segments:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs; one that only waits to be reaped does not."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_processes(processes: Iterable[psutil.Process], grace_s: float) -> None:
+    """Wait for processes that were told to end, then kill them. They are not reaped: that is for who started them.
+
+    Args:
+        processes: As they were when they were alive, so that no other process of the same number is meant.
+        grace_s: For all together; again as long for the kernel to end those that are killed.
+    """
+    left = list(processes)
+    for kill in (False, True):
+        deadline_s = time.monotonic() + grace_s
+        for process in left if kill else ():
+            with suppress(psutil.Error):
+                process.kill()
+        while (left := [process for process in left if is_alive(process)]) and time.monotonic() < deadline_s:
+            time.sleep(0.01)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
+import subprocess
+import sys
 import uuid
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from llem_ray.backends.model_source import find_model
 from llem_ray.backends.vllm.arguments import check_spec, engine_arguments, runs_eagerly
 from llem_ray.backends.vllm.backend import VllmBackend
-from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
+from llem_ray.backends.vllm.leftovers import end_processes, is_alive, remove_segments, shared_segments
 from llem_ray.backends.vllm.settings import EnvironmentDefaults
 from llem_ray.core.backend import BackendConfig, Request
 from llem_ray.core.errors import BackendError, ConfigError, PluginError
@@ -154,3 +158,14 @@ def test_only_mapped_segments_of_vllm_are_ours() -> None:
     finally:
         mine.unlink(missing_ok=True)
         other.unlink(missing_ok=True)
+
+
+def test_workers_that_do_not_end_are_killed() -> None:
+    slow = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    quick = subprocess.Popen([sys.executable, "-c", ""])
+    processes = [psutil.Process(slow.pid), psutil.Process(quick.pid)]
+    end_processes(processes, 0.2)
+    assert not any(map(is_alive, processes))
+    assert slow.wait() == -signal.SIGKILL
+    assert quick.wait() == 0
+    end_processes(processes, 0.2)
