@@ -99,7 +99,7 @@ class Engine:
             for worker in sorted(self._workers, key=lambda worker: worker["rank"])
         )
         self._segments = shared_segments(rank.pid for rank in self.ranks)
-        self._processes = [psutil.Process(rank.pid) for rank in self.ranks if rank.pid != os.getpid()]
+        self._processes = [psutil.Process(rank.pid) for rank in self.ranks if rank.host == host and rank.pid != os.getpid()]
         _open_engines += 1
 
     def weight_bytes(self, parameters: int | None) -> int | None:
