@@ -32,6 +32,7 @@ from llem_ray.execution.records import (
     SpansAdded,
 )
 from llem_ray.execution.rows import Row, attempt_row, request_rows
+from llem_ray.execution.stopping import Stopping
 from llem_ray.execution.turns import Turns
 from llem_ray.results.journal import Journal, JournalEvent, JournalState
 from llem_ray.results.rows import clock_row
@@ -75,6 +76,7 @@ class Bookkeeper:
         state: What the journal says so far; kept up to date.
         clock: The run driver's clock.
         begin_ns: Start of the run on it.
+        stopping: What earlier sessions found; default: nothing.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Bookkeeper:
         state: JournalState,
         clock: Clock,
         begin_ns: int,
+        stopping: Stopping | None = None,
     ) -> None:
         self._plan, self._meter, self._journal, self._writer = plan, meter, journal, writer
         self._state, self._clock = state, clock
@@ -113,6 +116,8 @@ class Bookkeeper:
         self._error: BaseException | None = None
         self._joules_per_token: list[float] = []
         self._estimates_per_token: list[float] = []
+        self.stopping = stopping or Stopping(plan)
+        """Told of every row."""
         self.phase = "startup"
         """What the run does now, for the progress display."""
         self.label = ""
@@ -160,15 +165,23 @@ class Bookkeeper:
             )
         )
 
+    def not_needed(self, trial: Trial) -> None:
+        """Journal that a trial is not run, as its cell has enough repeats."""
+        self._log(JournalEvent(event="not_needed", trial_id=trial.trial_id, cell_id=trial.cell.cell_id, repeat=trial.repeat))
+
+    def hurry(self) -> None:
+        """Somebody waits for results: samples are fetched at once."""
+        self._wake.set()
+
     def raise_if_broken(self) -> None:
         """Raise what ended the bookkeeping, such as a full disk: nothing more should be measured then."""
         if self._error is not None:
             raise self._error
 
     def settled(self) -> int:
-        """Trials that are done or given up, earlier sessions included."""
+        """Trials that are done, given up or not needed, earlier sessions included."""
         with self._lock:
-            return len(self._state.done) + len(self._state.given_up)
+            return len(self._state.done) + len(self._state.given_up) + len(self._state.not_needed)
 
     def mean_j_per_token(self) -> tuple[float | None, bool]:
         """Mean J per output token of this session's valid trials; of their estimates (True) where none is valid."""
@@ -412,6 +425,7 @@ class Bookkeeper:
         with self._lock:
             self._attempts.pop((ended.trial.trial_id, ended.attempt), None)
         row = attempt_row(ended) | self._accounts.energy_columns(ended)
+        self.stopping.take(row, final=ended.final)
         phases, self._nobodys, self._phases = [*self._nobodys, *self._phases], [], []
         self._writer.write_trial(row, request_rows(ended, keep_token_times=True), phases)
         outcome = ended.outcome
