@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, ClassVar
 from llem_ray.backends.batch_checks import require_batch
 from llem_ray.backends.model_source import find_model, known_config
 from llem_ray.backends.transformers.arguments import check_arguments, check_shape
-from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent, WorkerLayout
+from llem_ray.core.backend import (
+    BackendConfig,
+    ChatMessage,
+    LoadReport,
+    LoadSchedule,
+    Rank,
+    Request,
+    RequestRecord,
+    StepEvent,
+    WorkerLayout,
+)
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec
 
@@ -79,6 +89,12 @@ class TransformersBackend:
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._leading().encode(texts)
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        if self._engine is None:
+            raise LoadError("the model is not loaded")
+        return self._leading().encode_chats(chats)
 
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from llem_ray.backends.batch_checks import require_valid
+from llem_ray.backends.memory_need import require_fit
 from llem_ray.backends.model_config import (
     context_tokens,
     count_parameters,
@@ -22,12 +23,12 @@ from llem_ray.backends.model_config import (
     read_model_config,
 )
 from llem_ray.backends.model_source import ModelSource, model_commit
-from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
+from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
 from llem_ray.backends.transformers.arguments import TransformersArgs, check_shape
 from llem_ray.backends.transformers.decoding import PaddedBatch, generate_batch
 from llem_ray.backends.transformers.loading import build_model, eos_token_ids
-from llem_ray.backends.transformers.memory import BatchMemory, estimate_batch_memory, require_host_memory
-from llem_ray.core.backend import BackendConfig, LoadReport, Request, RequestRecord, StepEvent
+from llem_ray.backends.transformers.memory import BatchMemory, estimate_batch_memory, host_limit_bytes, require_host_memory
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, DeviceMemoryError, GenerationError, LlemRayError, LoadError, NumericsError
 from llem_ray.core.spec import SamplingSpec
 
@@ -65,6 +66,10 @@ class Engine:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, nothing cut."""
         return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        return encode_chats(self._tokenizer, chats)
 
     def require_valid(self, requests: Sequence[Request]) -> None:
         """Refuse what the model cannot serve.
@@ -165,6 +170,7 @@ def load_engine(
     try:
         model_config = read_model_config(source, config.model)
         check_shape(config.engine, model_config.get_text_config().to_dict())
+        require_fit(config, model_config.to_dict(), _memory_bytes(device), random=source.random)
         tokenizer, origin = find_tokenizer(config, source, model_config)
         shared = replica is not None and device.type == "cpu"
         if threads := args.num_threads or (replica.cpu_threads if replica is not None and shared else None):
@@ -257,6 +263,11 @@ def find_device(config: BackendConfig) -> torch.device:
     if visible > 1 and number >= visible:
         raise LoadError(f"process {number} of this host has no GPU of its own: {visible} are visible")
     return torch.device("cuda", number if visible > 1 else 0)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """All memory of the device."""
+    return host_limit_bytes() if device.type == "cpu" else int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _count(config: BackendConfig, model_config: Any) -> int:
