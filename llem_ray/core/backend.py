@@ -99,13 +99,14 @@ class RequestRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
-    """What loading cost and what was loaded."""
+    """What loading cost and what was loaded. Its times follow each other: none is part of another."""
 
     import_s: float
     construct_s: float
     compile_s: float | None
     """None where the engine does not tell it apart."""
     warm_s: float | None
+    """The engine's own warm-up; None where it does not tell it apart."""
     context_tokens: int
     """Longest prompt plus output the model takes."""
     vocab_size: int
@@ -120,7 +121,9 @@ class LoadReport:
     special_token_ids: tuple[int, ...] = ()
     """Ids that random prompts leave out (begin, end, padding); empty where the engine does not tell."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Further facts worth a column: attention implementation, engine version, tokenizer origin."""
+    """Further facts worth a column: ``engine`` (name and version), attention implementation, tokenizer origin."""
+    process_start_s: float | None = None
+    """Starting the engine's own process; None where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

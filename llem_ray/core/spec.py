@@ -362,6 +362,10 @@ class MeasureSpec:
     """Rest before each trial until no leased device is hotter than this, where temperatures can be read."""
     cooldown_limit_s: Annotated[float, Gt(0)] = field(default=300.0, metadata=_ADDED)
     """Where `cooldown_until_c` gives up; the trial then runs, and is flagged."""
+    record_steps: bool = field(default=True, metadata=_ADDED)
+    """Keep every step of a window in the table `steps`."""
+    record_token_times: bool = field(default=True, metadata=_ADDED)
+    """Keep when each token of a request was delivered, in `requests.token_times_ns`."""
     trial_timeout_s: Annotated[float, Gt(0)] = 1800.0
     """Deadline of one trial."""
     load_timeout_s: Annotated[float, Gt(0)] = 1800.0

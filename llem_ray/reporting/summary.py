@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from operator import itemgetter
 from statistics import fmean
 from typing import Any, Final, Literal
@@ -21,6 +21,7 @@ from llem_ray.energy.stopping import (
     metric_value,
     stein_interval,
 )
+from llem_ray.reporting.loads import LoadSummary, summarise_loads
 from llem_ray.reporting.numbers import format_setting
 
 Row = Mapping[str, Any]
@@ -141,6 +142,10 @@ class RunSummary:
     """Reason code -> an example of what was seen."""
     stopping: StoppingSpec | None
     """The run's target; None where it has none."""
+    loads: tuple[LoadSummary, ...] = ()
+    """Where the time to the first token went, by engine."""
+    dataset_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Part of the dataset -> its size on disk."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -148,7 +153,13 @@ class RunSummary:
 
 
 def summarise_run(
-    name: str, rows: Iterable[Row], *, stopping: StoppingSpec | None = None, repeats: int | None = None
+    name: str,
+    rows: Iterable[Row],
+    *,
+    stopping: StoppingSpec | None = None,
+    repeats: int | None = None,
+    loads: Iterable[Row] = (),
+    dataset_bytes: Mapping[str, int] | None = None,
 ) -> RunSummary:
     """Summary of a run.
 
@@ -157,6 +168,8 @@ def summarise_run(
         rows: Rows of ``trials``: all attempts, in the order they were written.
         stopping: The run's target.
         repeats: What a cell gets at most.
+        loads: Rows of ``loads``.
+        dataset_bytes: Part of the dataset -> its size on disk.
     """
     rows = list(rows)
     target = stopping if stopping is not None and stopping.half_width_rel is not None else None
@@ -180,6 +193,8 @@ def summarise_run(
         sensor_rel=max((row["sensor_rel"] for row in rows if row.get("sensor_rel") is not None), default=None),
         details={code: seen for row in rows for code, seen in dict(row.get("reason_details") or {}).items()},
         stopping=target,
+        loads=summarise_loads(loads),
+        dataset_bytes=dict(dataset_bytes or {}),
     )
 
 

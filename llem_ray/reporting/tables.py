@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llem_ray.energy.validity import REASONS
-from llem_ray.reporting.numbers import MISSING, count_noun, format_energy, format_uncertain, format_value
+from llem_ray.reporting.numbers import MISSING, count_noun, format_bytes, format_energy, format_uncertain, format_value
 from llem_ray.reporting.summary import CellSummary, RunSummary
 
 PARTS = frozenset({"steady_state", "interval"})
@@ -44,7 +44,7 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
         path: Its directory.
     """
     if not summary.cells:
-        return Group(Text(f"{summary.name}: no trial has been recorded yet", style="bold"), _where(path))
+        return Group(Text(f"{summary.name}: no trial has been recorded yet", style="bold"), _where(summary, path))
     marks = _marks(summary.cells)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=_title(summary), title_justify="left")
     table.title_style = "bold"
@@ -60,7 +60,8 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
     table.add_column("", no_wrap=True, min_width=max(len(row[-1]) for row in rows))
     for row in rows:
         table.add_row(*row)
-    return Group(table, *_legend(summary, marks), *_reading(summary), _where(path))
+    loads = [Text(load.text()) for load in summary.loads]
+    return Group(table, *_legend(summary, marks), *_reading(summary), *loads, _where(summary, path))
 
 
 def _title(summary: RunSummary) -> str:
@@ -196,5 +197,8 @@ def _device_kind(kind: str, count: int) -> str:
     return f"{count_noun(count, _SCOPES.get(scope, scope))} ({source})"
 
 
-def _where(path: Path) -> Text:
-    return Text(f"Dataset: {path}", overflow="fold", no_wrap=False)
+def _where(summary: RunSummary, path: Path) -> Text:
+    sizes = sorted(summary.dataset_bytes.items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes)
+    whole = f", {format_bytes(sum(summary.dataset_bytes.values()))}: {told}" if told else ""
+    return Text(f"Dataset: {path}{whole}", overflow="fold", no_wrap=False)

@@ -85,9 +85,14 @@ def load_columns(report: LoadReport) -> Row:
         "parameters": report.parameters,
         "weight_bytes": report.weight_bytes,
         "context_tokens": report.context_tokens,
-        "engine_version": report.notes.get("engine_version"),
+        "engine_version": engine_version(report),
         "engine_facts": dict(report.notes),
     }
+
+
+def engine_version(report: LoadReport) -> str | None:
+    """Version of the engine's package, as its note ``engine`` tells it: ``vllm 0.32.0``; None where it has none."""
+    return report.notes.get("engine", "").partition(" ")[2] or None
 
 
 def window_columns(window: Window) -> Row:

@@ -25,7 +25,7 @@ TRIAL = Trial(trial_id="c0-r1", cell=Cell(cell_id="c0", experiment=EXPERIMENT, s
 REPORT = LoadReport(
     import_s=1.0, construct_s=2.0, compile_s=None, warm_s=None, context_tokens=2048, vocab_size=100, parameters=10,
     weight_bytes=40, dtype="float32", device="cpu", model_commit=None, random_weights=True,
-    notes={"engine_version": "5.17.0", "attention": "sdpa"},
+    notes={"engine": "transformers 5.17.0", "attention": "sdpa"},
 )  # fmt: skip
 RECORD = RequestRecord(
     request_id="0-0", prompt_tokens=12, padded_tokens=16, output_token_ids=(5, 6), finish_reason="length",
