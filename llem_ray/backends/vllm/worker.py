@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
+import threading
+import time
 from typing import Any, Final
 
 WORKER_EXTENSION: Final = "llem_ray.backends.vllm.worker.WorkerExtension"
+GRACE_S: Final = 10.0
+"""How long a worker may take to end by itself after its parent has."""
 
 
 class WorkerExtension:
@@ -16,7 +22,12 @@ class WorkerExtension:
     model_runner: Any
 
     def llem_ray_describe(self) -> dict[str, int | str]:
-        """Rank, pid, UUID of the device (empty on the CPU) and bytes of the weights this worker holds."""
+        """Rank, pid, UUID of the device (empty on the CPU) and bytes of the weights this worker holds.
+
+        From then on the worker ends with its parent. vLLM's own workers stay, and keep the GPU, where the parent was killed while
+        they wait for another host.
+        """
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="llem-ray-parent", daemon=True).start()
         uuid = ""
         if self.device.type == "cuda":
             import torch  # noqa: PLC0415 - this module is imported by processes that have no torch
@@ -24,3 +35,17 @@ class WorkerExtension:
             uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model_runner.get_model().parameters())
         return {"rank": self.rank, "pid": os.getpid(), "gpu_uuid": uuid, "weight_bytes": weights}
+
+
+def _end_with(parent: int) -> None:
+    try:
+        descriptor = os.pidfd_open(parent)
+    except ProcessLookupError:
+        pass
+    else:
+        if os.getppid() == parent:
+            ended = select.poll()
+            ended.register(descriptor, select.POLLIN)
+            ended.poll()
+    time.sleep(GRACE_S)
+    os.kill(os.getpid(), signal.SIGKILL)
