@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,7 +35,8 @@ from llem_ray.backends.model_config import count_parameters, first_line, load_er
 from llem_ray.backends.model_source import ModelSource, model_commit
 from llem_ray.backends.random_adapter import random_adapter
 from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
-from llem_ray.backends.vllm.arguments import engine_arguments
+from llem_ray.backends.vllm.arguments import OURS, engine_arguments
+from llem_ray.backends.vllm.failures import is_out_of_memory, load_failure, whole_message
 from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
 from llem_ray.backends.vllm.offline import OfflineEngine
 from llem_ray.backends.vllm.online import OnlineEngine
@@ -46,7 +47,6 @@ from llem_ray.core.errors import (
     DeviceMemoryError,
     EngineDied,
     GenerationError,
-    HangError,
     LoadError,
     PluginError,
 )
@@ -57,19 +57,6 @@ WARM_NEW_TOKENS: Final = 2
 
 ARGUMENT_ERRORS: Final = (TypeError, ValueError, KeyError, AttributeError, NotImplementedError, AssertionError)
 """What vLLM's config raises at arguments; pydantic's errors are ValueErrors."""
-
-OUT_OF_MEMORY_TEXTS: Final = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "No available memory for the cache blocks",
-    "is less than desired",
-    "KV cache memory",
-)
-"""What vLLM's and torch's plain errors say when the device is too small."""
-
-KILLED_AT_START: Final = re.compile(r"Failed core proc\(s\): .*?: -(\d+)")
-"""What vLLM says when a signal ended its process before it was ready."""
 
 _open_engines = 0
 """Engines of this process. vLLM's process groups belong to the whole process, and closing one engine ends them for all."""
@@ -198,7 +185,7 @@ def prepare(config: BackendConfig, source: ModelSource) -> Prepared:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            vllm_config = _vllm_config(arguments, config.engine.engine_args)
+            vllm_config = _vllm_config(arguments, config)
         except (OSError, RuntimeError, MemoryError) as error:
             raise load_error(f"model {source.location!r}", error) from error
     adapter = _adapter(config, model_config, vllm_config, lora) if lora else None
@@ -222,6 +209,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         tokenizer, origin = find_tokenizer(config, source, prepared.model_config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _shield_kernel_search()
             started = (OnlineEngine if config.online else OfflineEngine)(prepared.vllm_config)
             engine = Engine(started, tokenizer, config.host)
             if prepared.adapter is not None:
@@ -229,7 +217,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
             constructed_s = time.monotonic()
             engine.warm()
     except Exception as error:  # vLLM and model code of third parties may raise anything
-        failure = _load_failure(source, error)
+        failure = load_failure(config, source, error)
         if engine is not None:
             engine.close()
         else:
@@ -257,11 +245,6 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host was too small."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
-
-
 def release_process_state() -> None:
     """Drop vLLM's process groups and give memory back."""
     gc.collect()
@@ -275,6 +258,16 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
+def _shield_kernel_search() -> None:
+    """On the CPU vLLM looks for kernels in all that is loaded, and stumbles over llvmlite's library, whose ``vars`` are no dict.
+
+    Speculation by n-grams loads it: no second engine could be built in that process.
+    """
+    if current_platform.is_cpu():
+        dispatcher: Any = import_module("vllm.triton_utils.dispatcher")
+        dispatcher.vars = lambda value: found if isinstance(found := vars(value), Mapping) else {}
+
+
 def _require_device(config: BackendConfig) -> None:
     found = current_platform.device_type or "no device"
     if found != config.device:
@@ -284,14 +277,15 @@ def _require_device(config: BackendConfig) -> None:
         )
 
 
-def _vllm_config(arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+def _vllm_config(arguments: Mapping[str, Any], config: BackendConfig) -> Any:
+    given, quantization = config.engine.engine_args, config.model.quantization
     try:
         return EngineArgs(**arguments).create_engine_config()
     except ARGUMENT_ERRORS as error:
         known = [field.name for field in fields(EngineArgs)]
         for name in given:
-            if name not in known:
-                close = get_close_matches(name, known, n=1)
+            if name not in (*known, *OURS):
+                close = get_close_matches(name, (*known, *OURS), n=1)
                 raise ConfigError(
                     f"unknown engine argument; vLLM {vllm.__version__} says: {error}",
                     f"did you mean {close[0]!r}?" if close else None,
@@ -299,8 +293,14 @@ def _vllm_config(arguments: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
                     found=name,
                     allowed="the arguments of vllm.EngineArgs",
                 ) from error
+        if quantization is not None and ("quantization" in str(error) or quantization in str(error)):
+            raise ConfigError(
+                f"vLLM {vllm.__version__} on this {config.device} refuses this quantization: {whole_message(error)}",
+                field="model.quantization",
+                found=f"{quantization} (model.dtype: {config.model.dtype})",
+            ) from error
         raise ConfigError(
-            f"vLLM {vllm.__version__} refuses these arguments: {_message(error)}",
+            f"vLLM {vllm.__version__} refuses these arguments: {whole_message(error)}",
             field=FIELD,
             found=", ".join(f"{name}={value!r}" for name, value in given.items()) or "no engine_args",
         ) from error
@@ -318,19 +318,12 @@ def _adapter(config: BackendConfig, model_config: Any, vllm_config: Any, lora: L
         PEFTHelper.from_local_dir(str(folder), vllm_config.model_config.max_model_len).validate_legal(vllm_config.lora_config)
     except (*ARGUMENT_ERRORS, OSError) as error:
         raise ConfigError(
-            f"vLLM {vllm.__version__} refuses this adapter: {_message(error)}",
+            f"vLLM {vllm.__version__} refuses this adapter: {whole_message(error)}",
             "leave out max_lora_rank and enable_lora: they follow from the adapter",
             field=LORA_FIELD,
             found=str(folder) if lora.path is not None else f"rank {lora.rank}",
         ) from error
     return folder
-
-
-def _message(error: Exception) -> str:
-    """The text of an exception without pydantic's address and dump of the input."""
-    lines = (line.partition(" [type=")[0].strip() for line in str(error).splitlines())
-    text = " ".join(line for line in lines if line and not line.startswith("For further information")) or type(error).__name__
-    return text if len(text) <= 600 else text[:597] + "..."
 
 
 def _location(source: ModelSource, model_config: Any, cache_dir: Path) -> str:
@@ -354,21 +347,6 @@ def _parameters(model_config: Any, trust_remote_code: bool) -> int | None:
         return count_parameters(model_config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, AttributeError):
         return None  # a model that only vLLM knows
-
-
-def _load_failure(source: ModelSource, error: Exception) -> BackendError:
-    if isinstance(error, BackendError) and not isinstance(error, GenerationError):
-        return error
-    if is_out_of_memory(error):
-        return DeviceMemoryError(f"the model does not fit: {first_line(error)}")
-    failure = load_error(f"model {source.location!r}", error)
-    if killed := KILLED_AT_START.search(str(error)):
-        return EngineDied(f"vLLM's engine process was killed by signal {killed[1]} while it loaded {source.location!r}")
-    if isinstance(error, TimeoutError):
-        return HangError(failure.message)
-    if "root cause" in str(error):
-        return LoadError(failure.message, "the cause stands on standard error, written by vLLM's own process")
-    return failure
 
 
 def _notes(asked: BackendConfig, engine: Engine, prepared: Prepared, tokenizer_origin: str) -> dict[str, str]:
