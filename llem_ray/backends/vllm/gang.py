@@ -1,31 +1,29 @@
 """A gang on several hosts: vLLM's own multi-node mode, and what that lacks.
 
-The first host leads. vLLM there talks to the workers of all hosts; on the other hosts nothing of vLLM runs but workers, which know
-of no deadline and wait for ever for a leader that is gone. So the processes of a gang meet before vLLM starts, over connections of
-their own, and stay connected: whoever fails says so, whoever ends is noticed, and then all end what vLLM started.
+The first host leads. vLLM there talks to the workers of all hosts; on the other hosts nothing of vLLM runs but workers, which
+know of no deadline and wait for ever for a leader that is gone. So the processes of a gang meet before vLLM starts, over
+connections of their own, and stay connected: whoever fails says so, whoever ends is noticed, and then all end what vLLM started.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import queue
 import select
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 import psutil
 
-from llem_ray.backends.process.wire import pack
+from llem_ray.backends.process.wire import error_body, pack, restored
 from llem_ray.backends.transformers.layout import Layout
 from llem_ray.backends.transformers.links import Link, meet
 from llem_ray.backends.vllm.arguments import meet_timeout_s
-from llem_ray.backends.vllm.failures import error_body, restored
 from llem_ray.core.backend import BackendConfig, Rank, Rendezvous
 from llem_ray.core.errors import BackendError, EngineDied, HangError, LlemRayError, LoadError
 
@@ -54,7 +52,7 @@ class Gang:
     def __init__(self, place: Rendezvous) -> None:
         self.place = place
         self.port = 0
-        self.failure: BackendError | None = None
+        self.failure: LlemRayError | None = None
         self._links: dict[int, Link] = {}
         self._said: queue.SimpleQueue[Said | None] = queue.SimpleQueue()
         self._failed = threading.Event()
@@ -92,22 +90,16 @@ class Gang:
         """Whether this is rank 0."""
         return self.place.rank == 0
 
-    def local_ranks(self, workers: Iterable[Mapping[str, Any]], rank: int | None = None) -> tuple[Rank, ...]:
+    def ranks_of(self, workers: Sequence[Mapping[str, Any]], rank: int | None = None) -> tuple[Rank, ...]:
         """The workers of one process's host, by rank.
 
         Args:
             workers: What all workers of the gang told of themselves.
             rank: Of the process; default: this one.
         """
-        rank = self.place.rank if rank is None else rank
-        rows = sorted(workers, key=lambda worker: worker["rank"])
-        share = len(rows) // self.place.world_size
-        return tuple(
-            Rank(
-                rank=int(worker["rank"]), host=self.place.hosts[rank], pid=int(worker["pid"]), gpu_uuid=worker["gpu_uuid"] or None
-            )
-            for worker in rows[rank * share : (rank + 1) * share]
-        )
+        share = len(workers) // self.place.world_size
+        begin = (self.place.rank if rank is None else rank) * share
+        return ranks_of(workers, self.place.hosts)[begin : begin + share]
 
     def tell_loaded(self, workers: Sequence[Mapping[str, Any]]) -> None:
         """Tell the others that all are loaded, and who their workers are.
@@ -116,41 +108,31 @@ class Gang:
             EngineDied: One is gone.
         """
         for rank, link in self._links.items():
-            link.send(0, "loaded", [pack(worker) for worker in self.local_ranks(workers, rank)], SEND_S)
+            link.send(0, "loaded", [pack(worker) for worker in self.ranks_of(workers, rank)], SEND_S)
 
-    def watch_process(self, pid: int, descriptor: int, name: str) -> None:
+    def watch_process(self, descriptor: int, name: str) -> None:
         """The gang fails when this process ends.
 
         Args:
-            pid: Its id.
             descriptor: Becomes readable then.
             name: For messages.
         """
-        self._processes[descriptor] = f"{name} (pid {pid})"
-        with contextlib.suppress(OSError):
-            self._wakes.send(b".")
+        self._processes[descriptor] = name
+        self._wakes.send(b".")
 
     def hear(self, kind: str, timeout_s: float | None, doing: str) -> Any:
-        """Body of the next message of a kind.
+        """Body of the next message, which must be of a kind.
 
         Raises:
-            BackendError: The gang failed.
+            LlemRayError: The gang failed.
             HangError: It did not come in time.
         """
-        try:
-            said = self._said.get(timeout=timeout_s)
-        except queue.Empty as error:
-            raise HangError(f"nothing was heard of the gang's other hosts during {doing} within {timeout_s:g} s") from error
-        if said is None:
-            self._said.put(None)
-            assert self.failure is not None
-            raise self.failure
-        rank, told, body = said
+        rank, told, body = self._next(timeout_s, doing)
         if told != kind:
             raise EngineDied(f"{self._links[rank].name} said {told!r} during {doing}")
         return body
 
-    def explain(self, error: Exception) -> BackendError | None:
+    def explain(self, error: Exception) -> LlemRayError | None:
         """Why vLLM failed here, where that is because of another host.
 
         Args:
@@ -160,10 +142,19 @@ class Gang:
             self._failed.wait(SETTLE_S)
         return self.failure
 
-    def give_up(self, error: Exception) -> None:
-        """This process failed: the others hear why, and end too."""
-        failure = error if isinstance(error, BackendError) else LoadError(f"{type(error).__name__}: {error}")
-        self._fail(failure)
+    def give_up(self, error: Exception, failure: LlemRayError) -> LlemRayError:
+        """The load failed here: the others hear why, and end too. Returns what to raise.
+
+        Args:
+            error: As it was raised.
+            failure: What it is called if no other host is the reason.
+        """
+        lost = self.explain(error)
+        if lost is None:
+            self._fail(failure)
+            return failure
+        died = isinstance(lost, EngineDied | HangError)
+        return LoadError(f"the gang did not load: {lost.message}", lost.hint) if died else lost
 
     def begin_end(self) -> None:
         """Have the others end their workers; from now on nobody's end is a failure."""
@@ -175,10 +166,10 @@ class Gang:
 
     def await_end(self) -> None:
         """Wait until the others have ended their workers, or are gone; bounded in time."""
-        deadline_s = time.monotonic() + CLOSE_S
-        for _ in self._links:
-            with contextlib.suppress(BackendError):
-                self.hear("closed", max(0.0, deadline_s - time.monotonic()), "close")
+        deadline_s, waiting = time.monotonic() + CLOSE_S, set(self._links)
+        with contextlib.suppress(LlemRayError):
+            while waiting:
+                waiting.discard(self._next(max(0.0, deadline_s - time.monotonic()), "close")[0])
 
     def tell_closed(self) -> None:
         """Tell rank 0 that the workers have ended."""
@@ -188,8 +179,8 @@ class Gang:
     def close(self) -> None:
         """Close the connections; whoever waits in ``hear`` is told."""
         self._ending = True
-        self._said.put(None)
         self.failure = self.failure or EngineDied("the gang was closed")
+        self._said.put(None)
         self._wakes.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
@@ -203,6 +194,17 @@ class Gang:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.pid not in self._foreign and "resource_tracker" not in " ".join(process.cmdline()):
                     process.kill()
+
+    def _next(self, timeout_s: float | None, doing: str) -> Said:
+        try:
+            said = self._said.get(timeout=timeout_s)
+        except queue.Empty as error:
+            raise HangError(f"nothing was heard of the gang's other hosts during {doing} within {timeout_s:g} s") from error
+        if said is None:
+            self._said.put(None)  # for whoever asks next
+            assert self.failure is not None
+            raise self.failure
+        return said
 
     def _meet(self, key: str, timeout_s: float) -> None:
         # A star around rank 0, as the ranks of one model have it in the transformers engine.
@@ -252,13 +254,13 @@ class Gang:
                     self._fail(error)
                 return False
             if kind == "error":
-                error = restored(body)
-                self._fail(type(error)(f"{link.name}: {error.message}", *error.args[1:]))
+                told = restored(body)
+                self._fail(type(told)(f"{link.name}: {told.message}", *told.args[1:]))
             else:
                 self._said.put((link.rank, kind, body))
         return True
 
-    def _fail(self, error: BackendError) -> None:
+    def _fail(self, error: LlemRayError) -> None:
         with self._lock:
             if self.failure is not None:
                 return
@@ -271,6 +273,15 @@ class Gang:
         self._failed.set()
 
 
+def ranks_of(workers: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> tuple[Rank, ...]:
+    """What the workers told of themselves, by rank; every host has as many, one host's after the other's."""
+    share = len(workers) // len(hosts)
+    return tuple(
+        Rank(rank=index, host=hosts[index // share], pid=int(worker["pid"]), gpu_uuid=worker["gpu_uuid"] or None)
+        for index, worker in enumerate(sorted(workers, key=lambda worker: int(worker["rank"])))
+    )
+
+
 def _key(config: BackendConfig, version: str) -> str:
     facts = repr((pack(config.model), replace(config.engine, python=None), config.online, version))
     return hashlib.sha256(facts.encode()).hexdigest()
@@ -281,8 +292,3 @@ def _free_port(address: str) -> int:
     with socket.socket(family) as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def segments_of(pids: Iterable[int]) -> tuple[int, ...]:
-    """Pids that still exist."""
-    return tuple(pid for pid in pids if os.path.exists(f"/proc/{pid}"))  # noqa: PTH110
