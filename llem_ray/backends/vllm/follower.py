@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from contextlib import suppress
 from typing import Any, Final
 
 import torch
@@ -22,6 +21,8 @@ from llem_ray.core.backend import BackendConfig, LoadReport, Rank
 from llem_ray.core.errors import GenerationError, LlemRayError
 
 CLOSE_S: Final = 10.0
+GRACE_S: Final = 2.0
+"""How long workers may take to end after SIGTERM."""
 
 
 class Follower:
@@ -107,10 +108,14 @@ def load_follower(config: BackendConfig, prepared: Prepared, import_s: float) ->
 
 
 def shut_down(executor: Any) -> None:
-    """End the workers. They listen to the leading host only, so a signal tells them."""
-    for worker in executor.workers:
-        with suppress(OSError, ValueError):
-            worker.proc.terminate()
+    """End the workers. They listen to the leading host only, so a signal tells them; who does not end soon is killed."""
+    processes = [worker.proc for worker in executor.workers]
+    for process in processes:
+        process.terminate()
+    deadline_s = time.monotonic() + GRACE_S
+    for process in processes:
+        process.join(max(0.0, deadline_s - time.monotonic()))
+        process.kill()
     executor.shutdown()
 
 

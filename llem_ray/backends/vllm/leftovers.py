@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Final
 
@@ -32,4 +33,6 @@ def remove_segments(segments: Iterable[Path]) -> None:
     """Unlink what is still there."""
     for path in segments:
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            path.unlink()
+            if path.name.startswith("psm_"):  # Python would look for it when this process ends, and complain
+                resource_tracker.unregister(f"/{path.name}", "shared_memory")
