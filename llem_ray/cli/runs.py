@@ -19,7 +19,7 @@ from llem_ray.cli.sweeps import ADDRESS, AS_JSON, RESULTS_DIR, TOKEN_FILE
 from llem_ray.core.errors import ResultsError
 from llem_ray.execution.ray.address import parse_address, prepare_environment
 from llem_ray.execution.ray.jobs import RunJobs
-from llem_ray.execution.status import RunStatus, planned_trials, read_status
+from llem_ray.execution.status import RunStatus, planned_target, planned_trials, read_status
 from llem_ray.reporting.numbers import count_noun
 from llem_ray.reporting.summary import summarise_run
 from llem_ray.reporting.tables import run_table
@@ -148,7 +148,9 @@ def show(run: str, results_dir: Path, address: str | None, token_file: Path | No
         show_of_job(jobs, run, as_json=as_json)
         return
     directory = find_run(results_dir, run)
-    summary = summarise_run(directory.name, read_table(directory.path, "trials").to_pylist())
+    stopping, repeats = planned_target(directory)
+    rows = read_table(directory.path, "trials").to_pylist()
+    summary = summarise_run(directory.name, rows, stopping=stopping, repeats=repeats)
     if as_json:
         echo_json(summary.as_dict())
     else:

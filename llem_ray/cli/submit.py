@@ -205,7 +205,7 @@ def _is_settled(rundir: RunDirectory, plan: Plan, retry_failed: bool) -> bool:
         return False
     state = settled_state(rundir)
     if retry_failed:
-        return all(trial.trial_id in state.done for trial in plan.trials)
+        return all(trial.trial_id in state.done or trial.trial_id in state.not_needed for trial in plan.trials)
     return all(state.is_settled(trial.trial_id) for trial in plan.trials)
 
 
@@ -251,7 +251,8 @@ def _report(rundir: RunDirectory, plan: Plan, result: RunResult | None, require_
         EnergyGateError: A trial lacks a valid energy although ``require_energy`` asks for it.
     """
     rows = read_table(rundir.path, "trials").to_pylist()
-    Console().print(run_table(summarise_run(rundir.name, rows), rundir.path))
+    summary = summarise_run(rundir.name, rows, stopping=plan.stopping, repeats=plan.repeats)
+    Console().print(run_table(summary, rundir.path))
     if result is not None and result.interrupted:
         click.echo(f"interrupted with {count_noun(result.left, 'trial')} left; submit the same sweep again to resume", err=True)
         return INTERRUPTED

@@ -11,7 +11,7 @@ from pydantic import Field
 from llem_ray.config.document import Document, shorten
 from llem_ray.config.fields import Leaf, Section, closest, section_of, unknown_key
 from llem_ray.config.patches import EXPERIMENT, nested, read_patch
-from llem_ray.core.spec import MeasureSpec, Order, Rates
+from llem_ray.core.spec import MeasureSpec, Order, Rates, StoppingSpec
 
 SCHEMA_VERSION: Final = 1
 
@@ -40,7 +40,9 @@ class SweepFile:
     exclude: list[dict[str, Any]] = field(default_factory=list)
     """Rules that drop cells of the grid: dotted field -> value, or list of values. All fields of a rule must match."""
     repeats: Annotated[int, Field(ge=1)] = 3
-    """Trials of each cell."""
+    """Trials of each cell; with `stopping.half_width_rel`, at most."""
+    stopping: StoppingSpec = field(default_factory=StoppingSpec)
+    """When a cell has enough repeats."""
     order: Order = "interleaved"
     """Run order on one loaded model. `interleaved` runs every cell once per round and every other round backwards, so that
     drift falls on all alike; `shuffled` draws each round's order from `seed`; `sequential` runs a cell's repeats in a row."""

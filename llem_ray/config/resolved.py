@@ -14,7 +14,7 @@ from llem_ray.config.file import SCHEMA_VERSION
 from llem_ray.config.patches import EXPERIMENT
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.identity import plain
-from llem_ray.core.spec import Cell, DroppedCell, Experiment, MeasureSpec, Rates, Sweep
+from llem_ray.core.spec import Cell, DroppedCell, Experiment, MeasureSpec, Rates, StoppingSpec, Sweep
 
 _SECTIONS: Final = {name: child.cls for name, child in EXPERIMENT.children.items() if isinstance(child, Section)}
 _SCALARS: Final = ("schema_version", "name", "repeats", "order", "seed", "base_dir")
@@ -38,6 +38,8 @@ def dump_sweep(sweep: Sweep) -> str:
         cells.append(_line({**row, "settings": plain(cell.settings)}))
     parts = [f'"{name}": {_line(getattr(sweep, name))}' for name in _SCALARS]
     parts += [f'"measure": {_line(plain(sweep.measure))}', f'"rates": {_line(plain(sweep.rates))}']
+    if sweep.stopping != StoppingSpec():
+        parts.append(f'"stopping": {_line(plain(sweep.stopping))}')
     parts.append('"specs": {\n' + ",\n".join(f'"{name}": {_block(known)}' for name, known in specs.items()) + "\n}")
     parts.append(f'"cells": {_block(cells)}')
     parts.append(f'"dropped": {_block(_line(plain(cell)) for cell in sweep.dropped)}')
@@ -63,6 +65,7 @@ def load_resolved(text: str) -> Sweep:
             **{name: data[name] for name in _SCALARS},
             measure=_checked(MeasureSpec, data["measure"]),
             rates=_checked(Rates, data["rates"]),
+            stopping=_checked(StoppingSpec, data.get("stopping", {})),
             cells=tuple(_cell(row, specs) for row in data["cells"]),
             dropped=tuple(DroppedCell(settings=row["settings"], reason=row["reason"]) for row in data["dropped"]),
         )

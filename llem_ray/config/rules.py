@@ -55,8 +55,10 @@ def _engine(engine: EngineSpec) -> Broken | None:
     if "CUDA_VISIBLE_DEVICES" in (engine.python or ""):
         hint = "leave it out: the scheduler chooses the GPUs, and energy is that of the GPUs it granted"
         return Broken(("engine", "python"), "CUDA_VISIBLE_DEVICES must not be set in the engine's environment", hint)
-    if engine.nodes is not None and engine.gpus and engine.gpus % engine.nodes:
-        return Broken(("engine", "nodes"), f"{engine.gpus} GPUs cannot be spread evenly over {engine.nodes} nodes")
+    workers = engine.gpus or engine.world_size
+    if engine.nodes is not None and workers % engine.nodes:
+        what = "GPUs" if engine.gpus else "workers (tensor x pipeline x data parallel)"
+        return Broken(("engine", "nodes"), f"{workers} {what} cannot be spread evenly over {engine.nodes} nodes")
     return None
 
 

@@ -11,10 +11,10 @@ from llem_ray.config.axes import read_axes, read_experiments
 from llem_ray.config.document import Document, read_document
 from llem_ray.config.exclusion import read_rules
 from llem_ray.config.expansion import Expansion, check_size, refuse_hidden_overrides
-from llem_ray.config.file import NAME_PATTERN, read_top_level
+from llem_ray.config.file import NAME_PATTERN, SweepFile, read_top_level
 from llem_ray.config.overrides import apply_overrides
 from llem_ray.config.patches import read_patch
-from llem_ray.core.spec import Sweep
+from llem_ray.core.spec import StoppingSpec, Sweep
 
 
 def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Sweep:
@@ -31,6 +31,7 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
     document = read_document(path, environ)
     apply_overrides(document, overrides, environ)
     file = read_top_level(document)
+    _check_stopping(document, file)
     base = read_patch(document, ("base",), file.base, dotted_keys=False)
     axes = read_axes(document, file)
     experiments = read_experiments(document, file)
@@ -48,8 +49,32 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
         seed=file.seed,
         measure=file.measure,
         rates=file.rates,
+        stopping=file.stopping,
         base_dir=str(path.resolve().parent),
     )
+
+
+def _check_stopping(document: Document, file: SweepFile) -> None:
+    """Rules between `repeats`, `stopping` and `measure`."""
+    stopping = file.stopping
+    if stopping.half_width_rel is None:
+        if stopping != StoppingSpec():
+            raise document.error(("stopping",), "without a target nothing is stopped", hint="set stopping.half_width_rel: 0.02")
+        return
+    if file.repeats < stopping.first:
+        raise document.error(
+            ("repeats",),
+            "repeats is the most that a cell may get, and fewer than stopping.first",
+            found=str(file.repeats),
+            allowed=f"{stopping.first} and more",
+        )
+    if stopping.budget_s is not None and stopping.budget_s < file.measure.min_window_s:
+        raise document.error(
+            ("stopping", "budget_s"),
+            "the budget is smaller than one repeat",
+            found=f"{stopping.budget_s:g} s",
+            allowed=f"{file.measure.min_window_s:g} s (measure.min_window_s) and more",
+        )
 
 
 def _name_from(path: Path, document: Document) -> str:

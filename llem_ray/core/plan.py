@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from llem_ray.core.spec import Cell, DroppedCell, Experiment, MeasureSpec, Order
+from llem_ray.core.spec import Cell, DroppedCell, Experiment, MeasureSpec, Order, StoppingSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +67,8 @@ class Plan:
     measure: MeasureSpec
     estimate: Estimate
     base_dir: str
+    stopping: StoppingSpec = field(default_factory=StoppingSpec)
+    """With a target, ``repeats`` is what a cell gets at most."""
 
     @property
     def trials(self) -> tuple[Trial, ...]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 try:
-    from annotated_types import Ge, Gt, Le, MinLen
+    from annotated_types import Ge, Gt, Le, Lt, MinLen
 except ModuleNotFoundError:  # an engine's own interpreter: bounds were checked where the sweep file was read
-    Ge = Gt = Le = MinLen = lambda bound: bound  # type: ignore[assignment, misc, return-value]
+    Ge = Gt = Le = Lt = MinLen = lambda bound: bound  # type: ignore[assignment, misc, return-value]
 
 _STRICT: Mapping[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
 
@@ -216,6 +216,24 @@ class MeasureSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoppingSpec:
+    """When a cell has enough repeats. Without `half_width_rel` every cell gets `repeats`; with it, `repeats` at most."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    half_width_rel: Annotated[float, Gt(0), Lt(1)] | None = None
+    """Target: half of the interval's width, as a share of the mean. 0.02 asks for +-2 %."""
+    confidence: Annotated[float, Gt(0.5), Lt(1)] = 0.95
+    """Confidence level of the interval."""
+    first: Annotated[int, Ge(5)] = 5
+    """Repeats that every cell gets; their spread tells how many it needs (Stein's two-stage rule)."""
+    metric: Literal["joules_per_output_token", "joules_per_total_token", "output_throughput_tok_s"] = "joules_per_output_token"
+    """What the target is about."""
+    budget_s: Annotated[float, Gt(0)] | None = None
+    """Measured time that a cell may take, all its windows together; default: no limit but `repeats`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DroppedCell:
     """A cell of the grid that will not run."""
 
@@ -261,5 +279,6 @@ class Sweep:
     seed: int
     measure: MeasureSpec
     rates: Rates = Rates()
+    stopping: StoppingSpec = StoppingSpec()
     base_dir: str = "."
     """Folder that relative paths of the sweep file start from."""

@@ -13,7 +13,7 @@ from llem_ray.core.energy import Phase, PhaseEnergy, PhaseSpan, Window
 from llem_ray.core.errors import TilingError
 from llem_ray.core.power import Calibration, Device, Float64, Method, Trace
 from llem_ray.core.units import NS_PER_S
-from llem_ray.energy.edge import Edge, counter_at
+from llem_ray.energy.edge import Edge, counter_at, counter_near
 from llem_ray.energy.estimator import counter_quantum_j, edge_margin_s, power_curve, power_max_w, span_energy
 from llem_ray.energy.power_curve import PowerCurve, reading_period_s
 from llem_ray.energy.readings import clean, coverage, find_freeze, monotone_piece
@@ -161,8 +161,13 @@ class DeviceLedger:
         """Energy by phase."""
         return {phase: total.result() for phase, total in self._by_phase.items()}
 
-    def add(self, trace: Trace, spans: Sequence[PhaseSpan]) -> tuple[PhaseEnergy, ...]:
+    def add(self, trace: Trace, spans: Sequence[PhaseSpan], *, goes_on: bool = False) -> tuple[PhaseEnergy, ...]:
         """Account for further spans.
+
+        Args:
+            trace: Samples around them.
+            spans: Adjoining.
+            goes_on: The last phase will be continued: its end, which cancels then, is estimated in the cheap way.
 
         Raises:
             TilingError: They do not adjoin the spans before, overlap each other or leave a hole.
@@ -178,7 +183,7 @@ class DeviceLedger:
             self._edge, self._started = self._edge_at(trace, self.begin_ns), True
         energies = []
         for span in spans:
-            begin, end = self._edge, self._edge_at(trace, span.end_ns)
+            begin, end = self._edge, self._edge_at(trace, span.end_ns, cheaply=goes_on and span is spans[-1])
             if span.end_ns == span.begin_ns:
                 end = begin
             elif begin is not None and end is not None:
@@ -213,12 +218,14 @@ class DeviceLedger:
         )
         return found[0] if found else None
 
-    def _edge_at(self, trace: Trace, t_ns: int) -> Edge | None:
+    def _edge_at(self, trace: Trace, t_ns: int, *, cheaply: bool = False) -> Edge | None:
         if not self._measurable() or self.device.method == "estimated_model" or len(trace) == 0:
             return None
         piece, flags = monotone_piece(trace, Window(node="", begin_ns=t_ns, end_ns=t_ns + 1))
         if flags:
             return None
+        if cheaply and (near := counter_near(piece, t_ns)) is not None:
+            return near
         margin_ns = round(3 * edge_margin_s(self.calibration, self.sample_period_s) * NS_PER_S)
         ticks = find_ticks(
             piece.between(t_ns - margin_ns, t_ns + margin_ns),

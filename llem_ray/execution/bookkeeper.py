@@ -9,9 +9,9 @@ import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from operator import itemgetter
-from typing import Final, TypeVar
+from typing import Final
 
 from llem_ray.core.clock import Clock
 from llem_ray.core.outcome import Failed
@@ -32,23 +32,23 @@ from llem_ray.execution.records import (
     SpansAdded,
 )
 from llem_ray.execution.rows import Row, attempt_row, request_rows
+from llem_ray.execution.stopping import Stopping
+from llem_ray.execution.turns import Turns
 from llem_ray.results.journal import Journal, JournalEvent, JournalState
 from llem_ray.results.rows import clock_row
 from llem_ray.results.writer import DatasetWriter
 
 LOG = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 PUMP_S: Final = 1.0
 PATIENCE_S: Final = 10.0
-"""Samples that have not come by then are counted as lost; what is there decides."""
+"""Samples that a host which answers has not handed out by then are counted as lost; what is there decides."""
 SILENT_PATIENCE_S: Final = 60.0
 """The same where a host is silent but not given up: a link that heals brings them after all."""
 CONTEXT_BYTES: Final = 200e6
 """Memory that samples of nodes outside a gang may take while a trial goes on."""
 ROW_BYTES: Final = 40
-ADVANCE_S: Final = 20.0
+ADVANCE_S: Final = 10.0
 """Devices outside any gang are accounted for this often, host after host."""
 FIRST_S: Final = 30.0
 """By then it is known when start-up ended."""
@@ -58,30 +58,11 @@ CLOCKS_S: Final = 30.0
 """Clock offsets are recorded this often."""
 END_TIMEOUT_S: Final = 90.0
 """A sampler that does not answer, or is being started anew, holds the thread for so long at most."""
-KEEP_S: Final = 5.0
-"""Samples kept behind what is still to be accounted for, beside what an edge needs: states and idle powers look back."""
-
-
-class Turns:
-    """Whose turn it is: everybody's once in a period, spread evenly over it.
-
-    Args:
-        period_s: Time between two turns of one.
-        begin_ns: When the first period begins.
-    """
-
-    def __init__(self, period_s: float, begin_ns: int) -> None:
-        self._period_ns = ns_from_s(period_s)
-        self._served_ns = begin_ns
-
-    def take(self, items: Sequence[T], now_ns: int) -> list[T]:
-        """Those whose turn came since the last call, up to now; nobody twice."""
-        if now_ns < self._served_ns:
-            return []
-        first_ns, self._served_ns = max(self._served_ns, now_ns - self._period_ns), now_ns
-        n, period_ns = len(items), self._period_ns
-        begin, end = first_ns * n // period_ns, now_ns * n // period_ns
-        return [items[number % n] for number in range(begin, end)]
+KEEP_S: Final = (5.0, 600.0)
+"""Samples are kept at least and at most so long behind what is still to be accounted for, beside what an edge needs: states
+and idle powers look back, and what other nodes spent during a trial is known if its begin is still there."""
+KEEP_ROWS: Final = 800_000
+"""Samples kept so, of all devices together."""
 
 
 class Bookkeeper:
@@ -95,6 +76,7 @@ class Bookkeeper:
         state: What the journal says so far; kept up to date.
         clock: The run driver's clock.
         begin_ns: Start of the run on it.
+        stopping: What earlier sessions found; default: nothing.
     """
 
     def __init__(
@@ -106,6 +88,7 @@ class Bookkeeper:
         state: JournalState,
         clock: Clock,
         begin_ns: int,
+        stopping: Stopping | None = None,
     ) -> None:
         self._plan, self._meter, self._journal, self._writer = plan, meter, journal, writer
         self._state, self._clock = state, clock
@@ -133,6 +116,8 @@ class Bookkeeper:
         self._error: BaseException | None = None
         self._joules_per_token: list[float] = []
         self._estimates_per_token: list[float] = []
+        self.stopping = stopping or Stopping(plan)
+        """Told of every row."""
         self.phase = "startup"
         """What the run does now, for the progress display."""
         self.label = ""
@@ -180,15 +165,23 @@ class Bookkeeper:
             )
         )
 
+    def not_needed(self, trial: Trial) -> None:
+        """Journal that a trial is not run, as its cell has enough repeats."""
+        self._log(JournalEvent(event="not_needed", trial_id=trial.trial_id, cell_id=trial.cell.cell_id, repeat=trial.repeat))
+
+    def hurry(self) -> None:
+        """Somebody waits for results: samples are fetched at once."""
+        self._wake.set()
+
     def raise_if_broken(self) -> None:
         """Raise what ended the bookkeeping, such as a full disk: nothing more should be measured then."""
         if self._error is not None:
             raise self._error
 
     def settled(self) -> int:
-        """Trials that are done or given up, earlier sessions included."""
+        """Trials that are done, given up or not needed, earlier sessions included."""
         with self._lock:
-            return len(self._state.done) + len(self._state.given_up)
+            return len(self._state.done) + len(self._state.given_up) + len(self._state.not_needed)
 
     def mean_j_per_token(self) -> tuple[float | None, bool]:
         """Mean J per output token of this session's valid trials; of their estimates (True) where none is valid."""
@@ -226,7 +219,9 @@ class Bookkeeper:
             if not isinstance(event, AttemptEnded) or self._error is None:
                 self._handle(event)
         self._waiting.clear()
-        self._writer.write_phases([*self._nobodys, *self._phases, *self._ledger.finish()])
+        rows = [*self._nobodys, *self._phases, *self._ledger.finish()]
+        for begin in range(0, len(rows), FLUSH_PHASES):
+            self._writer.write_phases(rows[begin : begin + FLUSH_PHASES])
         self._nobodys, self._phases = [], []
         for host in self._meter.hosts:  # nobody needs its samples any more
             self._meter.trim(host, 2**62)
@@ -318,7 +313,9 @@ class Bookkeeper:
     def _advance(self, now_ns: int) -> None:
         """Account for devices that are in no gang, so that their samples need not be kept; a few hosts at a time."""
         for host in self._turns.take(self._meter.hosts, now_ns):
-            self._nobodys.extend(self._ledger.advance(host, now_ns - ns_from_s(PATIENCE_S)))
+            sampled_ns = self._meter.sampled_until(host) or 0
+            until_ns = max(self._meter.heard_ns(host) - ns_from_s(PATIENCE_S), min(now_ns, sampled_ns))
+            self._nobodys.extend(self._ledger.advance(host, until_ns))
             self._trim(host)
         self._flush_nobodys()
 
@@ -349,7 +346,12 @@ class Bookkeeper:
         waiting_ns = min((*(_begin_ns(event) for _, event in self._pending()), *self._kept_attempts()), default=None)
         if waiting_ns is not None:
             needed_ns = min(needed_ns, self._meter.clocks.to_host(host, waiting_ns) or needed_ns)
-        self._meter.trim(host, needed_ns - ns_from_s(KEEP_S + self._meter.reach_s(host)))
+        self._meter.trim(host, needed_ns - ns_from_s(self._keep_s() + self._meter.reach_s(host)))
+
+    def _keep_s(self) -> float:
+        rate_hz = self._meter.samples_per_s
+        at_least_s, at_most_s = KEEP_S
+        return min(max(at_least_s, KEEP_ROWS / rate_hz), at_most_s) if rate_hz else at_most_s
 
     def _kept_attempts(self) -> list[int]:
         """Begins of attempts that run now: nodes outside their gangs are context of their windows, as far as memory allows.
@@ -357,7 +359,7 @@ class Bookkeeper:
         The samples of a gang's own hosts are kept in any case, since nothing accounts for them before the attempt has ended.
         """
         now_ns = self._clock.monotonic_ns()
-        budget_s = CONTEXT_BYTES / max(1.0, self._meter.rows_per_s() * ROW_BYTES)
+        budget_s = CONTEXT_BYTES / max(1.0, self._meter.samples_per_s * ROW_BYTES)
         with self._lock:
             return [begin_ns for begin_ns in self._attempts.values() if now_ns - begin_ns <= budget_s * NS_PER_S]
 
@@ -381,10 +383,14 @@ class Bookkeeper:
         hosts = None if event.gang is None else event.gang.hosts
         if isinstance(event, AttemptEnded) and event.gang is None:
             return True
-        silent = any(self._meter.is_silent(host) for host in hosts or ())
-        patience_s = SILENT_PATIENCE_S if silent else PATIENCE_S
-        overdue = self._clock.monotonic_ns() > event.needs_ns + patience_s * NS_PER_S
-        return overdue or self._meter.is_sampled_until(event.needs_ns, hosts)
+        if self._meter.is_sampled_until(event.needs_ns, hosts):
+            return True
+        now_ns = self._clock.monotonic_ns()
+        if any(self._meter.is_silent(host) for host in hosts or ()):
+            return now_ns > event.needs_ns + SILENT_PATIENCE_S * NS_PER_S
+        answering = (host for host in (self._meter.hosts if hosts is None else hosts) if not self._meter.is_silent(host))
+        heard_ns = min(map(self._meter.heard_ns, answering), default=now_ns)
+        return heard_ns > event.needs_ns + PATIENCE_S * NS_PER_S
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -410,15 +416,16 @@ class Bookkeeper:
             return
         for host, rows in self._ledger.add_to_all(added.spans):  # of a large cluster this takes seconds: samples go on coming
             self._nobodys.extend(rows)
+            self._flush_nobodys()
             self._trim(host)
             if self._is_fetching and self._clock.monotonic_ns() - self._pumped_ns > PUMP_S * NS_PER_S:
                 self._pump()
-        self._flush_nobodys()
 
     def _record(self, ended: AttemptEnded) -> None:
         with self._lock:
             self._attempts.pop((ended.trial.trial_id, ended.attempt), None)
         row = attempt_row(ended) | self._accounts.energy_columns(ended)
+        self.stopping.take(row, final=ended.final)
         phases, self._nobodys, self._phases = [*self._nobodys, *self._phases], [], []
         self._writer.write_trial(row, request_rows(ended, keep_token_times=True), phases)
         outcome = ended.outcome

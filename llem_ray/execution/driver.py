@@ -6,9 +6,10 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Phase
@@ -27,11 +28,12 @@ from llem_ray.execution.meter import Meter
 from llem_ray.execution.policy import FailurePolicy
 from llem_ray.execution.records import AttemptEnded, SpansAdded
 from llem_ray.execution.spans import Timeline
+from llem_ray.execution.stopping import RESULT_COLUMNS, Stopping
 from llem_ray.execution.waits import Waits
 from llem_ray.power.host import host_id
 from llem_ray.results.environment import describe_environment, record_session
 from llem_ray.results.journal import Journal, JournalEvent
-from llem_ray.results.reader import settled_state
+from llem_ray.results.reader import read_table, settled_state
 from llem_ray.results.rows import node_row
 from llem_ray.results.rundir import RunDirectory
 from llem_ray.results.writer import DatasetWriter
@@ -127,8 +129,9 @@ class RunDriver:
             self._state.given_up.clear()
         with Journal.open(self._rundir.journal_path) as journal:
             self._writer = DatasetWriter(self._rundir)
+            stopping = Stopping(self._plan, self._earlier_rows(), self._state.given_up)
             self._book = Bookkeeper(
-                self._plan, self._meter, journal, self._writer, self._state, self._clock, self._options.begin_ns
+                self._plan, self._meter, journal, self._writer, self._state, self._clock, self._options.begin_ns, stopping
             )
             try:
                 interrupted, stopped = self._run_session(journal)
@@ -149,6 +152,14 @@ class RunDriver:
             stopped=stopped,
         )
 
+    def _earlier_rows(self) -> list[dict[str, Any]]:
+        """What earlier sessions found, each trial's last attempt last; not needed where every cell gets as many repeats."""
+        if self._plan.stopping.half_width_rel is None:
+            return []
+        columns = [*RESULT_COLUMNS, self._plan.stopping.metric]
+        rows = read_table(self._rundir.path, "trials", columns=columns).to_pylist()
+        return sorted(rows, key=lambda row: row["attempt"])
+
     def _run_session(self, journal: Journal) -> tuple[bool, str | None]:
         """Start everything, run the groups, end everything. Returns whether the user stopped it, and why it gave up."""
         interrupted, stopped = False, None
@@ -161,8 +172,7 @@ class RunDriver:
             record_session(self._rundir, environment, datetime.now(UTC).isoformat(), allow_mixed=self._options.allow_mixed)
             journal.append(JournalEvent(event="run_started", host=socket.gethostname(), pid=os.getpid()))
             self._versions = {**environment.engines, **environment.packages}
-            for info in infos:
-                self._record_node(info)
+            self._record_nodes(infos)
             self._book.start()
             self._cover("startup")
             self._record_cut_short()
@@ -181,13 +191,14 @@ class RunDriver:
     def _on_sampler(self, info: SamplerInfo) -> None:
         """A sampler that was started anew belongs in the nodes table too."""
         if self._book.is_running:
-            self._record_node(info)
+            self._record_nodes([info])
 
-    def _record_node(self, info: SamplerInfo) -> None:
-        LOG.info("sampler on %s: %s", info.hostname, ", ".join(device.uuid for device in info.devices) or "no device")
-        for name, reason in info.unavailable.items():
-            LOG.info("power source %s gives nothing on %s: %s", name, info.hostname, reason)
-        self._writer.write_nodes([node_row(info, self._versions)])
+    def _record_nodes(self, infos: Sequence[SamplerInfo]) -> None:
+        for info in infos:
+            LOG.info("sampler on %s: %s", info.hostname, ", ".join(device.uuid for device in info.devices) or "no device")
+            for name, reason in info.unavailable.items():
+                LOG.info("power source %s gives nothing on %s: %s", name, info.hostname, reason)
+        self._writer.write_nodes([node_row(info, self._versions) for info in infos])
 
     def _run_groups(self) -> str | None:
         waits = Waits(self._clock, self._interrupts, self._tick)
@@ -226,6 +237,7 @@ class RunDriver:
             if self._book.is_running:
                 self._cover("unleased")
                 self._book.phase = "finalise"
+                self._timeline.close_at("unleased", self._clock.monotonic_ns())
                 self._book.drain(DRAIN_TIMEOUT_S)
                 self._writer.compact()
                 self._cover("finalise")

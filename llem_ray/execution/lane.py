@@ -14,7 +14,7 @@ from llem_ray.core.errors import EngineDied, HangError, LlemRayError, NodeLost, 
 from llem_ray.core.outcome import Completed, Failed, Outcome, failed_from
 from llem_ray.core.plan import LoadGroup, Plan, Trial
 from llem_ray.core.progress import Progress
-from llem_ray.core.units import NS_PER_MS
+from llem_ray.core.units import NS_PER_MS, ns_from_s
 from llem_ray.execution.bookkeeper import Bookkeeper
 from llem_ray.execution.calls import Executor, Gang, Leased, Loaded, TrialOrder
 from llem_ray.execution.fleet import Fleet
@@ -39,6 +39,9 @@ from llem_ray.planning.packing import Seat
 LOG = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 30.0
+RESULT_S = 90.0
+"""A result that has not come by then is not waited for: its trial may be one too many."""
+RESULT_LOOK_S = 0.05
 PLACEMENTS = 3
 CLOCK_SLACK_NS = 20 * NS_PER_MS
 """Times of another host are known to better than this, or its clock is not known at all."""
@@ -142,6 +145,9 @@ class GangLane:
         for index, trial in enumerate(self._trials):
             if self._run.waits.stop_requested:
                 break
+            if not self._is_needed(trial):
+                self._run.book.not_needed(trial)
+                continue
             stop, group_lost, again = self._run_trial(trial)
             if self._lost is not None:
                 left = self._trials[index if again else index + 1 :]
@@ -152,6 +158,17 @@ class GangLane:
             if stop is not None:
                 return LaneResult(stop=stop)
         return LaneResult()
+
+    def _is_needed(self, trial: Trial) -> bool:
+        """Its cell needs more repeats, as far as the results say that come within ``RESULT_S``."""
+        run = self._run
+        deadline_ns = run.clock.monotonic_ns() + ns_from_s(RESULT_S)
+        while (answer := run.book.stopping.ask(trial)) == "wait" and run.clock.monotonic_ns() < deadline_ns:
+            run.book.phase = "waiting for results"
+            run.book.hurry()
+            if not run.waits.sleep(RESULT_LOOK_S):
+                break
+        return answer != "skip"
 
     def _run_trial(self, trial: Trial) -> tuple[str | None, Failed | None, bool]:
         """Attempt after attempt.

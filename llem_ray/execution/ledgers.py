@@ -113,7 +113,8 @@ class RunLedger:
             return rows
         for book in self._books_on(host):
             if until_ns > book.at_ns and not self._is_reserved(book.item):
-                rows += self._extend(book, [PhaseSpan(phase="unleased", begin_ns=book.at_ns, end_ns=until_ns)], None)
+                span = PhaseSpan(phase="unleased", begin_ns=book.at_ns, end_ns=until_ns)
+                rows += self._extend(book, [span], None, goes_on=True)
         return rows
 
     def finish(self) -> list[Row]:
@@ -187,7 +188,7 @@ class RunLedger:
         """Lanes on a host, in the order they were opened."""
         return [self._lanes[name] for name in self._lanes_on.get(host, ())]
 
-    def _extend(self, book: _Book, spans: Sequence[PhaseSpan], gang: str | None) -> list[Row]:
+    def _extend(self, book: _Book, spans: Sequence[PhaseSpan], gang: str | None, *, goes_on: bool = False) -> list[Row]:
         wanted = [span for span in spans if span.end_ns > book.at_ns]
         if not wanted:
             return []
@@ -201,7 +202,7 @@ class RunLedger:
         trace = self.meter.trace(
             book.item.host, book.item.device.uuid, local[0].begin_ns - margin_ns, local[-1].end_ns + margin_ns
         )
-        energies = book.ledger.add(trace, local)
+        energies = book.ledger.add(trace, local, goes_on=goes_on)
         book.at_ns = wanted[-1].end_ns
         rows: list[Row] = []
         for energy in energies:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from llem_ray import __version__
 from llem_ray.core.clock import Clock
 from llem_ray.core.errors import LlemRayError, PlacementError, Unreachable
-from llem_ray.core.power import Calibration, Device, DeviceState, SampleBatch, SamplerInfo, Trace
+from llem_ray.core.power import SampleBatch, SamplerInfo
 from llem_ray.core.units import NS_PER_S, ns_from_s
-from llem_ray.energy.estimator import edge_margin_s
 from llem_ray.execution.calls import Call, Executor, Fetched, Node, Sampler, SamplerSettings
-from llem_ray.execution.clocks import ClockTable, Exchange
+from llem_ray.execution.clocks import Exchange
 from llem_ray.execution.probing import ClockProber
+from llem_ray.execution.sampled_hosts import SampledHost, SampledHosts
 from llem_ray.execution.starter import SamplerStarter, Started
 from llem_ray.power.traces import TraceBuffer
 
@@ -53,6 +52,8 @@ class _Link:
     node: Node
     sampler: Sampler
     info: SamplerInfo
+    answered_ns: int
+    """When its latest answer came, on the run driver's clock."""
     after_seq: int = 0
     pending: Call[Fetched] | None = None
     sent_ns: int = 0
@@ -70,25 +71,7 @@ class _Link:
         return self.info.node
 
 
-@dataclass(slots=True)
-class _Host:
-    """What is known of a host that was ever sampled."""
-
-    buffer: TraceBuffer
-    infos: dict[str, SamplerInfo]
-    devices: tuple[Device, ...] = ()
-    of_device: dict[str, SamplerInfo] = field(default_factory=dict)
-    margins_s: dict[str, float] = field(default_factory=dict)
-    """By UUID, once asked for."""
-
-    def take(self, key: str, info: SamplerInfo) -> None:
-        self.infos[key] = info
-        self.devices = tuple(device for known in self.infos.values() for device in known.devices)
-        self.of_device = {device.uuid: known for known in reversed(self.infos.values()) for device in known.devices}
-        self.margins_s = {}
-
-
-class Meter:
+class Meter(SampledHosts):
     """All samplers of a run. Its methods may be called from any thread; ``pump`` from one at a time.
 
     Args:
@@ -107,26 +90,24 @@ class Meter:
         own_host: str,
         on_sampler: Callable[[SamplerInfo], None],
     ) -> None:
-        self._executor, self._settings, self._clock = executor, settings, clock
+        super().__init__(own_host, settings.sample_hz)
+        self._executor, self._clock = executor, clock
         self._on_sampler = on_sampler
-        self.clocks = ClockTable(own_host)
         self._prober = ClockProber(self.clocks, clock, self.sampler_of)
-        self._lock = threading.RLock()
         self._links: dict[str, _Link] = {}
         self._links_of: dict[str, tuple[_Link, ...]] = {}
         """The same by host."""
         self._starter = SamplerStarter(executor, settings, clock, self._learn_host, self._begin_of)
-        self._known: dict[str, _Host] = {}
         self._gpu_hosts: dict[str, SamplerInfo] = {}
         """UUID -> who reported the GPU first."""
         self._hosts: dict[str, str] = {}
-        self._generations: dict[str, int] = {}
-        self._restarted_ns: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
         self._round = 0
         """Counts the times that all were to be asked, due or not."""
         self.is_behind = False
         """The last ``pump`` ran out of time before it had asked all that were due."""
+        self.samples_per_s = 0.0
+        """Samples that all hosts yield together, about."""
 
     def open(self, nodes: Iterable[Node]) -> tuple[SamplerInfo, ...]:
         """Start the samplers of all nodes and wait until they poll.
@@ -193,12 +174,6 @@ class Meter:
         with self._lock:
             return tuple(link.info for link in self._links.values())
 
-    @property
-    def hosts(self) -> tuple[str, ...]:
-        """Every host that was ever sampled in this session."""
-        with self._lock:
-            return tuple(self._known)
-
     def host_of(self, node_id: str) -> str | None:
         """Stable host id of a node; None while it is not known."""
         return self._hosts.get(node_id)
@@ -222,13 +197,13 @@ class Meter:
         links = self._links_of.get(host, ())
         return any(link.unanswered_ns is not None and now_ns - link.unanswered_ns > LATE_S * NS_PER_S for link in links)
 
-    def generation(self, host: str) -> int:
-        """Counts the restarts of a host, whose clock and counters begin anew each time."""
-        return self._generations.get(host, 0)
+    def heard_ns(self, host: str) -> int:
+        """By when all samplers of the host had answered, on the run driver's clock; now, where nobody samples it any more.
 
-    def restarted_ns(self, host: str) -> int | None:
-        """When the latest restart of a host was noticed, on the run driver's clock; None when there was none."""
-        return self._restarted_ns.get(host)
+        It may be a while ago without anybody's fault but ours: a run driver that is held up asks late.
+        """
+        now_ns = self._clock.monotonic_ns()
+        return min((link.answered_ns for link in self._links_of.get(host, ())), default=now_ns)
 
     def sampler_of(self, host: str) -> Sampler | None:
         """A sampler of the host."""
@@ -336,6 +311,7 @@ class Meter:
         )
         link.fresh = False
         link.unanswered_ns = None
+        link.answered_ns = answered_ns
         self._starter.settle(link.node.node_id)
         self.clocks.add(link.host, exchange)
         taken = []
@@ -370,79 +346,6 @@ class Meter:
             self._generations[host] = self._generations.get(host, 0) + 1
             self._restarted_ns[host] = exchange.answered_ns
 
-    def devices(self, host: str) -> tuple[Device, ...]:
-        """Devices that the host's samplers read."""
-        known = self._known.get(host)
-        return known.devices if known else ()
-
-    def hostname(self, host: str) -> str:
-        """Name of a host for people."""
-        known = self._known.get(host)
-        return next((info.hostname for info in known.infos.values()), host) if known else host
-
-    def _info(self, host: str, uuid: str) -> SamplerInfo | None:
-        known = self._known.get(host)
-        return known.of_device.get(uuid) if known else None
-
-    def calibration(self, host: str, device: Device) -> Calibration:
-        """What calibration found, or nothing known."""
-        info = self._info(host, device.uuid)
-        known = info.calibrations.get(device.uuid) if info else None
-        return known or Calibration(
-            device_uuid=device.uuid, tick_period_s=None, has_instant=False, has_average=False, lag_s=0.0, call_s=0.0
-        )
-
-    def period_s(self, host: str, device: Device) -> float:
-        """Time between two polls of the device."""
-        info = self._info(host, device.uuid)
-        return (info.periods_s if info else {}).get(device.uuid, 1.0 / self._settings.sample_hz)
-
-    def margin_s(self, host: str, device: Device) -> float:
-        """How much of the trace around an edge makes the estimate there final."""
-        known = self._known.get(host)
-        margins_s = known.margins_s if known else {}
-        if device.uuid not in margins_s:
-            margins_s[device.uuid] = edge_margin_s(self.calibration(host, device), self.period_s(host, device), device.method)
-        return margins_s[device.uuid]
-
-    def rows_per_s(self) -> float:
-        """Samples that arrive per second, of all hosts together."""
-        return sum(1.0 / period_s for info in self.infos for period_s in info.periods_s.values() if period_s > 0)
-
-    def reach_s(self, host: str) -> float:
-        """The largest margin of the host's devices."""
-        return max((self.margin_s(host, device) for device in self.devices(host)), default=0.0)
-
-    def trace(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> Trace:
-        """Samples of one device; times on its host's clock."""
-        return self._known[host].buffer.trace(uuid, begin_ns, end_ns)
-
-    def states(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[DeviceState, ...]:
-        """Slow-lane readings of one device."""
-        return self._known[host].buffer.states(uuid, begin_ns, end_ns)
-
-    def errors(self, host: str, uuid: str, begin_ns: int, end_ns: int) -> tuple[tuple[int, str], ...]:
-        """(t_ns, why) of the device's samples that lack a reading."""
-        return self._known[host].buffer.errors(uuid, begin_ns, end_ns)
-
-    def last_ns(self, host: str, uuid: str) -> int | None:
-        """Time of the newest sample of one device, on its host's clock; None before the first."""
-        return self._known[host].buffer.last_ns(uuid)
-
-    def is_sampled_until(self, t_ns: int, hosts: Collection[str] | None = None) -> bool:
-        """Every device of the hosts has been sampled far enough past ``t_ns`` of our clock for an edge there to be final."""
-        for host in self.hosts if hosts is None else hosts:
-            host_ns = self.clocks.to_host(host, t_ns)
-            if host_ns is None or host not in self._known:
-                return False
-            for device in self.devices(host):
-                last_ns = self._known[host].buffer.last_ns(device.uuid)
-                # An estimate is held up to half-way to its neighbour: one reading beyond the edge settles it.
-                margin_s = 0.0 if device.method == "estimated_model" else self.margin_s(host, device)
-                if device.method != "unavailable" and (last_ns is None or last_ns < host_ns + ns_from_s(margin_s)):
-                    return False
-        return True
-
     def latest_power_w(self) -> tuple[float | None, bool]:
         """Sum of the newest instant power of all measuring devices, or of the estimates where nothing measures (True)."""
         measured: list[float] = []
@@ -457,10 +360,6 @@ class Meter:
                 if power_mw is not None:
                     (estimated if device.method == "estimated_model" else measured).append(power_mw / 1e3)
         return (sum(measured or estimated) if measured or estimated else None), not measured
-
-    def trim(self, host: str, before_ns: int) -> None:
-        """Forget samples of a host, older than ``before_ns`` of its clock, that nobody needs any more."""
-        self._known[host].buffer.trim(before_ns)
 
     def close(self) -> None:
         """Stop the samplers, and log what trouble they had."""
@@ -512,9 +411,10 @@ class Meter:
         self.clocks.add(info.node, one.exchange)
         with self._lock:
             self._epochs[info.node] = max(info.epoch, self._epochs.get(info.node, 0))
-            self._known.setdefault(info.node, _Host(TraceBuffer(), {})).take(self._key(info), info)
+            self._known.setdefault(info.node, SampledHost(TraceBuffer(), {})).take(self._key(info), info)
+            self.samples_per_s = sum(known.samples_per_s for known in self._known.values())
             self._gpu_hosts |= {device.uuid: info for device in info.devices if device.scope in GPU_SCOPES}
-            link = self._links[one.node.node_id] = _Link(one.node, one.sampler, info)
+            link = self._links[one.node.node_id] = _Link(one.node, one.sampler, info, one.exchange.answered_ns)
             self._links_of[info.node] = (*self._links_of.get(info.node, ()), link)
         self._on_sampler(info)
 

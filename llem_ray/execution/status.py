@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llem_ray.core.errors import ResultsError
+from llem_ray.core.spec import StoppingSpec
 from llem_ray.results.reader import settled_state
 from llem_ray.results.rundir import RunDirectory
 
@@ -18,7 +19,7 @@ class RunStatus:
     name: str
     path: str
     total: int
-    """Trials of the plan."""
+    """Trials of the plan, without those that turned out to be not needed."""
     done: int
     failed: int
     """Trials that failed for good."""
@@ -54,19 +55,35 @@ def read_status(rundir: RunDirectory, planned: Mapping[str, str] | None = None) 
     state = rundir.replay() if running else settled_state(rundir)
     done = len(trials.keys() & state.done.keys())
     failed = len(trials.keys() & state.given_up.keys())
+    total = len(trials) - len(trials.keys() & state.not_needed)
     open_trials = [trial_id for trial_id in state.open_attempts if trial_id in trials]
     return RunStatus(
         name=rundir.name,
         path=str(rundir.path),
-        total=len(trials),
+        total=total,
         done=done,
         failed=failed,
-        left=len(trials) - done - failed,
+        left=total - done - failed,
         running=running,
         measuring=trials[open_trials[-1]] if running and open_trials else None,
         pid=holder[0] if holder else None,
         host=holder[1] if holder else None,
     )
+
+
+def planned_target(rundir: RunDirectory) -> tuple[StoppingSpec, int | None]:
+    """The run's target and what a cell gets at most; no target before the plan is written down.
+
+    Raises:
+        ResultsError: The plan is damaged.
+    """
+    if not rundir.has_json("plan"):
+        return StoppingSpec(), None
+    plan = rundir.read_json("plan")
+    try:
+        return StoppingSpec(**plan.get("stopping", {})), int(plan["repeats"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultsError(f"the plan of {rundir.path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def planned_trials(rundir: RunDirectory) -> dict[str, str]:

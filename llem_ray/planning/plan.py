@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from llem_ray.core.identity import canonical_json, digest, load_key, plain
 from llem_ray.core.plan import LoadGroup, Plan, Trial
-from llem_ray.core.spec import Cell, EngineSpec, Order, Sweep
+from llem_ray.core.spec import Cell, EngineSpec, Order, StoppingSpec, Sweep
 from llem_ray.planning.estimate import PastRun, estimate_cost
 
 
@@ -39,18 +40,21 @@ def make_plan(sweep: Sweep, *, past_run: PastRun | None = None, gpus_available: 
         measure=sweep.measure,
         estimate=estimate_cost(groups, sweep.measure, sweep.rates, past_run),
         base_dir=sweep.base_dir,
+        stopping=sweep.stopping,
     )
 
 
 def run_hash(sweep: Sweep) -> str:
     """8 hex digits over what a run measures and how: cells, repeats, order, seed, measure. Not its name, rates or folder."""
-    identity = {
+    identity: dict[str, Any] = {
         "cells": [cell.cell_id for cell in sweep.cells],
         "repeats": sweep.repeats,
         "order": sweep.order,
         "seed": sweep.seed,
         "measure": plain(sweep.measure),
     }
+    if sweep.stopping != StoppingSpec():
+        identity["stopping"] = plain(sweep.stopping)
     return digest(canonical_json(identity), 8)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final, get_type_hints
 from llem_ray.core.errors import PlanError
 from llem_ray.core.identity import plain
 from llem_ray.core.plan import Estimate, LoadGroup, Plan, Trial
-from llem_ray.core.spec import Cell, DroppedCell, Experiment, MeasureSpec
+from llem_ray.core.spec import Cell, DroppedCell, Experiment, MeasureSpec, StoppingSpec
 
 PLAN_SCHEMA_VERSION: Final = 1
 
@@ -46,6 +46,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "base_dir": plan.base_dir,
         "measure": plain(plan.measure),
+        "stopping": plain(plan.stopping),
         "specs": specs,
         "cells": cells,
         "groups": [_group_to_dict(group) for group in plan.groups],
@@ -76,6 +77,7 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
             measure=_made(MeasureSpec, data["measure"]),
             estimate=_made(Estimate, data["estimate"]),
             base_dir=data["base_dir"],
+            stopping=_made(StoppingSpec, data.get("stopping", {})),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise PlanError(f"the plan's record is broken: {type(error).__name__}: {error}") from error

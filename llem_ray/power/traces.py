@@ -166,6 +166,10 @@ class _Packed:
         values: Int64 = self.first[index] + self.step[index] * np.arange(end - begin) + self.rest[begin:end]
         return values
 
+    def last(self, index: int, begin: int, end: int) -> int:
+        """The last of device ``index``."""
+        return int(self.first[index] + self.step[index] * (end - 1 - begin) + self.rest[end - 1])
+
 
 def _packed(values: _Column, bounds: Sequence[int]) -> _Packed | _Column:
     """The values in half the space, or as they are where some are missing, broken or far from even."""
@@ -229,6 +233,10 @@ class _Block:
         if not self.first_ns <= t_ns <= self.last_ns or uuid not in self.devices:
             return None
         index = self.devices.index(uuid)
+        end, times = self.bounds[index + 1], self.columns[0]
+        if end > self.bounds[index] and isinstance(times, _Packed) and times.last(index, self.bounds[index], end) == t_ns:
+            powers = self.columns[2]
+            return float(powers.last(index, self.bounds[index], end) if isinstance(powers, _Packed) else powers[end - 1])
         rows = np.flatnonzero(self._column(0, index) == t_ns)
         return float(self._column(2, index)[rows[0]]) if len(rows) else None
 

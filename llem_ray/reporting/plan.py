@@ -35,7 +35,11 @@ def _headline(plan: Plan) -> Text:
     trials = plan.trials
     cells = len({trial.cell.cell_id for trial in trials})
     order = plan.order + (f" (seed {plan.seed})" if plan.order == "shuffled" else "")
-    counted = f"{count_noun(cells, 'cell')} x {count_noun(plan.repeats, 'repeat')} = {count_noun(len(trials), 'trial')}"
+    repeats = count_noun(plan.repeats, "repeat")
+    at_most = ""
+    if plan.stopping.half_width_rel is not None:
+        repeats, at_most = f"{plan.stopping.first} to {repeats}", "at most "
+    counted = f"{count_noun(cells, 'cell')} x {repeats} = {at_most}{count_noun(len(trials), 'trial')}"
     text = f"{plan.run_name}: {counted}, {count_noun(len(plan.groups), 'model load')}, order {order}"
     return Text(text, style="bold")
 

@@ -6,16 +6,28 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from statistics import fmean
 from typing import Any, Final, Literal
 
+from llem_ray.core.spec import StoppingSpec
 from llem_ray.energy.metrics import t_interval
+from llem_ray.energy.stopping import (
+    Ended,
+    Repeat,
+    coefficient_of_variation,
+    find_outliers,
+    judge,
+    metric_value,
+    stein_interval,
+)
 
 Row = Mapping[str, Any]
 
 SUMMARY_COLUMNS: Final = (
-    "cell_id", "trial_id", "status", "failure_kind", "settings", "model", "backend", "window_s", "output_throughput_tok_s",
-    "total_energy_j", "energy_uncertainty_j", "sensor_rel", "energy_covers", "energy_not_measured", "energy_reason",
+    "cell_id", "trial_id", "repeat", "status", "failure_kind", "settings", "model", "backend", "window_s",
+    "output_throughput_tok_s", "total_energy_j", "energy_uncertainty_j",
+    "sensor_rel", "energy_covers", "energy_not_measured", "energy_reason",
     "waste_energy_j", "joules_per_output_token", "joules_per_total_token", "est_energy_j", "est_joules_per_output_token",
     "power_valid", "invalid_reasons", "flags", "notes", "reason_details",
 )  # fmt: skip
@@ -30,8 +42,23 @@ class Uncertain:
     half_width: float | None
     n: int
     """Values in the mean."""
-    kind: Literal["t95", "U"]
-    """``t95``: 95 % interval of the mean over repeats; ``U``: twice the sampling uncertainty of a single repeat."""
+    kind: Literal["t95", "stein", "U"]
+    """``t95``: 95 % interval of the mean over repeats; ``stein``: that of the target's rule, at its level; ``U``: twice the
+    sampling uncertainty of a single repeat."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolution:
+    """How far a cell is from the run's target."""
+
+    metric: str
+    mean: float | None
+    half_width_rel: float | None
+    """Half of the interval's width over the mean; None while there are too few values."""
+    ended: Ended | None
+    """What ended the cell's repeats: the target was reached, or the repeats or the budget are used up; None: it goes on."""
+    more: int | None
+    """Further repeats that the target would take; None where that is not known, 0 when it is reached."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +80,12 @@ class CellSummary:
     failures: Mapping[str, int]
     """Failure kind -> attempts that failed so."""
     joules_per_output_token: Uncertain | None
+    variation: float | None
+    """Standard deviation over mean of J per output token of the valid repeats."""
+    outliers: tuple[str, ...]
+    """Valid trials whose J per output token is far from the others'. They are part of every mean."""
+    resolution: Resolution | None
+    """None where the run has no target."""
     joules_per_total_token: float | None
     total_energy_j: float | None
     power_w: float | None
@@ -90,26 +123,33 @@ class RunSummary:
     """Largest systematic gain error of a sensor; never part of an interval."""
     details: Mapping[str, str]
     """Reason code -> an example of what was seen."""
+    stopping: StoppingSpec | None
+    """The run's target; None where it has none."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-def summarise_run(name: str, rows: Iterable[Row]) -> RunSummary:
+def summarise_run(
+    name: str, rows: Iterable[Row], *, stopping: StoppingSpec | None = None, repeats: int | None = None
+) -> RunSummary:
     """Summary of a run.
 
     Args:
         name: Its name.
         rows: Rows of ``trials``: all attempts, in the order they were written.
+        stopping: The run's target.
+        repeats: What a cell gets at most.
     """
     rows = list(rows)
+    target = stopping if stopping is not None and stopping.half_width_rel is not None else None
     by_cell: dict[str, list[Row]] = {}
     for row in rows:
         by_cell.setdefault(row["cell_id"], []).append(row)
     settings = {cell_id: json.loads(cell_rows[0].get("settings") or "{}") for cell_id, cell_rows in by_cell.items()}
     label = _labeller(settings.values())
-    cells = tuple(_summarise_cell(cell_id, settings[cell_id], label, by_cell[cell_id]) for cell_id in by_cell)
+    cells = tuple(_summarise_cell(cell_id, settings[cell_id], label, by_cell[cell_id], target, repeats) for cell_id in by_cell)
     return RunSummary(
         name=name,
         cells=cells,
@@ -123,17 +163,25 @@ def summarise_run(name: str, rows: Iterable[Row]) -> RunSummary:
         not_measured=_distinct(row.get("energy_not_measured") for row in rows),
         sensor_rel=max((row["sensor_rel"] for row in rows if row.get("sensor_rel") is not None), default=None),
         details={code: seen for row in rows for code, seen in dict(row.get("reason_details") or {}).items()},
+        stopping=target,
     )
 
 
 def _summarise_cell(
-    cell_id: str, settings: Mapping[str, Any], label: Callable[[Mapping[str, Any]], str], rows: Sequence[Row]
+    cell_id: str,
+    settings: Mapping[str, Any],
+    label: Callable[[Mapping[str, Any]], str],
+    rows: Sequence[Row],
+    target: StoppingSpec | None,
+    repeats: int | None,
 ) -> CellSummary:
     completed = list({row["trial_id"]: row for row in rows if row.get("status") != "failed"}.values())
     tried = {row["trial_id"] for row in rows}
     valid = [row for row in completed if row.get("power_valid")]
     unmeasured = [row for row in completed if row.get("total_energy_j") is None]
     first = rows[0]
+    known = [row for row in valid if row.get("joules_per_output_token") is not None]
+    joules = [row["joules_per_output_token"] for row in known]
     return CellSummary(
         cell_id=cell_id,
         label=label(settings) or str(first.get("model") or cell_id),
@@ -145,7 +193,10 @@ def _summarise_cell(
         valid=len(valid),
         failed=len(tried) - len(completed),
         failures=dict(Counter(row.get("failure_kind") or "unknown" for row in rows if row.get("status") == "failed")),
-        joules_per_output_token=_joules_per_token(valid),
+        joules_per_output_token=_joules_per_token(known, target),
+        variation=coefficient_of_variation(joules),
+        outliers=tuple(known[index]["trial_id"] for index in find_outliers(joules)),
+        resolution=_resolution(rows, completed, target, repeats) if target is not None else None,
         joules_per_total_token=_mean(valid, "joules_per_total_token"),
         total_energy_j=_mean(valid, "total_energy_j"),
         power_w=_mean_power(valid, "total_energy_j"),
@@ -160,9 +211,36 @@ def _summarise_cell(
     )
 
 
-def _joules_per_token(valid: Sequence[Row]) -> Uncertain | None:
-    known = [row for row in valid if row.get("joules_per_output_token") is not None]
-    interval = t_interval([row["joules_per_output_token"] for row in known])
+def _resolution(rows: Sequence[Row], completed: Sequence[Row], target: StoppingSpec, repeats: int | None) -> Resolution:
+    """By the same rule that the run itself went by."""
+    done = {row["repeat"]: row for row in completed}
+    last = {row["repeat"]: done.get(row["repeat"], row) for row in rows}
+    ended = [
+        Repeat(value=metric_value(row, target.metric), window_s=row.get("window_s") or 0.0) for _, row in sorted(last.items())
+    ]
+    verdict = judge(ended, target)
+    values = [repeat.value for repeat in ended if repeat.value is not None]
+    interval = stein_interval(values, target) or t_interval(values, target.confidence)
+    half_width_rel = None
+    if interval is not None and interval.half_width is not None and interval.mean:
+        half_width_rel = interval.half_width / abs(interval.mean)
+    used_up = repeats is not None and len(last) >= repeats
+    return Resolution(
+        metric=target.metric,
+        mean=None if interval is None else interval.mean,
+        half_width_rel=half_width_rel,
+        ended=verdict.ended or ("repeats" if used_up else None),
+        more=None if verdict.needed is None else max(0, verdict.needed - len(values)),
+    )
+
+
+def _joules_per_token(known: Sequence[Row], target: StoppingSpec | None) -> Uncertain | None:
+    values = [row["joules_per_output_token"] for row in known]
+    if target is not None and target.metric == "joules_per_output_token":
+        stein = stein_interval([row["joules_per_output_token"] for row in sorted(known, key=itemgetter("repeat"))], target)
+        if stein is not None:
+            return Uncertain(mean=stein.mean, half_width=stein.half_width, n=stein.n, kind="stein")
+    interval = t_interval(values)
     if interval is None:
         return None
     if interval.half_width is not None:

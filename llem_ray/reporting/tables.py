@@ -17,6 +17,7 @@ from llem_ray.reporting.numbers import MISSING, count_noun, format_energy, forma
 from llem_ray.reporting.summary import CellSummary, RunSummary
 
 EVERYWHERE = "all"
+SHOWN_OUTLIERS = 5
 """Mark of what holds for every cell."""
 
 _SCOPES = {
@@ -136,11 +137,18 @@ def _reading(summary: RunSummary) -> list[Text]:
         lines.append(Text(f"The joules cover {covers}. Not measured: {missing}."))
     kinds = {cell.joules_per_output_token.kind for cell in summary.cells if cell.joules_per_output_token is not None}
     told = {"t95": "95 % interval of the mean over n repeats", "U": "2 sigma of sampling where n is 1"}
+    if summary.stopping is not None:
+        told["stein"] = f"{summary.stopping.confidence:.4g} interval of the mean over n repeats, by the target's rule"
     if kinds:
         gain = "" if summary.sensor_rel is None else f" The sensors' gain error, up to {summary.sensor_rel:.0%}, comes on top."
-        lines.append(Text("± is the " + ", or ".join(told[kind] for kind in ("t95", "U") if kind in kinds) + "." + gain))
+        lines.append(Text("± is the " + ", or ".join(told[kind] for kind in told if kind in kinds) + "." + gain))
     if any(cell.valid != cell.trials for cell in summary.cells):
         lines.append(Text("n is the repeats with valid energy, of those that were tried."))
+    lines += _resolved(summary)
+    outliers = [trial_id for cell in summary.cells for trial_id in cell.outliers]
+    if outliers:
+        named = ", ".join(outliers[:SHOWN_OUTLIERS]) + (" ..." if len(outliers) > SHOWN_OUTLIERS else "")
+        lines.append(Text(f"Far from the other repeats of their cells, and counted all the same: {named}."))
     reasons = dict.fromkeys(cell.energy_reason for cell in summary.cells if cell.energy_reason)
     lines += [Text(f"No measured energy: {reason}") for reason in reasons]
     if any(cell.est_joules_per_output_token is not None for cell in summary.cells):
@@ -149,6 +157,25 @@ def _reading(summary: RunSummary) -> list[Text]:
     told_spent = [f"{format_energy(energy_j)} in {what}" for what, energy_j in spent if energy_j is not None]
     if told_spent:
         lines.append(Text("Measured: " + ", ".join(told_spent) + "."))
+    return lines
+
+
+def _resolved(summary: RunSummary) -> list[Text]:
+    """Which cells reached the run's target, and what the others lack."""
+    target = summary.stopping
+    if target is None or target.half_width_rel is None:
+        return []
+    reached = [cell for cell in summary.cells if cell.resolution is not None and cell.resolution.ended == "target"]
+    wanted = f"±{target.half_width_rel:.3g} of {target.metric} at {target.confidence:.4g}"
+    lines = [Text(f"Target {wanted}: reached by {len(reached)} of {count_noun(len(summary.cells), 'cell')}.")]
+    for cell in summary.cells:
+        found = cell.resolution
+        if found is None or found.ended == "target":
+            continue
+        now = "no interval yet" if found.half_width_rel is None else f"±{found.half_width_rel:.3g}"
+        why = {"repeats": "all repeats are used up", "budget": "the budget is used up", None: "not finished"}[found.ended]
+        more = "" if found.more is None else f", about {count_noun(found.more, 'repeat')} more would do"
+        lines.append(Text(f"  {cell.label}: {now}, {why}{more}", style="yellow"))
     return lines
 
 

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, Self, get_args
 from llem_ray.core.errors import ResultsError
 from llem_ray.results.files import storage_errors, sync_directory
 
-EventName = Literal["run_started", "leased", "measuring", "done", "failed", "interrupted", "run_finished"]
+EventName = Literal["run_started", "leased", "measuring", "done", "failed", "not_needed", "interrupted", "run_finished"]
 
 _NAMES: Final = frozenset(get_args(EventName))
 _ATTEMPT_NAMES: Final = frozenset({"leased", "measuring", "done", "failed"})
@@ -25,7 +25,7 @@ class JournalEvent:
     """One line of the journal.
 
     ``leased``, ``measuring``, ``done`` and ``failed`` are about one attempt and need ``trial_id`` and ``attempt``;
-    ``interrupted`` may name the attempt it cut short.
+    ``interrupted`` may name the attempt it cut short; ``not_needed`` names a trial whose cell had enough repeats.
     """
 
     event: EventName
@@ -65,6 +65,8 @@ class JournalState:
     """Trial -> the attempt that completed it."""
     given_up: dict[str, str] = field(default_factory=dict)
     """Trial that failed for good -> failure kind."""
+    not_needed: set[str] = field(default_factory=set)
+    """Trials that were not run, as their cells had enough repeats."""
     attempts: dict[str, int] = field(default_factory=dict)
     """Trial -> its highest attempt so far."""
     failures: dict[str, int] = field(default_factory=dict)
@@ -85,8 +87,8 @@ class JournalState:
         return self.attempts.get(trial_id, 0) + 1
 
     def is_settled(self, trial_id: str) -> bool:
-        """The trial is done, or failed for good."""
-        return trial_id in self.done or trial_id in self.given_up
+        """The trial is done, failed for good, or is not needed."""
+        return trial_id in self.done or trial_id in self.given_up or trial_id in self.not_needed
 
     def apply(self, record: Mapping[str, Any]) -> None:
         """Take in one event, as parsed from its line.
@@ -107,6 +109,10 @@ class JournalState:
             self.last_host, self.last_pid = record.get("host"), record.get("pid")
         elif name == "run_finished":
             self.finished = True
+        elif name == "not_needed":
+            if not isinstance(trial_id, str):
+                raise ValueError("event 'not_needed' needs a trial_id")
+            self.not_needed.add(trial_id)
         elif isinstance(trial_id, str):
             self.open_attempts.pop(trial_id, None)
 

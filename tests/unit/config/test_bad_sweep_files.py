@@ -145,6 +145,20 @@ CASES = {
         7,
         "base.engine.nodes: 3 GPUs cannot be spread evenly over 2 nodes",
     ),
+    "workers that do not spread over the nodes": Bad(
+        TOP + "  engine:\n    tensor_parallel: 3\n    nodes: 2\n",
+        6,
+        "base.engine.nodes: 3 workers (tensor x pipeline x data parallel) cannot be spread evenly over 2 nodes",
+    ),
+    "fewer repeats than the target's first": Bad(
+        TOP + "repeats: 4\nstopping: {half_width_rel: 0.02}\n", 4, "repeats: repeats is the most that a cell may get"
+    ),
+    "a budget smaller than one repeat": Bad(
+        TOP + "repeats: 9\nstopping: {half_width_rel: 0.02, budget_s: 9}\n", 5, "the budget is smaller than one repeat"
+    ),
+    "a budget without a target": Bad(TOP + "repeats: 9\nstopping: {budget_s: 90}\n", 5, "without a target nothing is stopped"),
+    "a target of 100 %": Bad(TOP + "repeats: 9\nstopping: {half_width_rel: 1}\n", 5, "stopping.half_width_rel"),
+    "too few first repeats": Bad(TOP + "repeats: 9\nstopping: {half_width_rel: 0.1, first: 3}\n", 5, "stopping.first"),
     "override without value": Bad(TOP, None, "--set takes key=value", overrides=("repeats",)),
     "override of nothing": Bad(TOP, None, "unknown key 'repeat'", "did you mean 'repeats'?", ("repeat=1",)),
     "override of a bare field": Bad(TOP, None, "unknown key 'batch_size'", "'workload.batch_size'", ("batch_size=1",)),

@@ -6,6 +6,7 @@ import pytest
 
 from llem_ray.core.energy import PhaseSpan
 from llem_ray.core.errors import TilingError
+from llem_ray.energy.edge import counter_near
 from llem_ray.energy.estimator import edge_margin_s
 from llem_ray.energy.ledger import DeviceLedger, check_tiling
 from llem_ray.testing.sensor import SensorModel
@@ -217,3 +218,36 @@ def test_the_ledger_refuses_a_hole_between_slices(case):
         ledger.add(one.trace, [PhaseSpan(phase="gap", begin_ns=begin_ns + 10**9 - 1, end_ns=begin_ns + 2 * 10**9)])
     assert ledger.add(one.trace, []) == ()
     assert ledger.whole().spans == 1
+
+
+@pytest.mark.parametrize("load", ["prefill_decode", "midstream", "poisson_bursts"])
+def test_cheap_boundaries_inside_a_phase_cancel(case, load):
+    inside = []
+    for seed in range(5):
+        one = case(load, 30.0, seed=seed)
+        ledger = ledger_of(one)
+        begin_ns, end_ns = one.window.begin_ns, one.window.end_ns
+        cuts = [begin_ns + (end_ns - begin_ns) * i // 12 for i in range(13)]
+        spans = [PhaseSpan(phase="unleased", begin_ns=a, end_ns=b) for a, b in pairwise(cuts)]
+        margin_ns = round(edge_margin_s(ledger.calibration, ledger.sample_period_s) * 1e9)
+        parts = []
+        for span in spans:
+            trace = one.trace.between(span.begin_ns - margin_ns, span.end_ns + margin_ns)
+            parts += ledger.add(trace, [span], goes_on=span is not spans[-1])
+        assert ledger.whole().energy_j == pytest.approx(one.read().energy_j, abs=1e-5)
+        assert ledger.whole().u_j == pytest.approx(one.read().u_j, rel=1e-6)
+        errors_j = [part.energy_j - one.load.energy_j(part.span.begin_ns / 1e9, part.span.end_ns / 1e9) for part in parts]
+        inside += [abs(error_j) <= 2 * part.u_j for error_j, part in zip(errors_j, parts, strict=True)]
+    assert np.mean(inside) >= 0.9
+
+
+def test_a_cheap_boundary_needs_new_values_on_both_sides(case):
+    one = case("midstream", 10.0)
+    trace, middle_ns = one.trace, (one.window.begin_ns + one.window.end_ns) // 2
+    edge = counter_near(trace, middle_ns)
+    assert edge is not None
+    assert edge.u_j > 0
+    assert counter_near(trace, int(trace.t_ns[0])) is None
+    assert counter_near(trace, int(trace.t_ns[-1]) + 10**9) is None
+    assert counter_near(replace(trace, energy_mj=trace.energy_mj[::-1]), middle_ns) is None
+    assert counter_near(replace(trace, energy_mj=np.full(len(trace), np.nan)), middle_ns) is None

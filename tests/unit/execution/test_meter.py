@@ -154,3 +154,10 @@ def test_what_was_fetched_is_not_fetched_again_and_can_be_forgotten() -> None:
     assert meter.pump(hurry=True) == []
     meter.trim("n", 2 * NS_PER_S)
     assert list(meter.trace("n", ESTIMATE, 0, 10 * NS_PER_S).t_ns) == [2 * NS_PER_S, 3 * NS_PER_S]
+
+
+def test_how_many_samples_come_in_a_second() -> None:
+    meter, _ = opened(device(COUNTER, "measured_counter"), device(ESTIMATE, "estimated_model"))
+    assert meter.samples_per_s == pytest.approx(20.0 + 1.0)
+    without_meter, _ = opened(device(COUNTER, "unavailable"))
+    assert without_meter.samples_per_s == 0.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -418,3 +420,19 @@ def test_a_host_that_comes_back_with_another_clock_is_accounted_for_on_both(tmp_
                 truth_j = sum(boot.true_j(uuid, row["begin_ns"], row["end_ns"]) for uuid in leased)
                 assert row["total_energy_j"] == pytest.approx(truth_j, rel=0.01)
     assert_tiled(session, gpus("north", "east"))
+
+
+REPEATED = (
+    ONE_GROUP.replace("repeats: 1", "repeats: 8\nstopping: {half_width_rel: 0.9, metric: output_throughput_tok_s}")
+    .replace("min_window_s: 0.4", "min_window_s: 0.2")
+    .replace("load_ms: [1]", "load_ms: [1]\n  engine.engine_args.decode_ms: [20]")
+)
+
+
+def test_cells_that_reached_the_target_get_no_more_repeats_also_after_a_resume(session: Session) -> None:
+    session.when_trial(7, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert session.run(REPEATED).interrupted
+    assert session.run(REPEATED).left == 0
+    assert_each_done_once(session, 10)
+    assert session.events().count("not_needed") == 6
+    assert {row["repeat"] for row in session.rows()} == {0, 1, 2, 3, 4}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llem_ray.core.units import NS_PER_S
-from llem_ray.execution.bookkeeper import Turns
+from llem_ray.execution.turns import Turns
 
 
 @pytest.mark.parametrize("n", [1, 3, 10, 1000])

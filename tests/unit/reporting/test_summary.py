@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from llem_ray.core.spec import StoppingSpec
 from llem_ray.reporting.summary import SUMMARY_COLUMNS, Uncertain, summarise_run
 from llem_ray.results.schema import SCHEMAS
 
@@ -13,6 +14,7 @@ def row(cell: str, repeat: int, **more: Any) -> dict[str, Any]:
     return {
         "cell_id": cell,
         "trial_id": f"{cell}-r{repeat}",
+        "repeat": repeat,
         "attempt": 1,
         "status": "completed",
         "settings": json.dumps({"workload.batch_size": 1 if cell == "a" else 4, "engine.backend": "transformers"}),
@@ -105,6 +107,44 @@ def test_the_run_says_what_its_joules_cover() -> None:
     assert summary.details == {"edge_gap": "0.3 s"}
 
 
+SPREAD = (0.50, 0.51, 0.49, 0.505, 0.495)
+
+
+def test_cells_are_told_apart_by_whether_they_reached_the_target() -> None:
+    rows = [row("a", n, joules_per_output_token=0.5) for n in range(5)]
+    rows += [row("b", n, joules_per_output_token=value) for n, value in enumerate(SPREAD)]
+    rows += [row("c", n, **FAILED) for n in range(2)]
+    target = StoppingSpec(half_width_rel=0.01)
+    summary = summarise_run("run", rows, stopping=target, repeats=5)
+    a, b, c = (cell.resolution for cell in summary.cells)
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    assert (a.ended, a.more, a.half_width_rel) == ("target", 0, 0.0)
+    # s0 = 0.0079057, t(0.975, 4) = 2.776445: (2.776445 x 0.0079057 / 0.005)^2 = 19.3, so 20 in all
+    assert (b.ended, b.more) == ("repeats", 15)
+    assert b.half_width_rel == pytest.approx(2.776445 * 0.00790569 / 5**0.5 / 0.5, rel=1e-5)
+    assert (c.ended, c.more, c.half_width_rel) == (None, None, None)
+    assert summary.cells[1].variation == pytest.approx(0.00790569 / 0.5, rel=1e-5)
+    shown = summary.cells[1].joules_per_output_token
+    assert shown is not None
+    assert (shown.kind, shown.n) == ("stein", 5)
+
+
+def test_a_run_without_a_target_has_no_resolution() -> None:
+    summary = summarise_run("run", [row("a", n) for n in range(3)], stopping=StoppingSpec(), repeats=3)
+    assert summary.stopping is None
+    assert summary.cells[0].resolution is None
+
+
+def test_outliers_are_named_and_stay_in_the_mean() -> None:
+    values = [*SPREAD, 2.0]
+    (cell,) = summarise_run("run", [row("a", n, joules_per_output_token=value) for n, value in enumerate(values)]).cells
+    assert cell.outliers == ("a-r5",)
+    assert cell.joules_per_output_token is not None
+    assert cell.joules_per_output_token.mean == pytest.approx(sum(values) / 6)
+
+
 def test_the_summary_needs_no_other_columns() -> None:
     assert set(SUMMARY_COLUMNS) <= set(SCHEMAS["trials"].names)
     rows = [row("a", 0, ranks=[], est_energy_j=3.0), row("b", 0, **FAILED)]
@@ -122,7 +162,9 @@ def test_the_summary_needs_no_other_columns() -> None:
             return super().get(name, default)
 
     summarise_run(
-        "run", [Watched(row("a", 0)), Watched(row("b", 0, **INVALID, total_energy_j=None)), Watched(row("c", 0, **FAILED))]
+        "run",
+        [Watched(row("a", 0)), Watched(row("b", 0, **INVALID, total_energy_j=None)), Watched(row("c", 0, **FAILED))],
+        stopping=StoppingSpec(half_width_rel=0.02),
     )
     assert used == set(SUMMARY_COLUMNS)
 
