@@ -15,6 +15,10 @@ SMALL = {"max_num_seqs": 4, "max_model_len": 256}
 PROMPTS = [tuple(3 + (41 * row + 13 * column) % 2000 for column in range(length)) for row, length in enumerate((24, 5, 60))]
 NEW_TOKENS = 64
 
+HIDDEN, MLP, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 128, 352, 4, 4, 2, 32, 2048
+MATMUL = LAYERS * (2 * HIDDEN * HEADS * HEAD_DIM + 2 * HIDDEN * KV_HEADS * HEAD_DIM + 3 * HIDDEN * MLP)
+FLOAT_BYTES = 4
+
 
 def config_of(
     folder: Path, model: ModelSpec, args: Mapping[str, Any] | None = None, online: bool = False, **engine: Any
@@ -61,3 +65,14 @@ def children() -> set[str]:
 
 def tokens_of(records: list[RequestRecord]) -> list[tuple[int, ...]]:
     return [record.output_token_ids for record in records]
+
+
+def flops_of(tokens: int, context: int) -> int:
+    """Every matrix product of one forward pass; the head only for the last token, attention over the whole context."""
+    return 2 * MATMUL * tokens + 2 * VOCAB * HIDDEN + 4 * LAYERS * HEADS * HEAD_DIM * tokens * context
+
+
+def read_bytes_of(tokens: int, context: int) -> int:
+    """Every weight once, every input of a matrix product, and the keys and values of the context."""
+    inputs = tokens * (2 * HIDDEN + 2 * HEADS * HEAD_DIM + 3 * MLP) + 2 * context * KV_HEADS * HEAD_DIM
+    return FLOAT_BYTES * (MATMUL + VOCAB * HIDDEN + LAYERS * inputs + HIDDEN)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
-from vllm_models import PROMPTS, SMALL, config_of, requests_of, serve
+from vllm_models import PROMPTS, SMALL, config_of, flops_of, read_bytes_of, requests_of, serve
 
 from llem_ray.backends.vllm.backend import VllmBackend, installed_version
 from llem_ray.core.backend import Request
@@ -69,22 +69,6 @@ def test_rows_of_both_engines_line_up(loaded: VllmBackend, expected: dict[str, A
     assert report.context_tokens == SMALL["max_model_len"]
     assert report.notes["engine"] == f"vllm {installed_version()}"
     assert "NaN" in report.notes["numerics"]
-
-
-HIDDEN, MLP, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 128, 352, 4, 4, 2, 32, 2048
-MATMUL = LAYERS * (2 * HIDDEN * HEADS * HEAD_DIM + 2 * HIDDEN * KV_HEADS * HEAD_DIM + 3 * HIDDEN * MLP)
-FLOAT_BYTES = 4
-
-
-def flops_of(tokens: int, context: int) -> int:
-    """Every matrix product of one forward pass; the head only for the last token, attention over the whole context."""
-    return 2 * MATMUL * tokens + 2 * VOCAB * HIDDEN + 4 * LAYERS * HEADS * HEAD_DIM * tokens * context
-
-
-def read_bytes_of(tokens: int, context: int) -> int:
-    """Every weight once, every input of a matrix product, and the keys and values of the context."""
-    inputs = tokens * (2 * HIDDEN + 2 * HEADS * HEAD_DIM + 3 * MLP) + 2 * context * KV_HEADS * HEAD_DIM
-    return FLOAT_BYTES * (MATMUL + VOCAB * HIDDEN + LAYERS * inputs + HIDDEN)
 
 
 def test_flops_and_bytes_of_every_step_are_exact(loaded: VllmBackend, checkpoint: ModelSpec) -> None:

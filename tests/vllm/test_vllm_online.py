@@ -73,9 +73,10 @@ def test_an_abandoned_run_aborts_its_requests_and_leaves_no_step_behind(loaded: 
 
 
 def test_an_idle_engine_is_in_no_step(loaded: VllmBackend) -> None:
-    steps, records = serve(loaded, requests_of(new_tokens=2), LoadSchedule(send_at_ns=(0, 300_000_000, 600_000_000)))
+    requests = requests_of(new_tokens=2)[:2]
+    steps, records = serve(loaded, requests, LoadSchedule(send_at_ns=(0, 1_500_000_000)))
     firsts = [step for step in steps if step.kind == "prefill"]
-    assert len(firsts) == 3
+    assert [step.prefill_tokens for step in firsts] == [len(request.prompt_token_ids) for request in requests]
     assert all(step.begin_ns >= record.sent_ns for step, record in zip(firsts, records, strict=True))
 
 

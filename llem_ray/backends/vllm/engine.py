@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import os
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -38,7 +40,7 @@ from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
 from llem_ray.backends.vllm.arguments import OURS, engine_arguments, place_of
 from llem_ray.backends.vllm.failures import is_out_of_memory, load_failure, whole_message
 from llem_ray.backends.vllm.gang import Gang, ranks_of
-from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
+from llem_ray.backends.vllm.leftovers import end_processes, is_alive, remove_segments, shared_segments
 from llem_ray.backends.vllm.offline import OfflineEngine
 from llem_ray.backends.vllm.online import OnlineEngine
 from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
@@ -56,6 +58,8 @@ from llem_ray.core.spec import SamplingSpec
 
 WARM_PROMPT_TOKENS: Final = 8
 WARM_NEW_TOKENS: Final = 2
+END_S: Final = 3.0
+"""Longest wait for workers that were told to end, before they are killed."""
 
 ARGUMENT_ERRORS: Final = (TypeError, ValueError, KeyError, AttributeError, NotImplementedError, AssertionError)
 """What vLLM's config raises at arguments; pydantic's errors are ValueErrors."""
@@ -96,6 +100,7 @@ class Engine:
         self.workers = engine.describe_workers()
         self.ranks = ranks_of(self.workers, (host,)) if gang is None else gang.ranks_of(self.workers)
         self._segments = shared_segments((rank.pid for rank in self.ranks), rings=gang is not None)
+        self._processes = [psutil.Process(rank.pid) for rank in self.ranks if rank.pid != os.getpid()]
         _open_engines += 1
 
     def weight_bytes(self, parameters: int | None) -> int | None:
@@ -110,6 +115,13 @@ class Engine:
         if current_platform.is_cpu():
             return None
         return sum(int(worker["weight_bytes"]) for worker in self.workers)
+
+    @property
+    def compile_s(self) -> float | None:
+        """What torch.compile took, the longest of all workers; 0 where nothing is compiled, None where vLLM does not tell."""
+        compiled_s = max(float(worker["compile_s"]) for worker in self.workers)
+        eager = not self._engine.vllm_config.compilation_config.mode
+        return compiled_s if compiled_s or eager else None
 
     @property
     def cache_tokens(self) -> int | None:
@@ -139,7 +151,7 @@ class Engine:
                 raise EngineDied(f"vLLM's engine process ended: {first_line(error)}") from error
             if is_out_of_memory(error):
                 raise DeviceMemoryError(f"{len(requests)} requests do not fit: {first_line(error)}") from error
-            if not all(_is_alive(rank.pid) for rank in self.ranks):
+            if not all(is_alive(process) for process in self._processes):
                 raise EngineDied(f"a worker's process ended: {first_line(error)}") from error
             raise GenerationError(f"vLLM failed: {first_line(error)}") from error
 
@@ -163,9 +175,10 @@ class Engine:
         if self._gang is not None:
             self._gang.begin_end()
         self._engine.close()
+        end_processes(self._processes, END_S)
         if self._gang is not None:
-            self._gang.await_end()
             self._gang.end_processes()
+            self._gang.await_end()
             self._gang.close()
         remove_segments(self._segments)
         del self._engine, self._tokenizer
@@ -240,14 +253,15 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
                 started.close()
             if gang is not None:
                 gang.close()
+            _drop_frames(error)
             release_process_state()
         raise failure from error
     finished_s = time.monotonic()
     parameters = _parameters(prepared.model_config, config.model.trust_remote_code)
     return engine, LoadReport(
         import_s=import_s,
-        construct_s=constructed_s - begin_s,
-        compile_s=None,
+        construct_s=constructed_s - begin_s - (engine.compile_s or 0.0),
+        compile_s=engine.compile_s,
         warm_s=finished_s - constructed_s,
         context_tokens=engine.context_tokens,
         vocab_size=engine.vocab_size,
@@ -281,11 +295,12 @@ def release_process_state() -> None:
     cleanup_dist_env_and_memory()
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+def _drop_frames(error: BaseException) -> None:
+    """The frames of a failed load hold the engine as far as it was built, and its memory, for as long as the error lives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
 
 
 def _shield_kernel_search() -> None:

@@ -169,10 +169,12 @@ class OnlineEngine:
 
     def close(self) -> None:
         """End vLLM's processes and the event loop. Bounded in time: who does not end is killed."""
-        with contextlib.suppress(HangError):
-            self._call(self._shut_down(), CLOSE_S, "close")
-        self._end_loop()
-        del self.llm
+        try:
+            with contextlib.suppress(HangError):
+                self._call(self._shut_down(), CLOSE_S, "close")
+        finally:
+            self._end_loop()
+            del self.llm
 
     def _events(self, run: _Run, count: int) -> Iterator[StepEvent | Answer]:
         """Steps and answers, until ``count`` requests are answered and all their tokens have been seen in steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import select
 import signal
@@ -20,21 +21,30 @@ class WorkerExtension:
     device: Any
     rank: int
     model_runner: Any
+    compilation_config: Any
 
-    def llem_ray_describe(self) -> dict[str, int | str]:
-        """Rank, pid, UUID of the device (empty on the CPU) and bytes of the weights this worker holds.
+    def llem_ray_describe(self) -> dict[str, int | float | str]:
+        """Rank, pid, UUID of the device (empty on the CPU), bytes of the weights this worker holds, seconds it compiled.
 
-        From then on the worker ends with its parent. vLLM's own workers stay, and keep the GPU, where the parent was killed while
-        they wait for another host.
+        From then on a worker with a process of its own ends with the one that started it. vLLM's own workers stay, and keep the
+        GPU, where that was killed while they wait for another host.
         """
-        threading.Thread(target=_end_with, args=(os.getppid(),), name="llem-ray-parent", daemon=True).start()
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            threading.Thread(target=_end_with, args=(parent.pid,), name="llem-ray-parent", daemon=True).start()
         uuid = ""
         if self.device.type == "cuda":
             import torch  # noqa: PLC0415 - this module is imported by processes that have no torch
 
             uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
         weights = sum(parameter.numel() * parameter.element_size() for parameter in self.model_runner.get_model().parameters())
-        return {"rank": self.rank, "pid": os.getpid(), "gpu_uuid": uuid, "weight_bytes": weights}
+        return {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "gpu_uuid": uuid,
+            "weight_bytes": weights,
+            "compile_s": float(self.compilation_config.compilation_time),
+        }
 
 
 def _end_with(parent: int) -> None:
