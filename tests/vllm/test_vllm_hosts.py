@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +19,8 @@ from gang import FollowingRank, GangBackend, free_port, place
 from vllm_models import SMALL, children, config_of, requests_of
 
 from llem_ray.backends.process.proxy import ProcessBackend
-from llem_ray.backends.vllm.backend import VllmBackend
+from llem_ray.backends.vllm.backend import VllmBackend, installed_version
+from llem_ray.backends.vllm.gang import Gang
 from llem_ray.backends.vllm.leftovers import shared_segments
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import EngineDied, GenerationError, LoadError
@@ -153,4 +155,23 @@ def test_a_host_that_cannot_load_says_why_to_the_others(tmp_path: Path, monkeypa
     finally:
         backend.close()
         follower.close()
+    assert children() == before
+
+
+def test_a_host_that_goes_while_this_one_loads_is_named(tmp_path: Path) -> None:
+    """vLLM itself would wait for its workers for ten minutes."""
+    before, port = children(), free_port()
+    config = config_of(tmp_path, TINY, tensor_parallel=2)
+    leading, other = (replace(config, rendezvous=place(rank, 2, port, ("host-1", "host-2"))) for rank in (0, 1))
+
+    def come_and_go() -> None:
+        gang = Gang.meet(other, str(installed_version()))
+        time.sleep(5.0)
+        gang.close()
+
+    threading.Thread(target=come_and_go, daemon=True).start()
+    backend = VllmBackend(leading)
+    with pytest.raises(LoadError, match=r"the gang did not load: rank 1 \(host-2\) is gone"):
+        backend.load()
+    backend.close()
     assert children() == before

@@ -32,6 +32,7 @@ LOAD_S: Final = 6 * 3600.0
 SEND_S: Final = 10.0
 SETTLE_S: Final = 3.0
 """How long after vLLM failed another host may take to say that it is why."""
+AGAIN_MS: Final = 200
 CLOSE_S: Final = 10.0
 """Longest wait for the other hosts to end their workers."""
 
@@ -59,7 +60,7 @@ class Gang:
         self._ending = False
         self._lock = threading.Lock()
         self._processes: dict[int, str] = {}
-        self._foreign = frozenset(process.pid for process in psutil.Process().children(recursive=True))
+        self._foreign: frozenset[int] = frozenset()
         self._wake, self._wakes = socket.socketpair()
         self._thread = threading.Thread(target=self._watch, name="llem-ray-gang", daemon=True)
 
@@ -82,6 +83,7 @@ class Gang:
         except BaseException:
             gang.close()
             raise
+        gang._foreign = frozenset(process.pid for process in psutil.Process().children())
         gang._thread.start()
         return gang
 
@@ -189,10 +191,14 @@ class Gang:
         self._wake.close()
 
     def end_processes(self) -> None:
-        """Kill what vLLM started in this process."""
-        for process in psutil.Process().children(recursive=True):
+        """Kill all that vLLM started since the meeting."""
+        ours = [process for process in psutil.Process().children() if process.pid not in self._foreign]
+        for process in tuple(ours):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if process.pid not in self._foreign and "resource_tracker" not in " ".join(process.cmdline()):
+                ours += process.children(recursive=True)
+        for process in ours:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "resource_tracker" not in " ".join(process.cmdline()):
                     process.kill()
 
     def _next(self, timeout_s: float | None, doing: str) -> Said:
@@ -228,7 +234,10 @@ class Gang:
             poll.register(link.fileno(), select.POLLIN | select.POLLRDHUP)
         by_descriptor = {link.fileno(): link for link in self._links.values()}
         while True:
-            for descriptor, _ in poll.poll():
+            ready = poll.poll(AGAIN_MS if self.failure is not None else None)
+            if not ready:  # vLLM may have been about to start something when the gang failed
+                self.end_processes()
+            for descriptor, _ in ready:
                 if descriptor == self._wake.fileno():
                     if not self._wake.recv(64):
                         return

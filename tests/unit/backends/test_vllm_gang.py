@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import pytest
 from gang import free_port, place
 
+from llem_ray.backends.model_source import ModelSource
 from llem_ray.backends.process.wire import unpack_each
 from llem_ray.backends.vllm.arguments import check_spec, engine_arguments, local_workers
 from llem_ray.backends.vllm.gang import Gang
@@ -154,15 +154,20 @@ def test_a_worker_s_end_is_told_and_what_was_started_is_killed(gangs: list[Gang]
             with pytest.raises(EngineDied, match=r"rank 1 \(b\): worker 2 \(pid 7\) ended"):
                 gangs[0].hear("closed", 20, "work")
         assert other.wait(20) < 0
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as late:
+        assert late.wait(20) < 0
     os.close(descriptor)
 
 
-def test_what_was_there_before_the_gang_is_left_alone() -> None:
+def test_what_was_there_before_the_meeting_is_left_alone() -> None:
+    port, pair = free_port(), ("a", "b")
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as before:
-        gang = Gang(place(0, 2, 1, ("a", "b")))
-        gang.end_processes()
-        assert psutil.Process(before.pid).is_running()
-        gang.close()
+        met = [start(lambda rank=rank: Gang.meet(config_of(rank, port, pair), "0.32")) for rank in range(2)]
+        met[1].result(30).close()
+        with pytest.raises(EngineDied, match="is gone"):
+            met[0].result(30).hear("closed", 20, "work")
+        assert psutil.Process(before.pid).status() != psutil.STATUS_ZOMBIE
+        met[0].result(30).close()
         before.kill()
 
 
@@ -207,7 +212,8 @@ def test_vllm_is_told_where_this_host_stands(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     config = config_of(1, 29_000)
-    values = engine_arguments(config, SourceStub(), "model", "float32")  # type: ignore[arg-type]
+    source = ModelSource(kind="folder", location="/model", random=False, tokenizer=None, tokenizer_optional=False)
+    values = engine_arguments(config, source, "/model", "float32")
     assert (values["nnodes"], values["node_rank"], values["master_addr"]) == (3, 1, "127.0.0.1")
     assert values["distributed_executor_backend"] == "mp"
     assert "meet_timeout_s" not in values
@@ -219,11 +225,3 @@ def test_vllm_is_told_where_this_host_stands(monkeypatch: pytest.MonkeyPatch) ->
     defaults.take_back()
     assert named == {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "ib0"}
     assert "VLLM_HOST_IP" not in os.environ
-
-
-class SourceStub:
-    """A folder with weights."""
-
-    kind = "folder"
-    random = False
-    location = str(Path())
