@@ -20,6 +20,7 @@ from llem_ray.testing.lab.truth import JudgedTrial, judge_trials
 ROOT = Path(__file__).parents[2]
 CLOCKS_S = {"h1": 5, "h2": 7_200}
 LOAD_S = 400.0
+ENGINE_SIGNS = ("VLLM::", "multiprocessing.spawn", "llem_ray.backends.process.child")
 
 
 def vllm_python() -> str:
@@ -78,7 +79,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
         trials = run.table("trials")
         left = {
             name: (
-                [process.command for process in lab.pids(name) if "vllm" in process.command.lower()],
+                [process.command for process in lab.pids(name) if any(sign in process.command for sign in ENGINE_SIGNS)],
                 lab.run(name, ["ls", "/dev/shm"], timeout_s=30).stdout.split(),
             )
             for name in CLOCKS_S
