@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +21,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
+from llem_ray.backends.cache_file import write_atomically
 from llem_ray.backends.model_source import ModelSource
 from llem_ray.core.errors import LoadError
 from llem_ray.core.spec import ModelSpec
@@ -46,6 +49,8 @@ def read_model_config(source: ModelSource, model: ModelSpec) -> Any:
     """
     if source.kind == "builtin":
         config = AutoConfig.for_model("llama", **BUILTIN_MODELS[source.location].config)
+        if hasattr(config, "rope_theta"):  # transformers 4 knows no rope_parameters
+            config.rope_theta = BUILTIN_MODELS[source.location].config["rope_parameters"]["rope_theta"]
     else:
         config = AutoConfig.from_pretrained(
             source.location, revision=model.revision or "main", trust_remote_code=model.trust_remote_code
@@ -76,6 +81,34 @@ def count_parameters(config: Any, *, trust_remote_code: bool) -> int:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return int(skeleton.num_parameters())
+
+
+def known_parameters(config: Any, *, trust_remote_code: bool) -> int | None:
+    """Exact number of parameters; None for a model that only the engine knows."""
+    try:
+        return count_parameters(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, ImportError, AttributeError):
+        return None
+
+
+def model_folder(source: ModelSource, config: Any, cache_dir: Path) -> str:
+    """Hub id or folder to hand to an engine that reads models by itself; a config without a folder is written to the cache.
+
+    Raises:
+        LoadError: It cannot be written.
+    """
+    if source.kind in ("hub", "folder"):
+        return source.location
+    if not config.architectures:
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        config.architectures = [model_class.__name__]
+    text = config.to_json_string()
+    folder = cache_dir / "configs" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    try:
+        write_atomically(folder / "config.json", text)
+    except OSError as error:
+        raise LoadError(f"the model's config cannot be written: {error}", "make the cache folder writable") from error
+    return str(folder)
 
 
 def quieten() -> None:

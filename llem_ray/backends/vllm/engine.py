@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import time
 import traceback
@@ -21,7 +20,6 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what third-party modules say about each other is not ours to pass on
     import vllm
-    from transformers import AutoModelForCausalLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.peft_helper import PEFTHelper
@@ -30,10 +28,17 @@ with warnings.catch_warnings():
     from vllm.v1.engine.exceptions import EngineDeadError
 
 from llem_ray.backends.batch_checks import require_valid
-from llem_ray.backends.cache_file import write_atomically
 from llem_ray.backends.engine_args import FIELD
 from llem_ray.backends.lora import LORA_FIELD, LoraArgs, adapter_rank, parse_lora
-from llem_ray.backends.model_config import count_parameters, first_line, load_error, quieten, read_model_config, weight_dtype
+from llem_ray.backends.model_config import (
+    first_line,
+    known_parameters,
+    load_error,
+    model_folder,
+    quieten,
+    read_model_config,
+    weight_dtype,
+)
 from llem_ray.backends.model_source import ModelSource, model_commit
 from llem_ray.backends.random_adapter import random_adapter
 from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
@@ -200,7 +205,7 @@ def prepare(config: BackendConfig, source: ModelSource) -> Prepared:
     except Exception as error:  # configs of third parties may raise anything
         raise load_error(f"model {source.location!r}", error) from error
     dtype = weight_dtype(source, config.model, model_config, config.device)
-    location = _location(source, model_config, Path(config.cache_dir))
+    location = model_folder(source, model_config, Path(config.cache_dir))
     lora = parse_lora(config.engine.engine_args, config.base_dir)
     arguments = engine_arguments(
         config, source, location, str(dtype).removeprefix("torch.") if dtype else "auto", adapter_rank(lora) if lora else None
@@ -257,7 +262,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
             release_process_state()
         raise failure from error
     finished_s = time.monotonic()
-    parameters = _parameters(prepared.model_config, config.model.trust_remote_code)
+    parameters = known_parameters(prepared.model_config, trust_remote_code=config.model.trust_remote_code)
     return engine, LoadReport(
         import_s=import_s,
         construct_s=constructed_s - begin_s - (engine.compile_s or 0.0),
@@ -369,29 +374,6 @@ def _adapter(config: BackendConfig, model_config: Any, vllm_config: Any, lora: L
             found=str(folder) if lora.path is not None else f"rank {lora.rank}",
         ) from error
     return folder
-
-
-def _location(source: ModelSource, model_config: Any, cache_dir: Path) -> str:
-    """Hub id or folder to hand to vLLM; a config without a folder of its own is written to the cache."""
-    if source.kind in ("hub", "folder"):
-        return source.location
-    if not model_config.architectures:
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(model_config)]
-        model_config.architectures = [model_class.__name__]
-    text = model_config.to_json_string()
-    folder = cache_dir / "configs" / hashlib.sha256(text.encode()).hexdigest()[:16]
-    try:
-        write_atomically(folder / "config.json", text)
-    except OSError as error:
-        raise LoadError(f"the model's config cannot be written for vLLM: {error}", "make the cache folder writable") from error
-    return str(folder)
-
-
-def _parameters(model_config: Any, trust_remote_code: bool) -> int | None:
-    try:
-        return count_parameters(model_config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, ImportError, AttributeError):
-        return None  # a model that only vLLM knows
 
 
 def _notes(asked: BackendConfig, engine: Engine, prepared: Prepared, tokenizer_origin: str) -> dict[str, str]:
