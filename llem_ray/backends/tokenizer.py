@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llem_ray.backends.cache_file import write_atomically
 from llem_ray.backends.model_config import load_error
 from llem_ray.backends.model_source import ModelSource
-from llem_ray.core.backend import BackendConfig
-from llem_ray.core.errors import LoadError
+from llem_ray.core.backend import BackendConfig, ChatMessage
+from llem_ray.core.errors import ConfigError, LoadError
 
 UNKNOWN, BEGIN, END = SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
@@ -84,6 +85,29 @@ def find_tokenizer(config: BackendConfig, source: ModelSource, model_config: Any
             return tokenizer, source.tokenizer
     vocab_size = int(model_config.get_text_config().vocab_size)
     return train_tokenizer(vocab_size, Path(config.cache_dir)), "trained locally"
+
+
+def encode_chats(tokenizer: Any, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+    """Token ids of each chat by the tokenizer's own template, up to where the assistant's answer begins.
+
+    Raises:
+        ConfigError: There is no template, or it refuses these messages.
+    """
+    field, allowed = "workload.prompts.chat_template", "false, or a model whose tokenizer has a chat template"
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("the model's tokenizer has no chat template", field=field, found="true", allowed=allowed)
+    try:
+        return [
+            list(
+                tokenizer.apply_chat_template(
+                    [message._asdict() for message in chat], tokenize=True, add_generation_prompt=True, return_dict=False
+                )
+            )
+            for chat in chats
+        ]
+    except (TemplateError, ValueError) as error:
+        message = f"the model's chat template refuses the messages: {error}"
+        raise ConfigError(message, field=field, found="true", allowed=allowed) from error
 
 
 def special_token_ids(tokenizer: Any) -> tuple[int, ...]:

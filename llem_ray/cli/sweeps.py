@@ -17,11 +17,12 @@ from llem_ray.core.errors import ConfigError
 from llem_ray.core.plan import Plan
 from llem_ray.core.spec import Sweep
 from llem_ray.execution.history import find_past_run
+from llem_ray.execution.memory import group_memory, local_devices
 from llem_ray.planning.plan import make_plan
 from llem_ray.planning.serialise import plan_to_dict
 from llem_ray.power.sources import count_gpus
 from llem_ray.reporting.numbers import count_noun
-from llem_ray.reporting.plan import plan_table
+from llem_ray.reporting.plan import LoadMemory, plan_table
 
 SWEEP = click.Path(path_type=Path)
 RESULTS_DIR = click.option(
@@ -105,11 +106,14 @@ def schema() -> None:
 def plan(sweep: Path, overrides: tuple[str, ...], results_dir: Path, as_json: bool) -> None:
     """Show what `submit` would run.
 
-    Trials in run order, model loads, GPUs, cells dropped and why, and what it will take: known from an earlier run of a sweep of
-    this name, or from `rates` in the file.
+    Trials in run order, model loads, GPUs and the memory each of them needs, cells dropped and why, and what it will take: known
+    from an earlier run of a sweep of this name, or from `rates` in the file.
     """
     made = build_plan(load_sweep(sweep, overrides=overrides), results_dir, count_gpus())
+    devices = local_devices()
+    memory = [group_memory(group, made.base_dir, devices) for group in made.groups]
     if as_json:
-        echo_json(plan_to_dict(made))
+        echo_json({**plan_to_dict(made), "memory": [item.as_dict() for item in memory]})
     else:
-        Console().print(plan_table(made))
+        needs = [LoadMemory(item.need, item.unknown, item.refusal, item.doubt) for item in memory]
+        Console().print(plan_table(made, needs))

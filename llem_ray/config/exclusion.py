@@ -9,6 +9,7 @@ from typing import Any
 from llem_ray.config.document import Document, Where
 from llem_ray.config.fields import Leaf, Path, Section, unknown_key
 from llem_ray.config.patches import EXPERIMENT
+from llem_ray.core.identity import plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def _rule(document: Document, where: Where, item: Mapping[str, Any]) -> Rule:
 
 
 def _typed(document: Document, where: Where, leaf: Leaf, path: Path, value: Any) -> Any:
-    return value if leaf.open and path != leaf.path else leaf.check(document, where, value)
+    return value if leaf.open and path != leaf.path else plain(leaf.check(document, where, value))
 
 
 def _at(resolved: Mapping[str, Any], path: Path) -> Any:

@@ -18,7 +18,8 @@ from llem_ray.config.exclusion import Rule
 from llem_ray.config.fields import Section
 from llem_ray.config.file import build
 from llem_ray.config.patches import EXPERIMENT, Assigned, Patch, nested, settings_of
-from llem_ray.config.rules import Broken, broken_rule, implied
+from llem_ray.config.rules import broken_rule, implied
+from llem_ray.config.workload_rules import Broken
 from llem_ray.core.identity import canonical_json, digest, plain
 from llem_ray.core.spec import Cell, DroppedCell, Experiment
 
@@ -148,9 +149,12 @@ class Expansion:
             for path, assigned in patch.items():
                 if path[: len(broken.path)] == broken.path:
                     where = assigned.where
-        found = f"in the cell {_listed(settings)}" if settings else None
+                elif path == broken.path[: len(path)]:
+                    where = (*assigned.where, *broken.path[len(path) :])
+        cell = f"in the cell {_listed(settings)}" if settings else None
+        found = ", ".join(part for part in (broken.found, cell) if part) or None
         message = f"{broken.message} ({dotted(broken.path)})"
-        return self._document.error(where, message, found=found, hint=broken.hint)
+        return self._document.error(where, message, found=found, allowed=broken.allowed, hint=broken.hint)
 
 
 def check_size(document: Document, axes: Sequence[Axis], experiments: Sequence[Patch], limit: int) -> None:

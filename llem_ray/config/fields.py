@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
-from typing import Any, TypeAlias, get_origin, get_type_hints
+from typing import Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -27,6 +27,8 @@ class Leaf:
     schema: Mapping[str, Any]
     """JSON Schema of the field: type, default, description."""
     required: bool
+    shape: Section | None = None
+    """The dataclass that a mapping stands for here, where the field also takes plain values."""
 
     @cached_property
     def open(self) -> bool:
@@ -54,6 +56,8 @@ class Leaf:
         try:
             return self.parse(value)
         except ValidationError:
+            if self.shape is not None and isinstance(value, dict):
+                _check_mapping(document, where, self.shape, value)
             allowed = allowed_text(self.schema)
             message = f"wrong value for {self.path[-1]}"
             raise document.error(where, message, found=shorten(value), allowed=allowed) from None
@@ -103,8 +107,35 @@ def _section(cls: type, path: Path, schema: Mapping[str, Any], defs: Mapping[str
             children[item.name] = _section(hint, below, {**defs[hint.__name__], **_described(entry)}, defs)
         else:
             required = item.default is MISSING and item.default_factory is MISSING
-            children[item.name] = Leaf(below, hint, entry, required)
+            shapes = [part for part in get_args(hint) if is_dataclass(part) and isinstance(part, type)]
+            shape = _section(shapes[0], below, defs[shapes[0].__name__], defs) if shapes else None
+            children[item.name] = Leaf(below, hint, _inlined(entry, defs), required, shape)
     return Section(path, cls, schema, children)
+
+
+def _inlined(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with the dataclasses it refers to written out."""
+    whole = {**defs[schema["$ref"].rsplit("/", maxsplit=1)[-1]], **schema} if "$ref" in schema else dict(schema)
+    whole.pop("$ref", None)
+    if "anyOf" in whole:
+        whole["anyOf"] = [_inlined(option, defs) for option in whole["anyOf"]]
+    return whole
+
+
+def _check_mapping(document: Document, where: Where, shape: Section, value: Mapping[str, Any]) -> None:
+    """Find out what is wrong with a mapping that stands for a dataclass.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or its value has another type.
+    """
+    for key, item in value.items():
+        child = shape.children.get(key)
+        if not isinstance(child, Leaf):
+            raise unknown_key(document, (*where, key), key, shape)
+        child.check(document, (*where, key), item)
+    for name, child in shape.children.items():
+        if isinstance(child, Leaf) and child.required and name not in value:
+            raise document.error((*where, name), f"{name} is missing", allowed=allowed_text(child.schema))
 
 
 def _described(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,6 +160,8 @@ def allowed_text(schema: Mapping[str, Any]) -> str:
         "array": "list",
     }
     text = words.get(schema.get("type", ""), "any value")
+    if text == "mapping" and "properties" in schema:
+        text = f"mapping of {', '.join(schema['properties'])}"
     if text == "list" and "items" in schema:
         text = f"{'non-empty ' if schema.get('minItems') else ''}list of {allowed_text(schema['items'])}"
     signs = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))

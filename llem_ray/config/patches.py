@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from llem_ray.config.document import Document, Where, secret_error
 from llem_ray.config.fields import Leaf, Path, Section, section_of, unknown_key
+from llem_ray.core.identity import plain
 from llem_ray.core.spec import Experiment
 
 EXPERIMENT: Final = section_of(Experiment)
@@ -109,5 +111,12 @@ def nested(flat: Mapping[Path, Any]) -> dict[str, Any]:
 
 
 def settings_of(patch: Patch) -> dict[str, Any]:
-    """The patch's values by dotted key, for display."""
-    return {".".join(path): assigned.value for path, assigned in patch.items()}
+    """The patch's values by dotted key, for display; of a dataclass what differs from its defaults."""
+    return {".".join(path): _shown(assigned.value) for path, assigned in patch.items()}
+
+
+def _shown(value: Any) -> Any:
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    held = {item.name: getattr(value, item.name) for item in fields(value) if getattr(value, item.name) != item.default}
+    return plain(held)

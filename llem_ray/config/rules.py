@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from math import ceil
+from typing import Any, Final
 
-from llem_ray.config.fields import Path
-from llem_ray.core.spec import EngineSpec, ModelSpec, WorkloadSpec
-
-
-class Broken(NamedTuple):
-    """A rule that does not hold, and the field to blame."""
-
-    path: Path
-    message: str
-    hint: str | None = None
+from llem_ray.config.workload_rules import Broken, broken_workload
+from llem_ray.core.spec import CV_BATCHES, MLPERF_MIN_S, OPEN_LOOPS, EngineSpec, MeasureSpec, ModelSpec, WindowSpec, WorkloadSpec
 
 
 def implied(section: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -28,7 +22,7 @@ def broken_rule(section: object) -> Broken | None:
     if isinstance(section, ModelSpec):
         return _model(section)
     if isinstance(section, WorkloadSpec):
-        return _workload(section)
+        return broken_workload(section) or _load(section)
     if isinstance(section, EngineSpec):
         return _engine(section)
     return None
@@ -62,13 +56,100 @@ def _engine(engine: EngineSpec) -> Broken | None:
     return None
 
 
-def _workload(workload: WorkloadSpec) -> Broken | None:
-    prompts = workload.prompts
-    if prompts.source == "file" and not prompts.path:
-        return Broken(("workload", "prompts", "source"), "source: file needs workload.prompts.path")
-    if prompts.source != "file" and prompts.path is not None:
-        return Broken(("workload", "prompts", "path"), "a path is for source: file", "set workload.prompts.source: file")
-    if prompts.source == "synthetic" and workload.input_tokens is None:
-        hint = "set workload.input_tokens"
-        return Broken(("workload", "prompts", "source"), "synthetic prompts have no natural length", hint)
+_OF_PATTERN: Final[Mapping[str, frozenset[str]]] = {
+    "rate_per_s": frozenset({"constant", "poisson", "gamma"}),
+    "burstiness": frozenset({"gamma"}),
+    "concurrency": frozenset({"closed", "saturated"}),
+    "trace": frozenset({"trace"}),
+}
+"""Field of a load -> the patterns that it belongs to."""
+_OPTIONAL: Final = frozenset({("concurrency", "saturated")})
+
+
+def _load(workload: WorkloadSpec) -> Broken | None:
+    load, at = workload.load, ("workload", "load")
+    for name, patterns in _OF_PATTERN.items():
+        value, listed = getattr(load, name), ", ".join(sorted(patterns))
+        if value is not None and load.pattern not in patterns:
+            return Broken((*at, name), f"{name} has no meaning for the pattern {load.pattern}", f"it belongs to: {listed}")
+        if value is None and load.pattern in patterns and (name, load.pattern) not in _OPTIONAL:
+            return Broken((*at, "pattern"), f"the pattern {load.pattern} needs {name}", f"set workload.load.{name}")
+    if load.trace_speed != 1.0 and load.pattern != "trace":
+        return Broken((*at, "trace_speed"), f"trace_speed has no meaning for the pattern {load.pattern}", "it belongs to: trace")
+    return _online(workload) if load.online else None
+
+
+def _online(workload: WorkloadSpec) -> Broken | None:
+    pattern = workload.load.pattern
+    if workload.batch_size != 1:
+        hint = "leave it out: how many run together is for the engine, or workload.load.concurrency"
+        return Broken(("workload", "batch_size"), f"batch_size has no meaning for the pattern {pattern}", hint)
+    if workload.turns > 1:
+        hint = "an online load sends requests without regard to earlier turns"
+        return Broken(("workload", "turns"), f"turns have no meaning for the pattern {pattern}", hint)
+    if workload.requests is None and pattern != "trace":
+        message = f"the pattern {pattern} needs a number of requests"
+        return Broken(("workload", "load", "pattern"), message, "set workload.requests")
+    return None
+
+
+def broken_measure(measure: MeasureSpec) -> Broken | None:
+    """The first rule within the measure section that does not hold."""
+    warmup = measure.warmup
+    least = max(warmup.batches, CV_BATCHES)
+    if warmup.until_cv is not None and warmup.max_batches < least:
+        message = f"until_cv compares {CV_BATCHES} batches: max_batches is at least {least}"
+        return Broken(("measure", "warmup", "max_batches"), message, "raise it, or leave it out")
+    if measure.slo.preset is not None:
+        for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
+            if getattr(measure.slo, name) is not None:
+                message = f"the preset {measure.slo.preset} has limits of its own"
+                return Broken(("measure", "slo", name), message, "give a preset or limits, not both")
+    return None
+
+
+def broken_window(measure: MeasureSpec, workload: WorkloadSpec) -> Broken | None:
+    """The first rule between the window that is asked for and a workload that does not hold."""
+    if workload.load.online and measure.least_run_s(workload) >= measure.trial_timeout_s:
+        message = f"a trial takes {measure.least_run_s(workload):g} s and more, its deadline is {measure.trial_timeout_s:g} s"
+        return Broken(("measure", "trial_timeout_s"), message, "raise measure.trial_timeout_s, or ask for less")
+    return _window_of(measure, workload)
+
+
+def _window_of(measure: MeasureSpec, workload: WorkloadSpec) -> Broken | None:
+    window, at = measure.window, ("measure", "window")
+    for name in ("start_s", "length_s"):
+        is_set = getattr(window, name) is not None
+        if window.rule == "interval" and not is_set:
+            return Broken((*at, "rule"), f"an interval needs {name}", f"set measure.window.{name}")
+        if window.rule != "interval" and is_set:
+            return Broken((*at, name), f"{name} has no meaning for the rule {window.rule}", "it belongs to: interval")
+    rule = window.resolved(workload.load)
+    if not workload.load.online and rule in {"steady_state", "interval"}:
+        return Broken((*at, "rule"), f"the rule {rule} is for online loads", "set workload.load.pattern, or leave the rule out")
+    return _steady_state(workload) if rule == "steady_state" else _long_enough(window, rule, workload)
+
+
+def _long_enough(window: WindowSpec, rule: str, workload: WorkloadSpec) -> Broken | None:
+    """Whether an open loop lasts as long as its window needs."""
+    rate_per_s, requests = workload.load.rate_per_s, workload.requests
+    needs_s = {"mlperf": MLPERF_MIN_S, "interval": (window.start_s or 0.0) + (window.length_s or 0.0)}.get(rule, 0.0)
+    if rate_per_s is None or requests is None or requests / rate_per_s >= needs_s:
+        return None
+    message = f"{requests} requests at {rate_per_s:g}/s last {requests / rate_per_s:g} s, the window needs {needs_s:g} s"
+    return Broken(("measure", "window", "rule"), message, f"set workload.requests to {ceil(needs_s * rate_per_s)} or more")
+
+
+def _steady_state(workload: WorkloadSpec) -> Broken | None:
+    load, many = workload.load, workload.load.concurrency
+    if load.pattern in OPEN_LOOPS:
+        hint = "use total or interval: an open loop does not saturate the engine"
+        return Broken(
+            ("measure", "window", "rule"), f"steady_state is for saturated and closed loads, not for {load.pattern}", hint
+        )
+    if many is not None and workload.requests is not None and workload.requests <= 2 * many + 1:
+        message = f"{workload.requests} requests with {many} in flight have no steady state: it takes {2 * many + 2} and more"
+        return Broken(
+            ("workload", "requests"), message, f"set workload.requests to {4 * many} or more, or measure.window.rule: total"
+        )
     return None

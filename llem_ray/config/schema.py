@@ -77,7 +77,19 @@ def field_reference() -> list[FieldRow]:
         else:
             rows.append(_row(name, child))
         if name == "base":
-            rows.extend(_row(f"base.{'.'.join(leaf.path)}", leaf) for leaf in EXPERIMENT.leaves())
+            rows.extend(_experiment_rows())
+    return rows
+
+
+def _experiment_rows() -> list[FieldRow]:
+    """Every field of an experiment; a mapping that several fields take is written out below the first."""
+    rows: list[FieldRow] = []
+    known: set[type] = set()
+    for leaf in EXPERIMENT.leaves():
+        rows.append(_row(f"base.{'.'.join(leaf.path)}", leaf))
+        if leaf.shape is not None and leaf.shape.cls not in known:
+            known.add(leaf.shape.cls)
+            rows.extend(_row(f"base.{'.'.join(below.path)}", below) for below in leaf.shape.leaves())
     return rows
 
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llem_ray.config.axes import read_axes, read_experiments
-from llem_ray.config.document import Document, read_document
+from llem_ray.config.document import Document, dotted, read_document
 from llem_ray.config.exclusion import read_rules
 from llem_ray.config.expansion import Expansion, check_size, refuse_hidden_overrides
 from llem_ray.config.file import NAME_PATTERN, SweepFile, read_top_level
 from llem_ray.config.overrides import apply_overrides
 from llem_ray.config.patches import read_patch
-from llem_ray.core.spec import StoppingSpec, Sweep
+from llem_ray.config.rules import broken_measure, broken_window
+from llem_ray.core.spec import Cell, MeasureSpec, StoppingSpec, Sweep
 
 
 def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Sweep:
@@ -39,6 +40,7 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
     refuse_hidden_overrides(document, axes, experiments)
     check_size(document, axes, experiments, file.max_cells)
     expanded = Expansion(document, base, rules).expand(axes, experiments)
+    _check_measure(document, file.measure, expanded.cells)
     return Sweep(
         name=file.name or _name_from(path, document),
         schema_version=file.schema_version,
@@ -52,6 +54,20 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
         stopping=file.stopping,
         base_dir=str(path.resolve().parent),
     )
+
+
+def _check_measure(document: Document, measure: MeasureSpec, cells: Sequence[Cell]) -> None:
+    """Refuse what the measure section cannot ask for, of itself or of a cell's workload."""
+    alone = broken_measure(measure)
+    if alone is not None:
+        raise document.error(alone.path, alone.message, hint=alone.hint)
+    for cell in {id(cell.experiment.workload): cell for cell in cells}.values():
+        broken = broken_window(measure, cell.experiment.workload)
+        if broken is not None:
+            where = broken.path if broken.path[0] == "measure" else ("base", *broken.path)
+            found = ", ".join(f"{key}={value}" for key, value in cell.settings.items())
+            message = f"{broken.message} ({dotted(broken.path)})"
+            raise document.error(where, message, found=f"in the cell {found}" if found else None, hint=broken.hint)
 
 
 def _check_stopping(document: Document, file: SweepFile) -> None:

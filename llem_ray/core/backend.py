@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
@@ -12,6 +12,13 @@ FinishReason = Literal["length", "stop", "abort"]
 StepKind = Literal["prefill", "decode", "mixed"]
 WorkerLayout = Literal["host", "rank"]
 """How many processes serve a gang: one on each of its hosts, or one for each rank (GPU)."""
+
+
+class ChatMessage(NamedTuple):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +83,8 @@ class RequestRecord:
     """Tokens that speculation proposed for this request; None without speculation, or where the engine does not tell."""
     accepted_tokens: int | None = None
     """Those of them that became output."""
+    requested_tokens: int | None = None
+    """Output tokens that were asked for; filled in where the request was made, not by the engine."""
 
     @property
     def output_chunks(self) -> int:
@@ -203,6 +212,16 @@ class InferenceBackend(Protocol):
 
         Raises:
             LoadError: The model has no usable tokenizer.
+        """
+        ...
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat, rendered with the model's own template up to where the assistant's answer begins.
+
+        Called for workloads with ``chat_template`` only. An engine without this method refuses them.
+
+        Raises:
+            ConfigError: The model has no chat template, or its template refuses these messages.
         """
         ...
 

@@ -20,6 +20,7 @@ from llem_ray.core.errors import (
     NumericsError,
     PluginError,
 )
+from llem_ray.core.spec import WindowRule
 
 FailureKind = Literal[
     "out_of_memory",
@@ -37,6 +38,31 @@ FailureKind = Literal[
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WarmupReport:
+    """What ran before a window."""
+
+    batches: int
+    step_cv: float | None = None
+    """Coefficient of variation of the last batches' step times; None where it was not asked for."""
+    steady: bool = True
+    """False where the limit came first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineRun:
+    """An online trial's run, of which its window is a part."""
+
+    whole: Window
+    """From the schedule's begin to the last answer."""
+    rule: WindowRule
+    """Which chose the window; never ``auto``."""
+    concurrency: int
+    """Realised: the most requests that were being answered at one instant."""
+    missed: str | None
+    """Why the run does not have the window that the rule names; the window then is the whole run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Completed:
     """A trial that ran to its end."""
 
@@ -45,11 +71,15 @@ class Completed:
     spans: tuple[PhaseSpan, ...]
     """Adjoining spans of the attempt: warmup, guard, measured, guard, cooldown."""
     requests: tuple[RequestRecord, ...]
-    """Every request of the window, all passes; ids are ``<pass>-<index>``."""
+    """Every request of the window, all passes; ids are ``<pass>-<index>``. Of an online trial, every request of the run."""
     steps: int
     """Forward steps of the engine in the window."""
     passes: int
     notes: Mapping[str, str] = field(default_factory=dict)
+    warmup: WarmupReport | None = None
+    """None where nothing ran before the window."""
+    online: OnlineRun | None = None
+    """None where batches ran."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,7 @@ class LoadGroup:
     """Trials that share one loaded model, in run order. Served by one gang."""
 
     load_key: str
-    """Hash of backend, model, parallelism and engine args (16 hex digits)."""
+    """Hash of backend, model, parallelism, engine args and whether it serves online (16 hex digits)."""
     trials: tuple[Trial, ...]
     gpus: int
     """Whole GPUs its gang holds; 0 on the CPU."""
@@ -38,6 +38,11 @@ class LoadGroup:
     def experiment(self) -> Experiment:
         """An experiment of the group; all agree in ``model`` and ``engine``."""
         return self.trials[0].experiment
+
+    @property
+    def online(self) -> bool:
+        """Its trials send requests one by one; all of them, or none."""
+        return self.experiment.workload.load.online
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,6 +34,8 @@ class Device:
     """Step of the energy counter in mJ; None without a counter."""
     power_limit_mw: float | None = None
     """Enforced power limit."""
+    memory_bytes: int | None = None
+    """All memory of a GPU; None for other devices, and where NVML does not tell."""
     sensor_rel: float | None = None
     """Systematic gain error of the sensor, relative; published beside the reading, never folded into ``u_j``."""
     shared: bool = False

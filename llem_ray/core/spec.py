@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 try:
     from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -21,6 +21,33 @@ _STRICT: Mapping[str, Any] = {"extra": "forbid", "use_attribute_docstrings": Tru
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Order = Literal["interleaved", "shuffled", "sequential"]
 Exclusive = Literal["node", "cluster", "none"]
+LoadPattern = Literal["batch", "saturated", "closed", "constant", "poisson", "gamma", "trace"]
+SloPreset = Literal[
+    "mlperf-llama2-70b",
+    "mlperf-llama2-70b-interactive",
+    "mlperf-llama3.1-405b",
+    "mlperf-llama3.1-405b-interactive",
+    "mlperf-llama3.1-8b",
+    "mlperf-llama3.1-8b-interactive",
+    "mlperf-deepseek-r1",
+    "mlperf-deepseek-r1-interactive",
+]
+WindowRule = Literal["auto", "total", "steady_state", "mlperf", "interval"]
+
+OPEN_LOOPS: Final[frozenset[str]] = frozenset({"constant", "poisson", "gamma", "trace"})
+"""Load patterns that send at times of their own, however many requests are in flight."""
+
+MLPERF_MIN_S: Final = 600.0
+"""Shortest run of MLPerf Inference (``min_duration`` of its load generator)."""
+
+CV_BATCHES: Final = 5
+"""Warm-up batches whose step times are compared."""
+
+HASHED_IF_SET: Final = "hashed_if_set"
+
+
+_ADDED: Final[Mapping[str, Any]] = {HASHED_IF_SET: True}
+"""Of a field that came later: at its default it is in no hash, so that cells and runs from before keep their ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,12 +117,85 @@ class PromptSpec:
 
     __pydantic_config__: ClassVar[Any] = _STRICT
 
-    source: Literal["builtin", "file", "synthetic"] = "builtin"
-    """`builtin` is the set shipped with llem-ray; `file` reads JSON Lines; `synthetic` draws random token ids."""
+    source: Literal["builtin", "file", "synthetic", "dataset"] = "builtin"
+    """`builtin` is the set shipped with llem-ray; `file` reads JSON Lines or Parquet; `dataset` reads with the Hugging Face
+    `datasets` library; `synthetic` draws random token ids."""
     path: str | None = None
-    """JSON Lines file (`source: file`), relative to the sweep file. Each line an object, or a string."""
+    """File of `source: file`, relative to the sweep file: Parquet (`.parquet`), else JSON Lines, a line an object or string."""
     column: str = "prompt"
-    """Key of the prompt text in each line."""
+    """Column of the prompt text: a key of each line, or a column of the table."""
+    answer_column: str | None = field(default=None, metadata=_ADDED)
+    """Column of a known answer, for `output_tokens: {distribution: answer}`."""
+    format: Literal["column", "sharegpt"] = field(default="column", metadata=_ADDED)
+    """`sharegpt`: each entry has `conversations`, a list of `{from, value}`. The prompt is the first human turn, the known
+    answer the turn that follows it; entries without a human turn are left out."""
+    dataset: str | None = field(default=None, metadata=_ADDED)
+    """Data set of `source: dataset`: a hub id, or a local folder or file (JSON Lines, JSON, CSV, Parquet, text), relative to
+    the sweep file."""
+    config: str | None = field(default=None, metadata=_ADDED)
+    """Configuration (subset) of the data set."""
+    split: str = field(default="train", metadata=_ADDED)
+    """Split of the data set; `train[:1000]` takes a part of it."""
+    revision: str | None = field(default=None, metadata=_ADDED)
+    """Branch, tag or commit of the data set's repository."""
+    limit: Annotated[int, Ge(1)] | None = field(default=None, metadata=_ADDED)
+    """Prompts that are read, from the start of the source; None reads all."""
+    chat_template: bool = field(default=False, metadata=_ADDED)
+    """Render each prompt as a user's message with the model's own chat template, up to where the answer begins."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthSpec:
+    """How many tokens each request has: numbers drawn from a distribution, by `workload.seed`."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    distribution: Literal["fixed", "uniform", "normal", "lognormal", "empirical", "answer"]
+    """`fixed`: always `mean`. `uniform`: every whole number from `min` to `max` alike. `normal`, `lognormal`: `mean` and `std`,
+    cut off at `min` and `max`. `empirical`: one of `values`, or of the lines of `path`. `answer` (output only): the length of
+    the prompt's known answer, limited to `min` and `max`."""
+    mean: Annotated[float, Gt(0)] | None = None
+    """Mean length in tokens, before it is cut off."""
+    std: Annotated[float, Ge(0)] | None = None
+    """Standard deviation of the length in tokens (of the length itself, also for `lognormal`), before it is cut off."""
+    min: Annotated[int, Ge(1)] | None = None
+    """Smallest length; default 1."""
+    max: Annotated[int, Ge(1)] | None = None
+    """Largest length; default: no limit."""
+    values: tuple[Annotated[int, Ge(1)], ...] | None = None
+    """Lengths to draw from."""
+    weights: tuple[Annotated[float, Ge(0)], ...] | None = None
+    """How often each of `values` is drawn, relative to the others; default: all alike."""
+    path: str | None = None
+    """File of lengths to draw from, relative to the sweep file. Each line a number of tokens, or `tokens,weight`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSpec:
+    """How requests reach the engine."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    pattern: LoadPattern = "batch"
+    """`batch` runs `batch_size` requests together, one batch after the other. All others send `requests` one by one to an
+    engine that serves: `saturated` at once, or so that `concurrency` are in flight; `closed` so that `concurrency` are in flight;
+    `constant`, `poisson` and `gamma` at `rate_per_s`, however many are in flight; `trace` at recorded times."""
+    rate_per_s: Annotated[float, Gt(0)] | None = None
+    """Requests per second (`constant`, `poisson`, `gamma`)."""
+    burstiness: Annotated[float, Gt(0)] | None = None
+    """Shape of the gamma distribution of gaps between arrivals (`gamma`): 1 is Poisson, less is burstier, more is steadier."""
+    concurrency: Annotated[int, Ge(1)] | None = None
+    """Requests in flight (`closed`, `saturated`); without it `saturated` leaves the limit to the engine."""
+    trace: str | None = None
+    """CSV or JSON Lines file of arrivals (`trace`), relative to the sweep file: `timestamp_s` with `input_tokens` and
+    `output_tokens`, or the shape of Mooncake's or Azure's traces. Lengths in it go before those of the workload."""
+    trace_speed: Annotated[float, Gt(0)] = 1.0
+    """The trace is replayed this many times as fast."""
+
+    @property
+    def online(self) -> bool:
+        """Requests are sent one by one."""
+        return self.pattern != "batch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,18 +206,29 @@ class WorkloadSpec:
 
     prompts: PromptSpec = PromptSpec()
     """Where prompts come from."""
-    input_tokens: Annotated[int, Ge(1)] | None = None
-    """Exact prompt length in tokens: longer prompts are cut, shorter ones continued with the next. None keeps natural lengths."""
-    output_tokens: Annotated[int, Ge(1)] = 32
-    """Tokens to generate for each request."""
+    input_tokens: Annotated[int, Ge(1)] | LengthSpec | None = None
+    """Prompt length in tokens, exact or drawn from a distribution: longer prompts are cut, shorter ones continued with the next.
+    None keeps natural lengths."""
+    output_tokens: Annotated[int, Ge(1)] | LengthSpec = 32
+    """Tokens to generate for each request, exact or drawn from a distribution."""
+    shared_prefix_tokens: Annotated[int, Ge(0)] = field(default=0, metadata=_ADDED)
+    """Tokens that requests of one group have in common, before the prompt and on top of `input_tokens`."""
+    prefix_groups: Annotated[int, Ge(1)] = field(default=1, metadata=_ADDED)
+    """Groups of requests, each with a prefix of its own; requests are dealt to them in turn."""
+    turns: Annotated[int, Ge(1)] = field(default=1, metadata=_ADDED)
+    """Turns of a conversation, each a request: its prompt is all that came before, answers included, and `input_tokens` new
+    ones. The answers in it are known in advance: random token ids, as many as the turn before generates."""
     batch_size: Annotated[int, Ge(1)] = 1
     """Requests that run together."""
     requests: Annotated[int, Ge(1)] | None = None
-    """Distinct requests of one pass; default: one batch. The pass is repeated until `measure.min_window_s` is reached."""
+    """Distinct requests of one pass; default: one batch of each turn. The pass is repeated until
+    `measure.min_window_s` is reached. Under an online load they are sent once; a trace's default is all of its arrivals."""
     ignore_eos: bool = True
     """Generate exactly `output_tokens`, whatever the model says: rows stay comparable."""
     seed: Annotated[int, Ge(0)] = 0
-    """Seed of the choice and order of prompts."""
+    """Seed of lengths, of the choice and order of prompts, and of arrival times."""
+    load: LoadSpec = field(default=LoadSpec(), metadata=_ADDED)
+    """How requests reach the engine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +265,7 @@ class Experiment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateSpec:
-    """Thresholds beyond which a window's energy is invalid."""
+    """Thresholds beyond which a window's energy is invalid, or flagged."""
 
     __pydantic_config__: ClassVar[Any] = _STRICT
 
@@ -164,6 +275,12 @@ class GateSpec:
     """Largest relative disagreement of counter and averaged power, windows of 5 s and longer."""
     max_cross_check_rel_short: Annotated[float, Gt(0)] = 0.08
     """The same for windows of 1 to 5 s."""
+    max_sent_rate_rel: Annotated[float, Gt(0)] = field(default=0.02, metadata=_ADDED)
+    """Open loops: largest relative difference of the rate at which requests were sent from the one asked for."""
+    min_rate_rel: Annotated[float, Gt(0), Le(1)] = field(default=0.9, metadata=_ADDED)
+    """Open loops: share of the asked rate that answers must reach; below it the window is flagged."""
+    max_drift_rel: Annotated[float, Gt(0)] = field(default=0.05, metadata=_ADDED)
+    """Largest relative change of power or throughput from one half of a window to the other, where there is a trend."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +290,50 @@ class WarmupSpec:
     __pydantic_config__: ClassVar[Any] = _STRICT
 
     batches: Annotated[int, Ge(0)] = 1
-    """Batches run before each trial's window."""
+    """Batches run before each trial's window. Under an online load a batch is `concurrency` requests at once, 8 where the load
+    names none."""
+    until_cv: Annotated[float, Gt(0)] | None = field(default=None, metadata=_ADDED)
+    """Go on until the step times of the last 5 batches vary by at most this: standard deviation over mean."""
+    max_batches: Annotated[int, Ge(1)] = field(default=50, metadata=_ADDED)
+    """Where `until_cv` gives up, and flags the trial."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowSpec:
+    """Which part of an online run is the measured window. The whole run is kept beside it."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    rule: WindowRule = "auto"
+    """`total` is the whole run. `steady_state` (saturated and closed loads) is ML.ENERGY's: from when as many requests as run
+    together have given a first token, until that many and one more are left. `mlperf` is a whole run of at least 600 s.
+    `interval` is `length_s` from `start_s` on. `auto` is `steady_state` for saturated loads, else `total`."""
+    start_s: Annotated[float, Ge(0)] | None = None
+    """Begin of the interval, after the begin of the run."""
+    length_s: Annotated[float, Gt(0)] | None = None
+    """Length of the interval."""
+
+    def resolved(self, load: LoadSpec) -> WindowRule:
+        """The rule that ``auto`` stands for under this load."""
+        if self.rule != "auto":
+            return self.rule
+        return "steady_state" if load.pattern == "saturated" else "total"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SloSpec:
+    """Service level objectives: what a request must keep to count in `goodput_req_s`. Without any there is no goodput."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    preset: SloPreset | None = None
+    """Limits of MLPerf Inference on the time to first token and the time per output token."""
+    ttft_ms: Annotated[float, Gt(0)] | None = None
+    """Longest time to first token."""
+    tpot_ms: Annotated[float, Gt(0)] | None = None
+    """Longest time per output token after the first."""
+    e2e_ms: Annotated[float, Gt(0)] | None = None
+    """Longest end-to-end latency."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,11 +351,17 @@ class MeasureSpec:
     idle_baseline_s: Annotated[float, Ge(0)] = 10.0
     """Length of the idle baselines, before the model is loaded and after; 0 turns them off and net energy is null."""
     min_window_s: Annotated[float, Gt(0)] = 10.0
-    """A batch is repeated until the window is at least this long."""
+    """A batch is repeated until the window is at least this long; an online window that is shorter is flagged or invalid."""
+    window: WindowSpec = field(default=WindowSpec(), metadata=_ADDED)
+    """Which part of an online run is measured."""
     edge_guard_s: Annotated[float, Ge(0)] | Literal["auto"] = "auto"
     """Quiet time on both sides of a window; `auto` is 3 counter ticks of the slowest leased device, 0 without a counter."""
     cooldown_s: Annotated[float, Ge(0)] = 0.0
     """Rest after each trial."""
+    cooldown_until_c: Annotated[float, Gt(0)] | None = field(default=None, metadata=_ADDED)
+    """Rest before each trial until no leased device is hotter than this, where temperatures can be read."""
+    cooldown_limit_s: Annotated[float, Gt(0)] = field(default=300.0, metadata=_ADDED)
+    """Where `cooldown_until_c` gives up; the trial then runs, and is flagged."""
     trial_timeout_s: Annotated[float, Gt(0)] = 1800.0
     """Deadline of one trial."""
     load_timeout_s: Annotated[float, Gt(0)] = 1800.0
@@ -212,7 +378,20 @@ class MeasureSpec:
     wait_for_nodes_s: Annotated[float, Ge(0)] = 0.0
     """How long an autoscaler may take to add nodes that the sweep needs and the cluster lacks; 0 refuses such a sweep at once."""
     gates: GateSpec = GateSpec()
-    """When a window's energy is invalid."""
+    """When a window's energy is invalid, or flagged."""
+    slo: SloSpec = field(default=SloSpec(), metadata=_ADDED)
+    """What a request must keep to be a good one."""
+
+    @property
+    def shortest_window_s(self) -> float:
+        """How long a window must be at least, s."""
+        return max(self.min_window_s, MLPERF_MIN_S) if self.window.rule == "mlperf" else self.min_window_s
+
+    def least_run_s(self, workload: WorkloadSpec) -> float:
+        """How long a trial of the workload runs at least, s: an open loop lasts as long as its arrivals do."""
+        rate_per_s = workload.load.rate_per_s
+        arrivals_s = workload.requests / rate_per_s if workload.requests and rate_per_s else 0.0
+        return max(self.shortest_window_s, arrivals_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,6 +73,18 @@ _TABLE: Final = (
         "Check the prompt length against the context and the stop conditions.",
     ),
     Reason(
+        "window_not_reached",
+        "invalid",
+        "The run does not have the window that was asked for: no steady state, or it ended before an interval or MLPerf's 600 s.",
+        "Send more requests (workload.requests), or ask for another window. The row is that of the whole run.",
+    ),
+    Reason(
+        "rate_not_sent",
+        "invalid",
+        "Requests were not sent at the rate that was asked for: the load generator was late.",
+        "Keep a core free for it; lower the rate.",
+    ),
+    Reason(
         "short_window",
         "flag",
         "The window is shorter than 1 s: edges weigh heavily and there is no cross-check.",
@@ -115,6 +127,30 @@ _TABLE: Final = (
         "Warm up for longer, or lengthen the window.",
     ),
     Reason(
+        "below_min_window",
+        "flag",
+        "An online window is shorter than measure.min_window_s.",
+        "Send more requests (workload.requests).",
+    ),
+    Reason(
+        "rate_not_reached",
+        "flag",
+        "The engine answered more slowly than requests came: they piled up, and the window is that of an overload.",
+        "Lower the rate, or take it for the engine's limit.",
+    ),
+    Reason(
+        "warmup_not_steady",
+        "flag",
+        "The step times of warm-up batches still varied by more than measure.warmup.until_cv at the limit.",
+        "Raise measure.warmup.max_batches, or look for what disturbs the node.",
+    ),
+    Reason(
+        "not_cooled_down",
+        "flag",
+        "A device was still hotter than measure.cooldown_until_c when the trial began, or its temperature is not known.",
+        "Raise measure.cooldown_limit_s or the temperature.",
+    ),
+    Reason(
         "shared_node",
         "flag",
         "Another gang ran on the same node: CPU, fans and power supply were shared.",
@@ -125,6 +161,12 @@ _TABLE: Final = (
         "flag",
         "The model has random weights; operand values change the power drawn.",
         "Use pretrained weights for absolute numbers.",
+    ),
+    Reason(
+        "few_requests",
+        "note",
+        "A steady state of fewer than 4 requests for each that runs at once: it is short against filling up and running empty.",
+        "Send more requests (workload.requests).",
     ),
     Reason("power_capped", "note", "The power limit held the clocks down for part of the window.", "Report the limit."),
     Reason(

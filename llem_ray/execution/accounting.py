@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import numpy as np
+
 from llem_ray.core.energy import Baseline, EnergyReading, EnergyTotal, Flag, PhaseSpan, Window
 from llem_ray.core.outcome import Completed
 from llem_ray.core.power import Trace
@@ -15,9 +17,11 @@ from llem_ray.energy import metrics
 from llem_ray.energy.balance import idle_bubble_share, rank_imbalance
 from llem_ray.energy.estimator import read_window
 from llem_ray.energy.idle import idle_baseline, net_energy, sum_net
+from llem_ray.energy.stationarity import Trend, bin_power_w, bin_tokens, check_drift, edges_ns, trend
 from llem_ray.energy.total import sum_readings
 from llem_ray.energy.validity import check_errors, check_foreign_load, flag
 from llem_ray.execution.completeness import cluster_columns, node_columns
+from llem_ray.execution.load_rows import counts_of, goodput_columns, load_flags
 from llem_ray.execution.meter import GPU_SCOPES, Meter
 from llem_ray.execution.records import AttemptEnded, DeviceKey, GangRecord, HostDevice, IdleTaken, LoadEnded
 from llem_ray.results.rows import device_columns, flag_columns
@@ -39,7 +43,7 @@ class Accounts:
     """
 
     def __init__(self, measure: MeasureSpec, meter: Meter) -> None:
-        self._gates = measure.gates
+        self._measure, self._gates = measure, measure.gates
         self._meter = meter
         self._foreign: dict[DeviceKey, tuple[Flag, ...]] = {}
         self._bare_power_w: dict[DeviceKey, float] = {}
@@ -77,14 +81,19 @@ class Accounts:
         held = self._read_all(gang, gang.devices, window)
         context = self._read_all(gang, gang.context, window)
         total = self._total(gang, held)
+        drifts = self._drifts(gang, outcome)
         flags = [*_flags(held), *self._trial_flags(ended, gang, outcome, held)]
-        tokens = (sum(r.prompt_tokens for r in outcome.requests), sum(r.output_tokens for r in outcome.requests))
+        flags += [item for what, found in drifts.items() for item in check_drift(what, found, self._gates.max_drift_rel)]
+        counts = counts_of(outcome)
+        tokens = (counts.prompt_tokens, counts.output_tokens)
         valid = total.energy_j is not None and not any(item.severity == "invalid" for item in flags)
         row = _total_columns(total, held, gang, window.duration_s)
         row |= flag_columns(flags) | device_columns([*held, *context]) | {"power_valid": valid}
         row |= _host_columns([*held, *context]) | _net_columns(gang, held, window)
-        succeeded = sum(request.finish_reason != "abort" and request.output_tokens > 0 for request in outcome.requests)
-        row |= _per_token(total.energy_j if valid else None, *tokens, succeeded)
+        row |= _per_token(total.energy_j if valid else None, *tokens, counts.succeeded)
+        power_w = metrics.avg_total_gpu_power_w(total.energy_j if valid else None, window.duration_s)
+        row |= goodput_columns(outcome, self._measure.slo, power_w)
+        row |= _drift_columns(drifts) | self._run_columns(gang, outcome, valid=valid)
         row |= node_columns(gang, self._meter, window, held, context)
         row |= cluster_columns(gang, self._meter, window, held, context)
         row |= self._balance_columns(gang, held, window)
@@ -200,10 +209,42 @@ class Accounts:
             if mine and all(reading.energy_j is None for reading in mine):
                 yield flag("node_missing", f"{self._meter.hostname(host)}: {mine[0].reason or 'no energy'}")
         workload = ended.trial.experiment.workload
-        wrong = [r for r in outcome.requests if workload.ignore_eos and r.output_tokens != workload.output_tokens]
+        wrong = [r for r in outcome.requests if workload.ignore_eos and r.output_tokens != r.requested_tokens]
         if wrong:
             detail = f"{len(wrong)} of {len(outcome.requests)} requests, the first gave {wrong[0].output_tokens}"
-            yield flag("token_count_mismatch", f"{detail} tokens instead of {workload.output_tokens}")
+            yield flag("token_count_mismatch", f"{detail} tokens instead of {wrong[0].requested_tokens}")
+        if ended.hot is not None:
+            yield flag("not_cooled_down", ended.hot)
+        yield from load_flags(outcome, workload.load, self._measure)
+
+    def _run_columns(self, gang: GangRecord, outcome: Completed, *, valid: bool) -> Row:
+        """Energy of the whole run beside that of the window."""
+        if outcome.online is None:
+            return {}
+        total = self._total(gang, self._read_all(gang, gang.devices, outcome.online.whole))
+        tokens = sum(record.output_tokens for record in outcome.requests)
+        per_token = metrics.joules_per_output_token(total.energy_j if valid else None, tokens)
+        return {"run_energy_j": total.energy_j, "run_energy_u_j": total.u_j, "run_joules_per_output_token": per_token}
+
+    def _drifts(self, gang: GangRecord, outcome: Completed) -> dict[str, Trend | None]:
+        """Trends of power and throughput across the window; None where they are not known."""
+        window = outcome.window
+        edges = edges_ns(window.begin_ns, window.end_ns)
+        if edges is None:
+            return {"power": None, "throughput": None}
+        times_ns = np.asarray([t for record in outcome.requests for t in record.token_times_ns], np.int64)
+        return {"power": self._power_trend(gang, window), "throughput": trend(bin_tokens(times_ns, edges))}
+
+    def _power_trend(self, gang: GangRecord, window: Window) -> Trend | None:
+        powers_w = []
+        for item in gang.devices:
+            local = self._moved(window, item.host)
+            edges = None if local is None else edges_ns(local.begin_ns, local.end_ns)
+            power_w = None if local is None or edges is None else bin_power_w(self._trace(item, local), edges)
+            if power_w is None:
+                return None
+            powers_w.append(power_w)
+        return trend(np.sum(powers_w, axis=0)) if powers_w else None
 
     def _balance_columns(self, gang: GangRecord, held: Sequence[EnergyReading], window: Window) -> Row:
         """How evenly the gang's GPUs worked."""
@@ -267,6 +308,13 @@ def _unread(item: HostDevice, window: Window, reason: str) -> EnergyReading:
         mean_power_w=None,
         reason=reason,
     )
+
+
+def _drift_columns(drifts: dict[str, Trend | None]) -> Row:
+    row: Row = {}
+    for what, found in drifts.items():
+        row |= {f"{what}_drift_rel": found.drift_rel if found else None, f"{what}_trend_p": found.p_value if found else None}
+    return row
 
 
 def _flags(readings: Iterable[EnergyReading]) -> Iterable[Flag]:

@@ -6,14 +6,14 @@ Two implementers: ``inline`` (one process, for debugging and tests) and ``ray``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from llem_ray.core.backend import LoadReport, Rank
 from llem_ray.core.outcome import Outcome
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import SampleBatch, SamplerInfo
-from llem_ray.core.spec import Experiment
+from llem_ray.core.spec import Experiment, WarmupSpec, WindowSpec
 from llem_ray.planning.packing import Seat
 
 T_co = TypeVar("T_co", covariant=True)
@@ -40,9 +40,10 @@ class TrialOrder:
     attempt: int
     experiment: Experiment
     guard_s: float
-    warmup_batches: int
+    warmup: WarmupSpec = field(default=WarmupSpec(batches=0))
     min_window_s: float
     cooldown_s: float
+    window: WindowSpec = field(default=WindowSpec())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -208,11 +208,12 @@ def _label(group: LoadGroup) -> str:
 def gang_request(group: LoadGroup, trials: Sequence[Trial], measure: MeasureSpec) -> GangRequest:
     """What a load group needs, and how long it is expected to take for these trials."""
     engine = group.experiment.engine
-    trial_s = measure.min_window_s + measure.cooldown_s + TRIAL_OVERHEAD_S
+    rest_s = measure.cooldown_s + TRIAL_OVERHEAD_S
+    trials_s = sum(measure.least_run_s(trial.experiment.workload) + rest_s for trial in trials)
     return GangRequest(
         key=group.load_key,
         gpus=group.gpus,
         nodes=engine.nodes,
         gpu_type=engine.gpu_type,
-        duration_s=LOAD_GUESS_S + 2 * measure.idle_baseline_s + len(trials) * trial_s,
+        duration_s=LOAD_GUESS_S + 2 * measure.idle_baseline_s + trials_s,
     )

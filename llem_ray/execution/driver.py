@@ -24,6 +24,7 @@ from llem_ray.execution.dispatch import Dispatcher
 from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.interrupts import Aborted, Interrupts
 from llem_ray.execution.lane import RunContext
+from llem_ray.execution.memory import cluster_devices, require_memory
 from llem_ray.execution.meter import Meter
 from llem_ray.execution.policy import FailurePolicy
 from llem_ray.execution.records import AttemptEnded, SpansAdded
@@ -176,6 +177,8 @@ class RunDriver:
             self._book.start()
             self._cover("startup")
             self._record_cut_short()
+            if not self._plan.measure.wait_for_nodes_s:  # nodes that are to come may be larger
+                require_memory(self._open_groups(), self._plan.base_dir, cluster_devices(infos))
             self._executor.check(self._open_groups(), self._plan.base_dir, self._options.cache_dir)
             stopped = self._run_groups()
         except Aborted:

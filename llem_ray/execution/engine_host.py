@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, cast
@@ -15,6 +15,7 @@ from llem_ray.core.backend import (
     FollowerBackend,
     InferenceBackend,
     LoadReport,
+    LoadSchedule,
     Rendezvous,
     Request,
     RequestRecord,
@@ -22,16 +23,20 @@ from llem_ray.core.backend import (
 )
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Window
-from llem_ray.core.errors import GenerationError, LlemRayError, LoadError
-from llem_ray.core.outcome import Completed, Failed, Outcome, failed_from
+from llem_ray.core.errors import ConfigError, GenerationError, LlemRayError, LoadError
+from llem_ray.core.outcome import Completed, Failed, Outcome, WarmupReport, failed_from
 from llem_ray.core.plan import LoadGroup
-from llem_ray.core.spec import EngineSpec, ModelSpec, PromptSpec, SamplingSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WorkloadSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.execution.calls import Leased, Loaded, TrialOrder
-from llem_ray.execution.engines import make_backend, worker_layout
+from llem_ray.execution.engines import make_backend, serves_online, worker_layout
+from llem_ray.execution.online import OnlineOrder, run_online
 from llem_ray.execution.spans import SpanLog
+from llem_ray.execution.warmup import warm_up
 from llem_ray.power.host import host_id
-from llem_ray.workloads.prompts import batches, build_requests, load_prompts
+from llem_ray.workloads.online import OnlineWork, build_online
+from llem_ray.workloads.prompts import batches, build_requests
+from llem_ray.workloads.sources import Sources
 
 KEPT_TOKENS = 2_000_000
 """Prompt tokens of other cells that are kept for their repeats; about 36 bytes each."""
@@ -47,7 +52,8 @@ class EngineHost:
         base_dir: Folder that relative paths of the sweep start from.
         cache_dir: Writable folder for what we build ourselves; None: this host's own, see ``host_cache_dir``.
         clock: The node's monotonic clock.
-        prompts: Texts of prompt files that were read elsewhere; others are read here.
+        sources: What workloads read from files and data sets, where that was done elsewhere; the rest is read here.
+        online: Its trials send requests one by one.
     """
 
     def __init__(
@@ -58,11 +64,13 @@ class EngineHost:
         base_dir: str,
         cache_dir: str | None,
         clock: Clock | None = None,
-        prompts: Mapping[PromptSpec, Sequence[str]] | None = None,
+        sources: Sources | None = None,
+        *,
+        online: bool = False,
     ) -> None:
         self._clock = clock or SystemClock()
         self._base_dir = base_dir
-        self._prompts = dict(prompts or {})
+        self._sources = sources or Sources(base_dir)
         on_gpu = engine.device == "cuda" or (engine.device == "auto" and gpus > 0)
         device: Literal["cpu", "cuda"] = "cuda" if on_gpu else "cpu"
         self._config = BackendConfig(
@@ -72,10 +80,12 @@ class EngineHost:
             host=host_id(),
             base_dir=base_dir,
             cache_dir=cache_dir or str(host_cache_dir()),
+            online=online,
         )
         self._backend: InferenceBackend | None = None
         self._report: LoadReport | None = None
         self._requests: dict[str, tuple[tuple[Request, ...], ...]] = {}
+        self._online: dict[str, OnlineWork] = {}
         self._phase: str | None = None
 
     def lease(self) -> Leased:
@@ -135,28 +145,67 @@ class EngineHost:
         if self._backend is None:
             raise GenerationError("no model is loaded")
         backend, sampling = self._backend, order.experiment.sampling
+        if order.experiment.workload.load.online:
+            return self._run_online(backend, order, spans)
         work = self._work(order.experiment.workload)
-        if order.warmup_batches:
-            self._enter(spans, "warmup")
-            for index in range(order.warmup_batches):
-                for _ in backend.run(work[index % len(work)], sampling):
-                    pass
-            backend.reset()
+        warmup = self._warm_up(backend, order, spans, work, None)
         self._guard(spans, order.guard_s)
         begin_ns = self._enter(spans, "measured")
         requests, steps, passes = self._measure(backend, work, sampling, begin_ns + ns_from_s(order.min_window_s))
         end_ns = self._guard(spans, order.guard_s)
-        if order.cooldown_s:
-            entered_ns = self._enter(spans, "cooldown")
-            self._clock.sleep_until_ns(entered_ns + ns_from_s(order.cooldown_s))
+        self._cool_down(spans, order.cooldown_s)
         window = Window(node=self._config.host, begin_ns=begin_ns, end_ns=end_ns)
-        return Completed(window=window, spans=spans.finish(), requests=requests, steps=steps, passes=passes)
+        return Completed(window=window, spans=spans.finish(), requests=requests, steps=steps, passes=passes, warmup=warmup)
+
+    def _run_online(self, backend: InferenceBackend, order: TrialOrder, spans: SpanLog) -> Completed:
+        """Requests one by one: the phase ``measured`` is the whole run, the window a part of it."""
+        workload, sampling = order.experiment.workload, order.experiment.sampling
+        work = self._online_work(workload)
+        warmup = self._warm_up(backend, order, spans, work.warmup, LoadSchedule())
+        self._guard(spans, order.guard_s)
+        begin_ns = self._enter(spans, "measured")
+        asked = OnlineOrder(
+            work=work, sampling=sampling, load=workload.load, window=order.window, min_window_s=order.min_window_s
+        )
+        ran = run_online(backend, asked, self._config.host, begin_ns, self._clock)
+        self._guard(spans, order.guard_s)
+        self._cool_down(spans, order.cooldown_s)
+        return Completed(
+            window=ran.window,
+            spans=spans.finish(),
+            requests=ran.requests,
+            steps=ran.steps,
+            passes=1,
+            warmup=warmup,
+            online=ran.online,
+        )
+
+    def _warm_up(
+        self,
+        backend: InferenceBackend,
+        order: TrialOrder,
+        spans: SpanLog,
+        work: Sequence[tuple[Request, ...]],
+        schedule: LoadSchedule | None,
+    ) -> WarmupReport | None:
+        if not order.warmup.batches and order.warmup.until_cv is None:
+            return None
+        self._enter(spans, "warmup")
+        report = warm_up(order.warmup, work, lambda batch: backend.run(batch, order.experiment.sampling, schedule))
+        backend.reset()
+        return report
+
+    def _cool_down(self, spans: SpanLog, cooldown_s: float) -> None:
+        if cooldown_s:
+            entered_ns = self._enter(spans, "cooldown")
+            self._clock.sleep_until_ns(entered_ns + ns_from_s(cooldown_s))
 
     def _measure(
         self, backend: InferenceBackend, work: tuple[tuple[Request, ...], ...], sampling: SamplingSpec, until_ns: int
     ) -> tuple[tuple[RequestRecord, ...], int, int]:
         """Whole passes over the workload until the window is long enough."""
         requests: list[RequestRecord] = []
+        wanted = {request.request_id: request.max_new_tokens for batch in work for request in batch}
         steps = passes = 0
         while True:
             for batch in work:
@@ -164,7 +213,8 @@ class EngineHost:
                     if isinstance(event, StepEvent):
                         steps += 1
                     else:
-                        requests.append(replace(event, request_id=f"{passes}-{event.request_id}"))
+                        asked = wanted[event.request_id]
+                        requests.append(replace(event, request_id=f"{passes}-{event.request_id}", requested_tokens=asked))
             passes += 1
             if self._clock.monotonic_ns() >= until_ns:
                 return tuple(requests), steps, passes
@@ -176,20 +226,38 @@ class EngineHost:
             assert self._backend is not None
             assert self._report is not None
             requests = build_requests(
-                workload,
+                self._sources.resolved(workload),
                 encode=self._backend.encode,
                 vocab_size=self._report.vocab_size,
                 context_tokens=self._report.context_tokens,
-                prompts=self._texts(workload.prompts),
+                prompts=self._sources.prompts(workload.prompts),
                 special_token_ids=self._report.special_token_ids,
+                encode_chats=getattr(self._backend, "encode_chats", None),
             )
             if sum(map(_tokens, self._requests.values())) > KEPT_TOKENS:
                 self._requests.clear()
             self._requests[key] = tuple(batches(requests, workload.batch_size))
         return self._requests[key]
 
-    def _texts(self, spec: PromptSpec) -> Sequence[str]:
-        return self._prompts[spec] if spec in self._prompts else load_prompts(spec, self._base_dir)
+    def _online_work(self, workload: WorkloadSpec) -> OnlineWork:
+        """What an online workload sends; repeats of a cell reuse it."""
+        key = json.dumps(asdict(workload), sort_keys=True)
+        if key not in self._online:
+            assert self._backend is not None
+            assert self._report is not None
+            if sum(_tokens((work.requests,)) for work in self._online.values()) > KEPT_TOKENS:
+                self._online.clear()
+            self._online[key] = build_online(
+                self._sources.resolved(workload),
+                encode=self._backend.encode,
+                vocab_size=self._report.vocab_size,
+                context_tokens=self._report.context_tokens,
+                prompts=self._sources.prompts(workload.prompts),
+                special_token_ids=self._report.special_token_ids,
+                encode_chats=getattr(self._backend, "encode_chats", None),
+                trace=self._sources.trace(workload.load.trace),
+            )
+        return self._online[key]
 
     def _guard(self, spans: SpanLog, guard_s: float) -> int:
         entered_ns = self._enter(spans, "guard")
@@ -229,7 +297,7 @@ def check_group(group: LoadGroup, base_dir: str, cache_dir: str | None, *, alone
 
     Raises:
         PluginError: The engine is unknown or not installed; the hint is the pip command.
-        ConfigError: An engine argument, a model or an interpreter is wrong.
+        ConfigError: An engine argument, a model or an interpreter is wrong, or an engine for batches is to serve online.
     """
     engine = group.experiment.engine
     on_gpu = engine.device == "cuda" or (engine.device == "auto" and group.gpus > 0)
@@ -240,8 +308,17 @@ def check_group(group: LoadGroup, base_dir: str, cache_dir: str | None, *, alone
         host=host_id(),
         base_dir=base_dir,
         cache_dir=cache_dir or str(host_cache_dir()),
+        online=group.online,
         rendezvous=None if alone else _pretended(engine),
     )
+    if group.online and serves_online(engine) is False:
+        raise ConfigError(
+            f"{engine.backend} runs batches only: it does not take requests one by one",
+            "name an engine that serves online, or leave workload.load out",
+            field="workload.load.pattern",
+            found=group.experiment.workload.load.pattern,
+            allowed="batch",
+        )
     backend = make_backend(config)
     try:
         backend.check()

@@ -156,7 +156,7 @@ class InlineExecutor:
     def open_gang(self, group: LoadGroup, _seats: Sequence[Seat], base_dir: str, cache_dir: str) -> Gang:
         """One engine, on a thread."""
         experiment = group.experiment
-        return InlineGang(EngineHost(experiment.model, experiment.engine, 0, base_dir, cache_dir))
+        return InlineGang(EngineHost(experiment.model, experiment.engine, 0, base_dir, cache_dir, online=group.online))
 
     def quarantine(self, node_id: str, gpu_uuid: str) -> None:
         """Nothing: there is no GPU."""

@@ -17,8 +17,10 @@ from llem_ray.core.progress import Progress
 from llem_ray.core.units import NS_PER_MS, ns_from_s
 from llem_ray.execution.bookkeeper import Bookkeeper
 from llem_ray.execution.calls import Executor, Gang, Leased, Loaded, TrialOrder
+from llem_ray.execution.cooling import rest_until_cool
 from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.interrupts import Aborted
+from llem_ray.execution.memory import require_placed
 from llem_ray.execution.meter import Meter
 from llem_ray.execution.placement import guard_s, place_gang
 from llem_ray.execution.policy import FailurePolicy
@@ -118,6 +120,8 @@ class GangLane:
         self._gang: Gang | None = None
         self._record: GangRecord | None = None
         self._lost: str | None = None
+        self._hot: str | None = None
+        """What was too hot when the attempt began."""
         self._settles = True
         """Another gang may come to its GPUs."""
         begin_ns = context.clock.monotonic_ns()
@@ -222,6 +226,7 @@ class GangLane:
                 gap_s=max(0.0, (spans[0].begin_ns - gap_begin_ns) / 1e9) if spans else None,
                 final=decision == "skip",
                 lane=self._name,
+                hot=self._hot,
             )
         )
         if not run.policy.gang_survives(outcome):
@@ -245,14 +250,18 @@ class GangLane:
         run, measure = self._run, self._run.plan.measure
         assert self._gang is not None
         assert self._record is not None
+        self._hot = rest_until_cool(self._record, run.meter, measure, run.waits, run.clock)
+        if measure.cooldown_until_c is not None:
+            self._cover("cooldown", trial.trial_id, attempt)
         order = TrialOrder(
             trial_id=trial.trial_id,
             attempt=attempt,
             experiment=trial.experiment,
             guard_s=guard_s(self._record, run.meter, measure),
-            warmup_batches=measure.warmup.batches,
-            min_window_s=measure.min_window_s,
+            warmup=measure.warmup,
+            min_window_s=measure.shortest_window_s,
             cooldown_s=measure.cooldown_s,
+            window=measure.window,
         )
         run.book.measuring(trial, attempt, self._record)
         run.gang = self._gang
@@ -281,6 +290,7 @@ class GangLane:
             record = self._record = self._make_record(name, workers)
             run.book.add(GangPlaced(lane=self._name, gang=record))
             self._cover("startup")
+            require_placed(self._group, run.plan.base_dir, [item.device for item in record.devices])
             self._idle(record, "bare_idle", measure.idle_baseline_s)
             begin_ns = run.clock.monotonic_ns()
             run.book.phase = "load"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from llem_ray.config.resolved import dump_sweep, load_resolved
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.identity import digest
-from llem_ray.core.spec import Cell, EngineSpec, ModelSpec, Sweep, WorkloadSpec
+from llem_ray.core.spec import Cell, EngineSpec, LengthSpec, ModelSpec, PromptSpec, Sweep, WorkloadSpec
+
+Lengths = TypeVar("Lengths", int | LengthSpec, int | LengthSpec | None)
 
 SWEEP_FILE: Final = "sweep.json"
 MAX_BYTES: Final = 100 * 2**20
@@ -18,7 +20,7 @@ MAX_BYTES: Final = 100 * 2**20
 
 
 def pack_sweep(sweep: Sweep, folder: Path) -> None:
-    """Write the resolved sweep and copies of its prompt files and model configs to ``folder``.
+    """Write the resolved sweep and copies of its prompt files, traces and model configs to ``folder``.
 
     Files that lie beside or below the sweep file keep their relative path. Others get a new one, which the packed sweep names
     in place of theirs. A path that is absolute and not there is left as it is: it may be there where the sweep will run.
@@ -73,10 +75,32 @@ class _Packer:
         return replace(cell, experiment=replace(found, model=model, workload=workload))
 
     def _pack_workload(self, found: WorkloadSpec) -> WorkloadSpec:
-        path = found.prompts.path
-        if path is None:
+        trace = found.load.trace
+        return replace(
+            found,
+            load=found.load if trace is None else replace(found.load, trace=self._pack("workload.load.trace", trace)),
+            prompts=self._pack_prompts(found.prompts),
+            input_tokens=self._pack_lengths("workload.input_tokens.path", found.input_tokens),
+            output_tokens=self._pack_lengths("workload.output_tokens.path", found.output_tokens),
+        )
+
+    def _pack_prompts(self, found: PromptSpec) -> PromptSpec:
+        if found.path is not None:
+            return replace(found, path=self._pack("workload.prompts.path", found.path))
+        if found.dataset is None or not self._path(found.dataset).exists():
             return found
-        return replace(found, prompts=replace(found.prompts, path=self._pack("workload.prompts.path", path)))
+        field = "workload.prompts.dataset"
+        if self._path(found.dataset).is_file():
+            return replace(found, dataset=self._pack(field, found.dataset))
+        if not _is_absolute(found.dataset):
+            allowed = "a hub id, a file, or an absolute path that exists where the sweep runs"
+            raise ConfigError("a data set's folder is not sent along", field=field, found=found.dataset, allowed=allowed)
+        return found
+
+    def _pack_lengths(self, field: str, found: Lengths) -> Lengths:
+        if not isinstance(found, LengthSpec) or found.path is None:
+            return found
+        return replace(found, path=self._pack(field, found.path))
 
     def _pack_model(self, found: ModelSpec) -> ModelSpec:
         for field, text in (("model.id", found.id), ("model.tokenizer", found.tokenizer)):

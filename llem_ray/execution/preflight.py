@@ -10,17 +10,22 @@ from llem_ray.core.errors import PlacementError
 from llem_ray.core.plan import Plan
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
-from llem_ray.workloads.prompts import load_prompts
+from llem_ray.execution.memory import local_devices, require_memory
+from llem_ray.workloads.online import taken
+from llem_ray.workloads.sources import Sources
 
 
 def check_prompts(plan: Plan) -> None:
-    """Read every prompt source of the plan.
+    """Read every prompt source, file of lengths and trace of the plan.
 
     Raises:
-        ConfigError: A prompts file is wrong.
+        ConfigError: A file or data set is wrong, or a trace is shorter than what is to be replayed of it.
+        PluginError: The library that reads a data set is not installed.
     """
-    for spec in dict.fromkeys(trial.experiment.workload.prompts for trial in plan.trials):
-        load_prompts(spec, plan.base_dir)
+    sources = Sources(plan.base_dir)
+    for workload in dict.fromkeys(trial.experiment.workload for trial in plan.trials):
+        sources.read(workload)
+        taken(workload, sources.trace(workload.load.trace))
 
 
 def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) -> None:
@@ -35,7 +40,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) ->
     Raises:
         PluginError: An engine is unknown or not installed; the hint is the pip command.
         ConfigError: An engine argument, a model, a prompts file or an interpreter is wrong.
-        PlacementError: A gang needs more GPUs than there are.
+        PlacementError: A gang needs more GPUs than there are, or a model more memory than they have.
     """
     check_prompts(plan)
     for group in plan.groups:
@@ -46,6 +51,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) ->
                 "set engine.device: cpu, or run it where the GPUs are",
             )
         check_group(group, plan.base_dir, cache_dir, alone=alone)
+    require_memory(plan.groups, plan.base_dir, local_devices())
 
 
 def process_start_ns() -> int:

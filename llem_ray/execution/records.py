@@ -175,6 +175,8 @@ class AttemptEnded:
     final: bool
     """The trial will not be tried again."""
     lane: str = ""
+    hot: str | None = None
+    """What was too hot when it began, or not known; None where nothing was asked or all was cool."""
 
     @property
     def needs_ns(self) -> int:

@@ -6,8 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 from llem_ray.core.outcome import Completed, Failed
+from llem_ray.execution.load_rows import counts_of, is_part, load_columns, requests_inside
 from llem_ray.execution.records import AttemptEnded
 from llem_ray.results import rows as columns
+from llem_ray.results.trial_columns import ADJUSTED_METRICS
 from llem_ray.workloads import latency
 
 Row = dict[str, Any]
@@ -34,25 +36,41 @@ def attempt_row(ended: AttemptEnded) -> Row:
     if isinstance(outcome, Failed):
         return row | columns.failure_columns(outcome)
     row |= columns.window_columns(outcome.window)
-    row |= columns.count_columns(outcome.requests, passes=outcome.passes, steps=outcome.steps)
+    counts = counts_of(outcome)
+    row |= columns.count_columns(
+        requests=counts.requests,
+        prompt_tokens=counts.prompt_tokens,
+        padded_tokens=counts.padded_tokens,
+        output_tokens=counts.output_tokens,
+        passes=outcome.passes,
+        steps=outcome.steps,
+    )
+    row |= columns.length_columns(requests_inside(outcome))
+    row |= load_columns(outcome, ended.trial.experiment.workload.load)
     return row | latency_columns(outcome, ended.group.experiment.engine.world_size if ended.group.gpus else 0)
 
 
 def latency_columns(done: Completed, gpus: int) -> Row:
-    """Latency percentiles and throughputs over the window's requests."""
-    summary = latency.summarise_latency(done.requests, gpus)
+    """Latency percentiles and throughputs over the window's requests: those that ended in it."""
+    requests = requests_inside(done)
+    summary = latency.summarise_latency(requests, gpus)
     spreads = {
         "ttft_s": summary.ttft_s,
         "tpot_s": summary.tpot_s,
         "inter_chunk_s": summary.inter_chunk_s,
         "e2e_latency_s": summary.e2e_latency_s,
-        "e2e_from_schedule_s": latency.distribution(map(latency.e2e_from_schedule_s, done.requests)),
+        "e2e_from_schedule_s": latency.distribution(map(latency.e2e_from_schedule_s, filter(latency.succeeded, requests))),
         "normalized_tpot_s": summary.normalized_tpot_s,
     }
     row: Row = {}
     for metric, spread in spreads.items():
         row |= columns.distribution_columns(metric, None if spread is None else asdict(spread))
-    rates = summary.throughput
+    done_well = list(filter(latency.succeeded, requests))
+    for metric in ADJUSTED_METRICS:
+        values = map(_PER_REQUEST[metric], done_well)
+        row |= columns.adjusted_columns(metric, latency.adjusted_percentiles(values, summary.failed))
+    row["failed_requests"] = summary.failed
+    rates = part_throughput(done, gpus) if is_part(done) else summary.throughput
     if rates is not None:
         row |= {
             "serving_s": rates.duration_s,
@@ -64,10 +82,26 @@ def latency_columns(done: Completed, gpus: int) -> Row:
     return row
 
 
+def part_throughput(done: Completed, gpus: int) -> latency.Throughput:
+    """Rates within a window that is a part of a run: what happened inside, over its length."""
+    counts, length_s = counts_of(done), done.window.duration_s
+    return latency.Throughput(
+        duration_s=length_s,
+        requests=counts.succeeded,
+        input_tokens=counts.prompt_tokens,
+        output_tokens=counts.output_tokens,
+        request_throughput_req_s=counts.succeeded / length_s,
+        output_throughput_tok_s=counts.output_tokens / length_s,
+        total_token_throughput_tok_s=(counts.prompt_tokens + counts.output_tokens) / length_s,
+        throughput_per_gpu_tok_s=counts.output_tokens / length_s / gpus if gpus else None,
+    )
+
+
 def request_rows(ended: AttemptEnded, *, keep_token_times: bool) -> list[Row]:
-    """One row per request of the window; none for a failed attempt."""
+    """One row per request of the window, of an online trial of the whole run; none for a failed attempt."""
     if not isinstance(ended.outcome, Completed):
         return []
+    window_ids = {record.request_id for record in requests_inside(ended.outcome)}
     return [
         columns.request_row(
             record,
@@ -75,6 +109,7 @@ def request_rows(ended: AttemptEnded, *, keep_token_times: bool) -> list[Row]:
             attempt=ended.attempt,
             latencies={name: metric(record) for name, metric in _PER_REQUEST.items()},
             keep_token_times=keep_token_times,
+            in_window=record.request_id in window_ids,
         )
         for record in ended.outcome.requests
     ]

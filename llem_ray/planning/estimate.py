@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llem_ray.core.plan import Estimate, LoadGroup
+from llem_ray.core.plan import Estimate, LoadGroup, Trial
 from llem_ray.core.spec import MeasureSpec, Rates
 from llem_ray.core.units import kwh_from_j
 
@@ -40,8 +40,8 @@ class _Costs:
 def estimate_cost(groups: Sequence[LoadGroup], measure: MeasureSpec, rates: Rates, past: PastRun | None) -> Estimate:
     """Duration with one gang at a time, and the energy of the leased devices.
 
-    Without a past run, a trial is taken to last as long as its minimum window, given guards and cool-down: warm-up, and
-    batches longer than ``min_window_s``, come on top. The basis says so.
+    Without a past run, a trial is taken to last as long as its minimum window, an open loop as its arrivals, given guards and
+    cool-down: warm-up, and batches longer than ``min_window_s``, come on top. The basis says so.
     """
     costs = _costs(rates, past)
     if costs.seconds_per_load is None:
@@ -75,12 +75,14 @@ def _costs(rates: Rates, past: PastRun | None) -> _Costs:
 
 def _group_seconds(group: LoadGroup, measure: MeasureSpec, seconds_per_load: float, past: PastRun | None) -> float:
     guard_s = 0.0 if measure.edge_guard_s == "auto" else measure.edge_guard_s
-    trial_s = measure.min_window_s + 2 * guard_s + measure.cooldown_s
-    by_cell: Mapping[str, float] = {}
-    if past is not None:
-        by_cell = past.cell_seconds
-        trial_s = trial_s if past.seconds_per_trial is None else past.seconds_per_trial
-    trials_s = sum(by_cell.get(trial.cell.cell_id, trial_s) for trial in group.trials)
+    by_cell = {} if past is None else past.cell_seconds
+
+    def trial_s(trial: Trial) -> float:
+        if past is not None and past.seconds_per_trial is not None:
+            return past.seconds_per_trial
+        return measure.least_run_s(trial.experiment.workload) + 2 * guard_s + measure.cooldown_s
+
+    trials_s = sum(by_cell[cell_id] if (cell_id := trial.cell.cell_id) in by_cell else trial_s(trial) for trial in group.trials)
     return seconds_per_load + 2 * measure.idle_baseline_s + trials_s
 
 

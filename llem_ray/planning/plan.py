@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llem_ray.core.identity import canonical_json, digest, load_key, plain
+from llem_ray.core.identity import canonical_json, digest, load_key
 from llem_ray.core.plan import LoadGroup, Plan, Trial
 from llem_ray.core.spec import Cell, EngineSpec, Order, StoppingSpec, Sweep
 from llem_ray.planning.estimate import PastRun, estimate_cost
@@ -51,10 +51,10 @@ def run_hash(sweep: Sweep) -> str:
         "repeats": sweep.repeats,
         "order": sweep.order,
         "seed": sweep.seed,
-        "measure": plain(sweep.measure),
+        "measure": sweep.measure,
     }
     if sweep.stopping != StoppingSpec():
-        identity["stopping"] = plain(sweep.stopping)
+        identity["stopping"] = sweep.stopping
     return digest(canonical_json(identity), 8)
 
 
@@ -72,14 +72,15 @@ def gang_gpus(engine: EngineSpec, gpus_available: int | None) -> int:
 
 
 def _group_cells(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
-    keys: dict[tuple[int, int], str] = {}
+    keys: dict[tuple[int, int, bool], str] = {}
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         # Cells share their section objects, which stay alive in `cells`: hash each pair of objects once.
-        pair = (id(cell.experiment.model), id(cell.experiment.engine))
+        online = cell.experiment.workload.load.online
+        pair = (id(cell.experiment.model), id(cell.experiment.engine), online)
         key = keys.get(pair)
         if key is None:
-            key = keys[pair] = load_key(cell.experiment.model, cell.experiment.engine)
+            key = keys[pair] = load_key(cell.experiment.model, cell.experiment.engine, online=online)
         groups.setdefault(key, []).append(cell)
     first: dict[str, int] = {}
     for members in groups.values():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, get_args, get_type_hints
 
 from llem_ray.core.errors import PlanError
 from llem_ray.core.identity import plain
@@ -126,4 +126,8 @@ def _value(hint: Any, value: Any) -> Any:
         return _made(hint, value)
     if isinstance(value, list):
         return tuple(value)
+    if isinstance(value, dict):
+        for part in get_args(hint):
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                return _made(part, value)
     return value

@@ -110,16 +110,21 @@ def measures_cpu(sources: Sequence[PowerSource]) -> bool:
 
 def count_gpus() -> int:
     """Whole GPUs that NVML shows on this host and ``CUDA_VISIBLE_DEVICES`` leaves to us; 0 without NVML."""
+    present = len(list_gpus())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return present if visible is None else min(present, _count_visible(visible))
+
+
+def list_gpus() -> tuple[Device, ...]:
+    """All GPUs that NVML shows on this host; empty without NVML."""
     try:
         source = _open("nvml")
     except (PowerError, PluginError):
-        return 0
+        return ()
     try:
-        present = sum(device.scope in {"gpu", "module"} for device in source.devices())
+        return tuple(device for device in source.devices() if device.scope in {"gpu", "module"})
     finally:
         source.close()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return present if visible is None else min(present, _count_visible(visible))
 
 
 def _count_visible(visible: str) -> int:

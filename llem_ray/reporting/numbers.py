@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
+from typing import Any
 
 MISSING = "-"
 """Stands for a value that is null."""
@@ -52,6 +55,18 @@ def format_energy(energy_j: float | None) -> str:
     if abs(energy_j) >= 10_000:
         return f"{format_value(energy_j / 1000, 3)} kJ"
     return f"{format_value(energy_j, 3)} J"
+
+
+def format_setting(value: Any) -> str:
+    """A value of a sweep file: text as it is, a distribution as ``normal(mean=60, std=8)``, all else as JSON."""
+    if isinstance(value, Mapping) and "distribution" in value:
+        inner = ", ".join(
+            f"{key}={f'{item:g}' if isinstance(item, float) else json.dumps(item)}"
+            for key, item in value.items()
+            if key != "distribution"
+        )
+        return f"{value['distribution']}({inner})"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def count_noun(count: int, noun: str) -> str:

@@ -21,12 +21,20 @@ from llem_ray.energy.stopping import (
     metric_value,
     stein_interval,
 )
+from llem_ray.reporting.numbers import format_setting
 
 Row = Mapping[str, Any]
 
+LATENCY_COLUMNS: Final = (
+    "ttft_s_p50", "ttft_s_p99", "tpot_s_p50", "tpot_s_p99", "e2e_latency_s_p50", "e2e_latency_s_p99", "request_throughput_req_s",
+    "total_token_throughput_tok_s", "goodput_req_s", "slo_attainment", "failed_requests",
+)  # fmt: skip
+"""Columns of ``trials`` that the table of latencies is made from."""
+
 SUMMARY_COLUMNS: Final = (
+    *LATENCY_COLUMNS,
     "cell_id", "trial_id", "repeat", "status", "failure_kind", "settings", "model", "backend", "window_s",
-    "output_throughput_tok_s", "total_energy_j", "energy_uncertainty_j",
+    "window_rule", "run_s", "run_joules_per_output_token", "output_throughput_tok_s", "total_energy_j", "energy_uncertainty_j",
     "sensor_rel", "energy_covers", "energy_not_measured", "energy_reason",
     "waste_energy_j", "joules_per_output_token", "joules_per_total_token", "est_energy_j", "est_joules_per_output_token",
     "power_valid", "invalid_reasons", "flags", "notes", "reason_details",
@@ -95,6 +103,14 @@ class CellSummary:
     est_power_w: float | None
     window_s: float | None
     output_throughput_tok_s: float | None
+    latency: Mapping[str, float | None]
+    """Columns of ``LATENCY_COLUMNS``, means over the completed trials."""
+    window_rule: str | None
+    """Which part of their runs the windows are."""
+    run_s: float | None
+    """Length of the online runs that the windows are parts of."""
+    run_joules_per_output_token: float | None
+    """Energy of the whole runs over all their output tokens."""
     invalid_reasons: tuple[str, ...]
     flags: tuple[str, ...]
     notes: tuple[str, ...]
@@ -204,6 +220,10 @@ def _summarise_cell(
         est_power_w=_mean_power(unmeasured, "est_energy_j") if not valid else None,
         window_s=_mean(completed, "window_s"),
         output_throughput_tok_s=_mean(completed, "output_throughput_tok_s"),
+        latency={name: _mean(completed, name) for name in LATENCY_COLUMNS},
+        window_rule=next((row["window_rule"] for row in completed if row.get("window_rule")), None),
+        run_s=_mean(completed, "run_s"),
+        run_joules_per_output_token=_mean(valid, "run_joules_per_output_token"),
         invalid_reasons=_distinct(row.get("invalid_reasons") for row in completed),
         flags=_distinct(row.get("flags") for row in completed),
         notes=_distinct(row.get("notes") for row in completed),
@@ -258,18 +278,14 @@ def _labeller(settings: Iterable[Mapping[str, Any]]) -> Callable[[Mapping[str, A
     """
     settings = list(settings)
     keys = dict.fromkeys(key for one in settings for key in one)
-    varying = {key for key in keys if len({_text(one.get(key)) for one in settings}) > 1} or set(keys)
+    varying = {key for key in keys if len({format_setting(one.get(key)) for one in settings}) > 1} or set(keys)
     last_words = Counter(key.rpartition(".")[2] for key in keys)
     short = {key: last if last_words[last := key.rpartition(".")[2]] == 1 else key for key in keys}
 
     def label(one: Mapping[str, Any]) -> str:
-        return " ".join(f"{short[key]}={_text(value)}" for key, value in one.items() if key in varying)
+        return " ".join(f"{short[key]}={format_setting(value)}" for key, value in one.items() if key in varying)
 
     return label
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _covers(rows: Iterable[Row]) -> dict[str, int]:

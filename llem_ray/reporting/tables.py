@@ -16,6 +16,8 @@ from llem_ray.energy.validity import REASONS
 from llem_ray.reporting.numbers import MISSING, count_noun, format_energy, format_uncertain, format_value
 from llem_ray.reporting.summary import CellSummary, RunSummary
 
+PARTS = frozenset({"steady_state", "interval"})
+"""Rules whose windows are parts of a run."""
 EVERYWHERE = "all"
 SHOWN_OUTLIERS = 5
 """Mark of what holds for every cell."""
@@ -142,6 +144,7 @@ def _reading(summary: RunSummary) -> list[Text]:
     if kinds:
         gain = "" if summary.sensor_rel is None else f" The sensors' gain error, up to {summary.sensor_rel:.0%}, comes on top."
         lines.append(Text("± is the " + ", or ".join(told[kind] for kind in told if kind in kinds) + "." + gain))
+    lines += [_part(cell) for cell in summary.cells if cell.window_rule in PARTS and cell.run_s is not None]
     if any(cell.valid != cell.trials for cell in summary.cells):
         lines.append(Text("n is the repeats with valid energy, of those that were tried."))
     lines += _resolved(summary)
@@ -158,6 +161,15 @@ def _reading(summary: RunSummary) -> list[Text]:
     if told_spent:
         lines.append(Text("Measured: " + ", ".join(told_spent) + "."))
     return lines
+
+
+def _part(cell: CellSummary) -> Text:
+    """What a window that is a part of a run leaves out."""
+    per_token = format_value(cell.run_joules_per_output_token) if cell.run_joules_per_output_token is not None else "no valid"
+    window_s, run_s = format_value(cell.window_s, 3), format_value(cell.run_s, 3)
+    return Text(
+        f"{cell.label}: {cell.window_rule}, {window_s} of {run_s} s; {per_token} J/output token over the whole run.", style="dim"
+    )
 
 
 def _resolved(summary: RunSummary) -> list[Text]:

@@ -13,7 +13,7 @@ from llem_ray.core.energy import EnergyReading, Flag, PhaseEnergy, Severity, Win
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import Trial
 from llem_ray.core.power import SamplerInfo
-from llem_ray.results.trial_columns import STATISTICS
+from llem_ray.results.trial_columns import ADJUSTED_STATISTICS, STATISTICS
 
 Row = dict[str, Any]
 
@@ -32,6 +32,7 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
     """Identity and experiment of one attempt: the columns known before it runs."""
     experiment = trial.experiment
     model, engine, workload, sampling = experiment.model, experiment.engine, experiment.workload, experiment.sampling
+    load = workload.load
     return {
         "trial_id": trial.trial_id,
         "cell_id": trial.cell.cell_id,
@@ -52,10 +53,15 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
         "data_parallel": engine.data_parallel,
         "gpus": gpus,
         "engine_args": to_json(dict(engine.engine_args)),
-        "prompt_source": workload.prompts.path if workload.prompts.source == "file" else workload.prompts.source,
-        "batch_size": workload.batch_size,
-        "input_tokens": workload.input_tokens,
-        "output_tokens_requested": workload.output_tokens,
+        "prompt_source": workload.prompts.path or workload.prompts.dataset or workload.prompts.source,
+        "batch_size": None if load.online else workload.batch_size,
+        "load_pattern": load.pattern,
+        "rate_per_s": load.rate_per_s,
+        "burstiness": load.burstiness,
+        "concurrency": load.concurrency,
+        "trace": load.trace,
+        "input_tokens": workload.input_tokens if isinstance(workload.input_tokens, int) else None,
+        "output_tokens_requested": workload.output_tokens if isinstance(workload.output_tokens, int) else None,
         "ignore_eos": workload.ignore_eos,
         "workload_seed": workload.seed,
         "temperature": sampling.temperature,
@@ -89,19 +95,28 @@ def window_columns(window: Window) -> Row:
     return {"begin_ns": window.begin_ns, "end_ns": window.end_ns, "window_s": window.duration_s}
 
 
-def count_columns(requests: Sequence[RequestRecord], *, passes: int, steps: int) -> Row:
+def count_columns(*, requests: int, prompt_tokens: int, padded_tokens: int, output_tokens: int, passes: int, steps: int) -> Row:
     """Requests, tokens and steps of a window."""
-    prompt_tokens = sum(record.prompt_tokens for record in requests)
-    output_tokens = sum(record.output_tokens for record in requests)
     return {
-        "requests": len(requests),
+        "requests": requests,
         "passes": passes,
         "prompt_tokens": prompt_tokens,
-        "padded_tokens": sum(record.padded_tokens for record in requests),
+        "padded_tokens": padded_tokens,
         "output_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
         "steps": steps,
     }
+
+
+def length_columns(requests: Sequence[RequestRecord]) -> Row:
+    """Smallest, mean and largest realised lengths of requests."""
+    if not requests:
+        return {}
+    lengths = {"prompt_tokens": [r.prompt_tokens for r in requests], "output_tokens": [r.output_tokens for r in requests]}
+    row: Row = {}
+    for name, values in lengths.items():
+        row |= {f"{name}_min": min(values), f"{name}_mean": sum(values) / len(values), f"{name}_max": max(values)}
+    return row
 
 
 def failure_columns(failed: Failed) -> Row:
@@ -122,6 +137,11 @@ def distribution_columns(metric: str, values: Mapping[str, float] | None) -> Row
         values: Statistic -> value; others than those of ``STATISTICS`` are left out. None gives nulls.
     """
     return {f"{metric}_{statistic}": None if values is None else values.get(statistic) for statistic in STATISTICS}
+
+
+def adjusted_columns(metric: str, values: Mapping[str, float] | None) -> Row:
+    """The columns ``adj_<metric>_p50`` and so on. None gives nulls."""
+    return {f"adj_{metric}_{statistic}": None if values is None else values[statistic] for statistic in ADJUSTED_STATISTICS}
 
 
 def flag_columns(flags: Iterable[Flag]) -> Row:
@@ -192,7 +212,13 @@ def clock_row(node: str, generation: int, *, run_ns: int, offset_ns: int, delta_
 
 
 def request_row(
-    record: RequestRecord, *, trial_id: str, attempt: int, latencies: Mapping[str, float | None], keep_token_times: bool
+    record: RequestRecord,
+    *,
+    trial_id: str,
+    attempt: int,
+    latencies: Mapping[str, float | None],
+    keep_token_times: bool,
+    in_window: bool = True,
 ) -> Row:
     """One request.
 
@@ -202,15 +228,18 @@ def request_row(
         attempt: Its attempt.
         latencies: ``ttft_s``, ``tpot_s``, ``e2e_latency_s``, ``e2e_from_schedule_s`` and ``normalized_tpot_s``.
         keep_token_times: Store the time of every token.
+        in_window: It ended in the measured window.
     """
     times = record.token_times_ns
     return {
         "trial_id": trial_id,
         "attempt": attempt,
         "request_id": record.request_id,
+        "in_window": in_window,
         "prompt_tokens": record.prompt_tokens,
         "padded_tokens": record.padded_tokens,
         "output_tokens": record.output_tokens,
+        "output_tokens_requested": record.requested_tokens,
         "finish_reason": record.finish_reason,
         "output_chunks": record.output_chunks,
         "cached_tokens": record.cached_tokens,

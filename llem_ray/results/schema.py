@@ -27,9 +27,11 @@ _KEYS = (
 _REQUESTS = (
     *_KEYS,
     Column("request_id", pa.string(), "", "Request within the trial: `<pass>-<index>`."),
+    Column("in_window", pa.bool_(), "", "It ended in the measured window; others of an online run are here too."),
     Column("prompt_tokens", pa.int64(), "tokens", "Prompt length counted from ids, padding not included."),
     Column("padded_tokens", pa.int64(), "tokens", "Length the prompt was padded to."),
     Column("output_tokens", pa.int64(), "tokens", "Tokens generated, counted from ids."),
+    Column("output_tokens_requested", pa.int64(), "tokens", "Tokens asked for."),
     Column("finish_reason", pa.string(), "", "`length`, `stop` or `abort`."),
     Column("output_chunks", pa.int64(), "", "Deliveries of output tokens: fewer than tokens where several came at once."),
     Column(
@@ -164,7 +166,7 @@ COLUMNS: Final[Mapping[TableName, tuple[Column, ...]]] = {
 
 DESCRIPTIONS: Final[Mapping[TableName, str]] = {
     "trials": "One row per attempt at a trial, good or failed.",
-    "requests": "One row per request of a measured window.",
+    "requests": "One row per request of a measured window; of an online trial, one per request of the whole run.",
     "power": "One row per poll of one device: the raw samples that every joule comes from.",
     "states": "One row per slow-lane reading of one device, about once a second.",
     "phases": "One row per device and phase: the energy ledger that tiles the run.",

@@ -95,9 +95,14 @@ _EXPERIMENT = (
     Column("gpus", _I32, "", "Whole GPUs leased; 0 on the CPU."),
     Column("engine_args", _STR, "JSON", "Arguments passed to the engine as they are."),
     Column("prompt_source", _STR, "", "Where prompts came from."),
-    Column("batch_size", _I32, "", "Requests that ran together."),
-    Column("input_tokens", _I64, "tokens", "Exact prompt length asked for; null keeps natural lengths."),
-    Column("output_tokens_requested", _I64, "tokens", "Tokens asked for per request."),
+    Column("batch_size", _I32, "", "Requests that ran together; null under an online load."),
+    Column("load_pattern", _STR, "", "How requests reached the engine: `batch`, or the pattern of an online load."),
+    Column("rate_per_s", _F64, "1/s", "Request rate asked for; null where the pattern has none."),
+    Column("burstiness", _F64, "1", "Shape of the gamma distribution of gaps between arrivals; null but for `gamma`."),
+    Column("concurrency", _I32, "", "Requests kept in flight; null where the pattern has none, or the engine sets the limit."),
+    Column("trace", _STR, "", "Trace of arrivals that was replayed."),
+    Column("input_tokens", _I64, "tokens", "Exact prompt length asked for; null for natural lengths and distributions."),
+    Column("output_tokens_requested", _I64, "tokens", "Tokens asked for per request; null for distributions."),
     Column("ignore_eos", _BOOL, "", "Generation went on after an end-of-sequence token."),
     Column("workload_seed", _I64, "", "Seed of the choice and order of prompts."),
     Column("temperature", _F64, "", "0 is greedy."),
@@ -114,13 +119,27 @@ _COUNTS = (
     Column("begin_ns", _I64, "ns", "Begin of the measured window; monotonic clock of the engine's node."),
     Column("end_ns", _I64, "ns", "End of the measured window; same clock."),
     Column("window_s", _F64, "s", "Length of the measured window."),
-    Column("requests", _I64, "", "Requests of the window, failed ones included."),
+    Column("window_rule", _STR, "", "Which part of the run the window is: `total`, `steady_state`, `mlperf` or `interval`."),
+    Column("requests", _I64, "", "Requests that ended in the window, failed ones included."),
     Column("passes", _I32, "", "Times the workload was repeated to fill the window."),
-    Column("prompt_tokens", _I64, "tokens", "Prompt tokens counted from ids, padding not included."),
+    Column("prompt_tokens", _I64, "tokens", "Prompt tokens counted from ids, of requests whose first token came in the window."),
     Column("padded_tokens", _I64, "tokens", "Prompt lengths after padding, summed."),
-    Column("output_tokens", _I64, "tokens", "Tokens generated, counted from ids."),
+    Column("output_tokens", _I64, "tokens", "Tokens delivered in the window, counted from ids."),
     Column("total_tokens", _I64, "tokens", "prompt_tokens + output_tokens."),
     Column("steps", _I64, "", "Forward steps of the engine in the window."),
+    Column("prompt_tokens_min", _I64, "tokens", "Shortest prompt of the requests that ended in the window."),
+    Column("prompt_tokens_mean", _F64, "tokens", "Mean prompt length of the requests that ended in the window."),
+    Column("prompt_tokens_max", _I64, "tokens", "Longest prompt of the requests that ended in the window."),
+    Column("output_tokens_min", _I64, "tokens", "Shortest output of the requests that ended in the window."),
+    Column("output_tokens_mean", _F64, "tokens", "Mean output length of the requests that ended in the window."),
+    Column("output_tokens_max", _I64, "tokens", "Longest output of the requests that ended in the window."),
+    Column("realised_concurrency", _I32, "", "The most requests that were being answered at one instant; online trials."),
+    Column("run_begin_ns", _I64, "ns", "Begin of the whole online run, of which the window is a part; same clock."),
+    Column("run_end_ns", _I64, "ns", "When its last answer had come; same clock."),
+    Column("run_s", _F64, "s", "Length of the whole run."),
+    Column("run_requests", _I32, "", "Requests of the whole run."),
+    Column("run_prompt_tokens", _I64, "tokens", "Prompt tokens of the whole run."),
+    Column("run_output_tokens", _I64, "tokens", "Tokens generated in the whole run."),
 )
 
 _ENERGY = (
@@ -176,6 +195,9 @@ _ENERGY = (
     Column("joules_per_total_token", _F64, "J/token", "total_energy_j / total_tokens."),
     Column("joules_per_successful_query", _F64, "J", "total_energy_j / requests that succeeded."),
     Column("output_tokens_per_joule", _F64, "token/J", "output_tokens / total_energy_j."),
+    Column("run_energy_j", _F64, "J", "Measured energy of the whole online run, summed as total_energy_j; null for batches."),
+    Column("run_energy_u_j", _F64, "J", "One sigma of sampling of run_energy_j."),
+    Column("run_joules_per_output_token", _F64, "J/token", "run_energy_j / run_output_tokens. Null unless power_valid."),
     Column("avg_power_w", _F64, "W", "Mean power of one leased GPU; null on the CPU."),
     Column("avg_total_gpu_power_w", _F64, "W", "Mean power of all leased GPUs together."),
     Column("energy_delay_product_js", _F64, "J s", "total_energy_j x window_s."),
@@ -211,6 +233,10 @@ _ENERGY = (
         "1",
         "Share of the window that leased GPUs spent near idle power (up to idle + 10 % of busy - idle).",
     ),
+    Column("power_drift_rel", _F64, "1", "Power of the window's second half over that of the first, less 1; from 10 s on."),
+    Column("power_trend_p", _F64, "1", "p-value of Mann-Kendall's test for a trend of power over 20 bins of the window."),
+    Column("throughput_drift_rel", _F64, "1", "The same of output tokens per second."),
+    Column("throughput_trend_p", _F64, "1", "The same of output tokens per second."),
     Column("rank_imbalance", _F64, "1", "(Largest - smallest) / mean of the leased devices' energies."),
 )
 
@@ -236,18 +262,62 @@ STATISTICS: Final = {
 }
 """Statistic -> its name. Percentiles are numpy's ``linear``."""
 
-_LATENCY = tuple(
-    Column(f"{metric}_{statistic}", _F64, "s", f"{definition}; {name} over the window's requests.")
-    for metric, definition in LATENCY_METRICS.items()
-    for statistic, name in STATISTICS.items()
+ADJUSTED_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s")
+"""Latency metrics that have percentiles with failures counted, too: ``adj_<metric>_<percentile>``."""
+
+ADJUSTED_STATISTICS: Final = ("p50", "p90", "p95", "p99")
+
+_LATENCY = (
+    *(
+        Column(f"{metric}_{statistic}", _F64, "s", f"{definition}; {name} over the window's successful requests.")
+        for metric, definition in LATENCY_METRICS.items()
+        for statistic, name in STATISTICS.items()
+    ),
+    *(
+        Column(
+            f"adj_{metric}_{statistic}",
+            _F64,
+            "s",
+            f"{LATENCY_METRICS[metric]}; {STATISTICS[statistic]} with each failed request counted as infinitely late.",
+        )
+        for metric in ADJUSTED_METRICS
+        for statistic in ADJUSTED_STATISTICS
+    ),
+)
+
+_GOODPUT = (
+    Column("failed_requests", _I64, "", "Requests of the window that were aborted or gave no token."),
+    Column("slo_ttft_ms", _F64, "ms", "Limit on the time to first token; null without one."),
+    Column("slo_tpot_ms", _F64, "ms", "Limit on the time per output token; null without one."),
+    Column("slo_e2e_ms", _F64, "ms", "Limit on the end-to-end latency; null without one."),
+    Column("goodput_req_s", _F64, "1/s", "Requests that keep all limits / serving_s; null without limits."),
+    Column("slo_attainment", _F64, "1", "Requests that keep all limits / requests, failed ones included; null without limits."),
+    Column("goodput_per_watt", _F64, "1/J", "goodput_req_s / (total_energy_j / window_s). Null unless power_valid."),
 )
 
 _THROUGHPUT = (
-    Column("serving_s", _F64, "s", "First request sent to last token: the duration of the throughputs."),
+    Column(
+        "serving_s",
+        _F64,
+        "s",
+        "First request sent to last token: the duration of the throughputs. window_s where the window is part of an online run.",
+    ),
     Column("output_throughput_tok_s", _F64, "token/s", "output_tokens / serving_s."),
     Column("total_token_throughput_tok_s", _F64, "token/s", "total_tokens / serving_s."),
     Column("request_throughput_req_s", _F64, "1/s", "Requests that succeeded / serving_s."),
     Column("throughput_per_gpu_tok_s", _F64, "token/s", "output_throughput_tok_s / (tensor x pipeline x data parallel GPUs)."),
+)
+
+_PACE = (
+    Column("asked_rate_per_s", _F64, "1/s", "(n - 1) / (last - first) of the times the schedule wanted."),
+    Column("sent_rate_per_s", _F64, "1/s", "The same of the times requests were sent."),
+    Column("achieved_rate_per_s", _F64, "1/s", "The same of the times requests were answered."),
+    Column("pacing_error_p50_s", _F64, "s", "Sent less scheduled, median over the run's requests."),
+    Column("pacing_error_p90_s", _F64, "s", "Sent less scheduled, 90th percentile."),
+    Column("pacing_error_p99_s", _F64, "s", "Sent less scheduled, 99th percentile."),
+    Column("pacing_error_max_s", _F64, "s", "Sent less scheduled, largest."),
+    Column("warmup_batches", _I32, "", "Batches that ran before the window."),
+    Column("warmup_step_cv", _F64, "1", "Coefficient of variation of the last 5 warm-up batches' step times, where asked for."),
 )
 
 _LOAD = (
@@ -258,5 +328,7 @@ _LOAD = (
     Column("gap_s", _F64, "s", "The orchestrator's own time since the trial before, guards not included."),
 )
 
-TRIAL_COLUMNS: Final[tuple[Column, ...]] = (*_IDENTITY, *_EXPERIMENT, *_COUNTS, *_ENERGY, *_LATENCY, *_THROUGHPUT, *_LOAD)
+TRIAL_COLUMNS: Final[tuple[Column, ...]] = (
+    *_IDENTITY, *_EXPERIMENT, *_COUNTS, *_ENERGY, *_LATENCY, *_THROUGHPUT, *_GOODPUT, *_PACE, *_LOAD
+)  # fmt: skip
 """All columns of the ``trials`` table, in order."""

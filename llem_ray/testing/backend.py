@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, NoReturn
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.engine_args import parse_engine_args
 from llem_ray.backends.load_generator import LoadGenerator
-from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, GenerationError, LoadError, NumericsError
 from llem_ray.core.spec import SamplingSpec
@@ -147,6 +147,10 @@ class FakeBackend:
         """A begin token, then one id for each word."""
         ordinary = self._checked().vocab_size - SPECIAL_TOKENS
         return [[1, *(SPECIAL_TOKENS + zlib.crc32(word.encode()) % ordinary for word in text.split())] for text in texts]
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """As ``encode``, of ``<role> words`` for each message and ``<assistant>`` at the end."""
+        return self.encode([" ".join([*(f"<{role}> {text}" for role, text in chat), "<assistant>"]) for chat in chats])
 
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None

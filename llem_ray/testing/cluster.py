@@ -199,7 +199,10 @@ class PretendCluster:
         """A gang on the first GPUs of its seats that are free."""
         nodes = [self._nodes[seat.node] for seat in seats]
         experiment = group.experiment
-        engine = EngineHost(experiment.model, experiment.engine, group.gpus, base_dir, cache_dir, clock=nodes[0].host)
+        clock = nodes[0].host
+        engine = EngineHost(
+            experiment.model, experiment.engine, group.gpus, base_dir, cache_dir, clock=clock, online=group.online
+        )
         gang = PretendGang(self, group, nodes, engine)
         with self._lock:
             gang.workers = self._lease(gang, seats)

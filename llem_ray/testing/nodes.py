@@ -51,6 +51,8 @@ class PretendDevice:
     """When its counter ticks: at this plus multiples of 0.1 s."""
     base_mj: float = 5e9
     """What its counter showed at time 0 of ``load``."""
+    memory_bytes: int | None = None
+    """All memory of a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,6 +270,7 @@ def _device(device: PretendDevice, index: int) -> Device:
         index=index,
         counter_quantum_mj=1.0,
         power_limit_mw=700_000.0,
+        memory_bytes=device.memory_bytes,
     )
 
 

@@ -122,7 +122,7 @@ def throughput(records: Sequence[RequestRecord], gpus: int = 0) -> Throughput | 
         records: All requests of a window, in any order.
         gpus: Tensor x pipeline x data parallel GPUs; 0 on the CPU.
     """
-    done = [record for record in records if _succeeded(record)]
+    done = [record for record in records if succeeded(record)]
     if not done:
         return None
     duration_s = s_from_ns(max(r.token_times_ns[-1] for r in done) - min(r.sent_ns for r in records))
@@ -143,7 +143,7 @@ def throughput(records: Sequence[RequestRecord], gpus: int = 0) -> Throughput | 
 
 def summarise_latency(records: Sequence[RequestRecord], gpus: int = 0) -> LatencySummary:
     """Every latency metric of a window over its successful requests."""
-    done = [record for record in records if _succeeded(record)]
+    done = [record for record in records if succeeded(record)]
     return LatencySummary(
         ttft_s=distribution(map(ttft_s, done)),
         tpot_s=distribution(map(tpot_s, done)),
@@ -155,5 +155,18 @@ def summarise_latency(records: Sequence[RequestRecord], gpus: int = 0) -> Latenc
     )
 
 
-def _succeeded(record: RequestRecord) -> bool:
+def adjusted_percentiles(values: Iterable[float | None], failures: int) -> dict[str, float] | None:
+    """p50, p90, p95 and p99 with each failure counted as +inf, by numpy's method ``nearest``; None without values or failures.
+
+    A service that drops its slowest requests does not look faster by them.
+    """
+    known = [value for value in values if value is not None] + [float("inf")] * failures
+    if not known:
+        return None
+    found = np.percentile(np.asarray(known, dtype=np.float64), [50, 90, 95, 99], method="nearest")
+    return dict(zip(("p50", "p90", "p95", "p99"), map(float, found), strict=True))
+
+
+def succeeded(record: RequestRecord) -> bool:
+    """It was not aborted, and gave a token."""
     return record.finish_reason != "abort" and record.output_tokens > 0

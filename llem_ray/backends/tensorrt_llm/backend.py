@@ -13,7 +13,7 @@ from llem_ray.backends.model_source import find_model
 from llem_ray.backends.tensorrt_llm.arguments import check_spec
 from llem_ray.backends.tensorrt_llm.machine import Machine, ThisMachine, require_gpus, require_python
 from llem_ray.backends.tensorrt_llm.settings import WorkerEnvironment
-from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec
 
@@ -71,6 +71,12 @@ class TensorrtBackend:
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._engine.encode(texts)
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        if self._engine is None:
+            raise LoadError("the model is not loaded")
+        return self._engine.encode_chats(chats)
 
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None

@@ -29,8 +29,8 @@ from llem_ray.backends.tensorrt_llm.preparing import Prepared, end_token_ids
 from llem_ray.backends.tensorrt_llm.serving import Stream
 from llem_ray.backends.tensorrt_llm.settings import runs_in_this_process
 from llem_ray.backends.tensorrt_llm.waiting import EventLoop, within
-from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
-from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, DeviceMemoryError, EngineDied, GenerationError, LoadError
 from llem_ray.core.spec import SamplingSpec
 
@@ -80,6 +80,10 @@ class Engine:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, nothing cut."""
         return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        return encode_chats(self._tokenizer, chats)
 
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None

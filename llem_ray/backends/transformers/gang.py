@@ -19,7 +19,7 @@ from llem_ray.backends.transformers.engine import Engine
 from llem_ray.backends.transformers.layout import deal
 from llem_ray.backends.transformers.links import Link
 from llem_ray.backends.transformers.replica import CLOSE_S, LOAD_S, Replica
-from llem_ray.core.backend import Request, RequestRecord, StepEvent, StepKind
+from llem_ray.core.backend import ChatMessage, Request, RequestRecord, StepEvent, StepKind
 from llem_ray.core.errors import BackendError, EngineDied, HangError
 from llem_ray.core.spec import SamplingSpec
 
@@ -58,6 +58,10 @@ class Gang:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
         return self._engine.encode(texts)
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        return self._engine.encode_chats(chats)
 
     def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
         """See ``InferenceBackend.run``."""

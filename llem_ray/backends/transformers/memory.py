@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from llem_ray.backends.batch_memory import BatchMemory, batch_memory, size_text
+from llem_ray.backends.model_shape import read_shape
 from llem_ray.core.errors import DeviceMemoryError
+
+__all__ = ["BatchMemory", "available_host_bytes", "estimate_batch_memory", "host_limit_bytes", "require_host_memory"]
 
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
@@ -20,63 +23,15 @@ CGROUP_FILES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BatchMemory:
-    """Bytes a batch needs beside the weights, as a sum that can be read."""
-
-    kv_cache_bytes: int
-    activation_bytes: int
-    logits_bytes: int
-    arithmetic: str
-    """The sum with its factors."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Everything together."""
-        return self.kv_cache_bytes + self.activation_bytes + self.logits_bytes
-
-
 def estimate_batch_memory(
     config: Any, *, rows: int, prompt_tokens: int, new_tokens: int, element_bytes: int, eager: bool
 ) -> BatchMemory | None:
-    """Memory of one padded batch of a decoder-only transformer; None where the config does not tell the dimensions.
-
-    The cache grows by copying one layer at a time, hence one layer more than the model has. Activations are those alive
-    together at the widest point of one layer of the prefill: two hidden states and three of the MLP's width, or the
-    attention scores in the weights' format and in float32 where eager attention writes them out.
-
-    Args:
-        config: transformers' text config.
-        rows: Requests in the batch.
-        prompt_tokens: Padded length of the prompts.
-        new_tokens: Tokens generated for each row.
-        element_bytes: Size of one weight.
-        eager: Attention scores are materialised.
-    """
-    layers, hidden, heads = (getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    vocab = getattr(config, "vocab_size", None)
-    if not (layers and hidden and heads and vocab):
+    """``batch_memory`` of transformers' text config; None where it does not tell the dimensions."""
+    shape = read_shape(config.to_dict()) if hasattr(config, "to_dict") else None
+    if shape is None:
         return None
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    width = getattr(config, "intermediate_size", None) or 4 * hidden
-    tokens = prompt_tokens + new_tokens
-    kv_cache = 2 * (layers + 1) * kv_heads * head_dim * tokens * rows * element_bytes
-    activations = rows * prompt_tokens * (2 * hidden + 3 * width) * element_bytes
-    wide = f"{rows} rows x {prompt_tokens} tokens x (2 x {hidden} + 3 x {width}) x {element_bytes} B"
-    if eager and (scores := rows * heads * prompt_tokens**2 * (element_bytes + 4)) > activations:
-        activations = scores
-        wide = f"scores of {rows} rows x {heads} heads x {prompt_tokens} x {prompt_tokens} tokens x {element_bytes + 4} B"
-    logits = rows * vocab * (element_bytes + 4)
-    return BatchMemory(
-        kv_cache_bytes=kv_cache,
-        activation_bytes=activations,
-        logits_bytes=logits,
-        arithmetic=(
-            f"KV cache 2 x {layers + 1} layers x {kv_heads} heads x {head_dim} x {tokens} tokens x {rows} rows x"
-            f" {element_bytes} B = {_size(kv_cache)}; activations {wide} = {_size(activations)};"
-            f" logits {rows} rows x {vocab} x {element_bytes + 4} B = {_size(logits)}"
-        ),
+    return batch_memory(
+        shape, rows=rows, prompt_tokens=prompt_tokens, new_tokens=new_tokens, element_bytes=element_bytes, eager=eager
     )
 
 
@@ -90,6 +45,17 @@ def available_host_bytes() -> int:
     return available
 
 
+def host_limit_bytes() -> int:
+    """Memory this process could take if nobody else took any: the host's and its swap, or its cgroup's limit if that is less."""
+    limit = int(psutil.virtual_memory().total + psutil.swap_memory().total)
+    for name, *_ in CGROUP_FILES:
+        try:
+            limit = min(limit, int(Path(name).read_text()))
+        except (OSError, ValueError):
+            continue  # no such cgroup version, or the limit is "max"
+    return limit
+
+
 def require_host_memory(needed_bytes: int, what: str, arithmetic: str) -> None:
     """Refuse what the host cannot hold.
 
@@ -99,7 +65,7 @@ def require_host_memory(needed_bytes: int, what: str, arithmetic: str) -> None:
     available = available_host_bytes()
     if needed_bytes > available:
         raise DeviceMemoryError(
-            f"{what} needs about {_size(needed_bytes)}, but {_size(available)} of memory are available: {arithmetic}"
+            f"{what} needs about {size_text(needed_bytes)}, but {size_text(available)} of memory are available: {arithmetic}"
         )
 
 
@@ -112,12 +78,3 @@ def _left_in_cgroup(limit_file: Path, usage_file: Path, stat_file: Path) -> int 
     # File pages count as usage but are dropped under pressure.
     reclaimable = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
     return max(0, limit - usage + reclaimable)
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if value < 1000 or unit == "PB":
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"

@@ -13,7 +13,7 @@ from llem_ray.backends.batch_checks import require_batch
 from llem_ray.backends.model_source import find_model
 from llem_ray.backends.vllm.arguments import check_spec, local_workers, place_of, runs_eagerly
 from llem_ray.backends.vllm.settings import EnvironmentDefaults
-from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.spec import SamplingSpec
 
@@ -76,6 +76,12 @@ class VllmBackend:
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._leading(self._engine).encode(texts)
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        if self._engine is None:
+            raise LoadError("the model is not loaded")
+        return self._leading(self._engine).encode_chats(chats)
 
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None

@@ -30,6 +30,7 @@ with warnings.catch_warnings():
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.engine_args import FIELD
 from llem_ray.backends.lora import LORA_FIELD, LoraArgs, adapter_rank, parse_lora
+from llem_ray.backends.memory_need import require_fit
 from llem_ray.backends.model_config import (
     first_line,
     known_parameters,
@@ -41,14 +42,14 @@ from llem_ray.backends.model_config import (
 )
 from llem_ray.backends.model_source import ModelSource, model_commit
 from llem_ray.backends.random_adapter import random_adapter
-from llem_ray.backends.tokenizer import find_tokenizer, special_token_ids
+from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
 from llem_ray.backends.vllm.arguments import OURS, engine_arguments, place_of
 from llem_ray.backends.vllm.failures import is_out_of_memory, load_failure, whole_message
 from llem_ray.backends.vllm.gang import Gang, ranks_of
 from llem_ray.backends.vllm.leftovers import end_processes, is_alive, remove_segments, shared_segments
 from llem_ray.backends.vllm.offline import OfflineEngine
 from llem_ray.backends.vllm.online import OnlineEngine
-from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import (
     BackendError,
     ConfigError,
@@ -137,6 +138,10 @@ class Engine:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, nothing cut."""
         return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]]
+
+    def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+        """Token ids of each chat by the model's own template."""
+        return encode_chats(self._tokenizer, chats)
 
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
@@ -235,6 +240,9 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
     started: OfflineEngine | OnlineEngine | None = None
     engine: Engine | None = None
     try:
+        if config.device == "cuda" and prepared.vllm_config.model_config.quantization is None:
+            memory_bytes = int(current_platform.get_device_total_memory())
+            require_fit(config, prepared.model_config.to_dict(), memory_bytes, random=source.random)
         tokenizer, origin = find_tokenizer(config, source, prepared.model_config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

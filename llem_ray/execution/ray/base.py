@@ -13,14 +13,13 @@ from typing import Any, Final
 from llem_ray.core.errors import LlemRayError, PlacementError
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import SamplerInfo
-from llem_ray.core.spec import PromptSpec
 from llem_ray.execution.calls import Call, Fetched, Gang, Node, Sampler, SamplerSettings
 from llem_ray.execution.engines import worker_layout
 from llem_ray.execution.ray.actors import CheckActor, EngineActor, HolderActor, SamplerActor
 from llem_ray.execution.ray.gang import RayGang
 from llem_ray.execution.ray.runtime import RayCall, answer_of, first_line, import_ray, wait_for
 from llem_ray.planning.packing import Seat
-from llem_ray.workloads.prompts import load_prompts
+from llem_ray.workloads.sources import Sources
 
 LOG = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ class RayExecutor:
     """
 
     def __init__(self) -> None:
-        self._prompts: dict[PromptSpec, Sequence[str]] = {}
+        self._sources: Sources | None = None
         self._holders: list[tuple[str, Any]] = []
         self._gangs: list[tuple[RayGang, tuple[Seat, ...]]] = []
         self._logs: Path | None = None
@@ -155,7 +154,8 @@ class RayExecutor:
                     group.gpus,
                     base_dir,
                     self._cache_dir(cache_dir),
-                    prompts=self._prompts_of(group, base_dir),
+                    sources=self._sources_of(group, base_dir),
+                    online=group.online,
                     threads_are_ours="OMP_NUM_THREADS" in os.environ,
                     rank=rank,
                 )
@@ -181,12 +181,12 @@ class RayExecutor:
         """Where engines keep what they build: None lets each host choose."""
         return cache_dir
 
-    def _prompts_of(self, group: LoadGroup, base_dir: str) -> dict[PromptSpec, Sequence[str]] | None:
-        """Prompt files, read here: other hosts may not have them."""
-        specs = {trial.experiment.workload.prompts for trial in group.trials if trial.experiment.workload.prompts.path}
-        for spec in specs - self._prompts.keys():
-            self._prompts[spec] = load_prompts(spec, base_dir)
-        return {spec: self._prompts[spec] for spec in specs} or None
+    def _sources_of(self, group: LoadGroup, base_dir: str) -> Sources:
+        """Prompts and lengths from files and data sets, read here: other hosts may not have them."""
+        with self._lock:
+            if self._sources is None:
+                self._sources = Sources(base_dir)
+            return self._sources.part([trial.experiment.workload for trial in group.trials])
 
     def quarantine(self, node_id: str, gpu_uuid: str) -> None:
         """Hold the GPU: take one after the other of those that are free on the node, and keep that one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -14,7 +14,8 @@ from llem_ray.execution.ray.base import as_node, pinned
 from llem_ray.execution.ray.connect import connect, probe_cluster
 from llem_ray.execution.ray.runtime import answer_of, import_ray
 
-ANSWER_TIMEOUT_S: Final = 90.0
+ANSWER_TIMEOUT_S: Final = 180.0
+"""Engines are imported in processes of their own, each with a shorter deadline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,12 +40,17 @@ class NodeReport:
 class _Doctor:
     """Examines the node it runs on."""
 
-    def examine(self) -> HostReport:
-        return examine_host()
+    def examine(self, interpreters: Sequence[tuple[str, str]], base_dir: str) -> HostReport:
+        return examine_host(interpreters, base_dir)
 
 
-def survey_cluster(address: Address) -> tuple[NodeReport, ...]:
+def survey_cluster(address: Address, interpreters: Sequence[tuple[str, str]] = (), base_dir: str = ".") -> tuple[NodeReport, ...]:
     """Examine every live node. Joins the cluster with this process.
+
+    Args:
+        address: Of the cluster.
+        interpreters: As in ``examine_host``; the paths are those of the nodes.
+        base_dir: Folder that relative paths start from, on every node.
 
     Raises:
         PlacementError: The cluster cannot be reached or joined from here.
@@ -57,7 +63,7 @@ def survey_cluster(address: Address) -> tuple[NodeReport, ...]:
         doctors = [
             ray.remote(num_cpus=0, num_gpus=0)(_Doctor).options(scheduling_strategy=pinned(n.node_id)).remote() for n in nodes
         ]
-        asked = [doctor.examine.remote() for doctor in doctors]
+        asked = [doctor.examine.remote(tuple(interpreters), base_dir) for doctor in doctors]
         reports = []
         for node, ref in zip(nodes, asked, strict=True):
             host, problem = None, None

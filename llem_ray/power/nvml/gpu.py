@@ -154,6 +154,7 @@ class PresentGpu:
             "measured_counter" if self.has_counter else "measured_power_integral" if self.has_power else "unavailable"
         )
         limit_mw = ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, self._handle)
+        memory = ask(pynvml.nvmlDeviceGetMemoryInfo, self._handle)
         return Device(
             uuid=self._uuid,
             name=self._name,
@@ -163,6 +164,7 @@ class PresentGpu:
             index=self._index,
             counter_quantum_mj=COUNTER_QUANTUM_MJ if self.has_counter else None,
             power_limit_mw=None if not limit_mw else float(limit_mw),
+            memory_bytes=None if memory is None else int(memory.total) or None,
             sensor_rel=SENSOR_REL,
             shared=self._shared,
             reason="NVML gives neither energy nor power of this GPU" if method == "unavailable" else None,

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
 from llem_ray.backends.tokenizer import train_tokenizer
-from llem_ray.backends.transformers import memory
+from llem_ray.backends.transformers import engine, memory
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.backends.transformers.engine import is_out_of_memory
 from llem_ray.backends.transformers.memory import available_host_bytes, estimate_batch_memory
@@ -150,7 +150,7 @@ def test_config_json_alone_makes_a_random_model(tmp_path: Path) -> None:
     backend = backend_of(tmp_path, ModelSpec(config="my.json"))
     report = backend.load()
     assert (report.vocab_size, report.context_tokens, report.random_weights) == (600, 64, True)
-    assert max(token for ids in backend.encode(load_prompts(PromptSpec())) for token in ids) < 600
+    assert max(token for ids in backend.encode(load_prompts(PromptSpec()).texts) for token in ids) < 600
     backend.close()
 
 
@@ -158,7 +158,7 @@ def test_local_tokenizer_is_the_same_each_time_and_loses_nothing(tmp_path: Path)
     first = train_tokenizer(1000, tmp_path / "a")
     again = train_tokenizer(1000, tmp_path / "b")
     cached = train_tokenizer(1000, tmp_path / "a")
-    texts = [*load_prompts(PromptSpec()), "emoji \U0001f600, 漢字, tabs\tand\nlines"]
+    texts = [*load_prompts(PromptSpec()).texts, "emoji \U0001f600, 漢字, tabs\tand\nlines"]
     ids = first(texts)["input_ids"]
     assert ids == again(texts)["input_ids"] == cached(texts)["input_ids"]
     assert len(first) <= 1000
@@ -226,7 +226,7 @@ def test_cuda_without_a_device_is_a_load_error(tmp_path: Path) -> None:
 def test_absurd_batch_is_refused_with_the_arithmetic(tiny: TransformersBackend) -> None:
     request = Request(request_id="0", prompt_token_ids=(7,) * 1000, max_new_tokens=1000)
     with pytest.raises(
-        DeviceMemoryError, match="KV cache 2 x 5 layers x 2 heads x 32 x 2000 tokens x 1000000 rows x 4 B"
+        DeviceMemoryError, match=r"KV cache \(2 x 4 layers x 2 heads x 32 x 2000 tokens\) x 1000000 rows x 4 B"
     ) as caught:
         list(tiny.run([request] * 1_000_000, SamplingSpec()))
     assert "available" in str(caught.value)
@@ -236,6 +236,12 @@ def test_absurd_batch_is_refused_with_the_arithmetic(tiny: TransformersBackend) 
 def test_model_that_does_not_fit_is_refused_before_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_host_bytes", lambda: 4_000_000)
     with pytest.raises(DeviceMemoryError, match="1000576 parameters x 4 B"):
+        backend_of(tmp_path).load()
+
+
+def test_model_larger_than_all_memory_is_refused_once_its_config_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "host_limit_bytes", lambda: 4_000_000)
+    with pytest.raises(DeviceMemoryError, match=r"4 MB on each host, which has 4 MB: .*1,000,576 parameters x 4 B"):
         backend_of(tmp_path).load()
 
 

@@ -1,10 +1,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
 from llem_ray.cli.main import main
+from llem_ray.core import plugins
 
 SWEEP = """\
 schema_version: 1
@@ -59,6 +61,17 @@ def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text("\n".join(["t_s,device_uuid,power_w,energy_j,scope", *rows]) + "\n")
     monkeypatch.setenv("LLEM_RAY_REPLAY", str(path))
     return path
+
+
+@pytest.fixture
+def only_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine but ``fake``, as if no other were registered: the doctor would import them."""
+    registered = plugins.entry_points
+
+    def fewer(group: str) -> list[EntryPoint]:
+        return [entry for entry in registered(group=group) if entry.name == "fake" or group != "llem_ray.backends"]
+
+    monkeypatch.setattr(plugins, "entry_points", fewer)
 
 
 @pytest.fixture

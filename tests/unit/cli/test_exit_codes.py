@@ -137,7 +137,7 @@ def test_the_version(llem) -> None:
     assert llem("--version").out.startswith("llem-ray, version ")
 
 
-def test_json_is_all_there_is_on_stdout(llem, sweep) -> None:
+def test_json_is_all_there_is_on_stdout(llem, sweep, only_fake) -> None:
     for args in (["schema"], ["plan", sweep, "--json"], ["doctor", "--json"]):
         ended = llem(*args)
         assert ended.code == 0

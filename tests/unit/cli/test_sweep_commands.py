@@ -8,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from model_configs import LLAMA_3_70B
 
 from llem_ray.config.sweep import load_sweep
 
@@ -90,15 +91,49 @@ def test_doctor_names_engines_and_meters_with_what_to_do(llem, monkeypatch: pyte
     monkeypatch.delenv("LLEM_RAY_REPLAY", raising=False)
     ended = llem("doctor")
     assert ended.code == 0
-    assert "  ok  fake" in ended.out
+    for part in ("  ok  fake", "  ok  transformers", "device: cpu", f"interpreter: {sys.executable} (Python 3."):
+        assert part in ended.out
+    assert {"nvml", "rapl", "codecarbon", "replay"} <= set(ended.out.split())
     assert "  no  replay" in ended.out
     assert "hint: set LLEM_RAY_REPLAY" in ended.out
-    report = json.loads(llem("doctor", "--json").out)
-    assert {engine["name"] for engine in report["engines"]} >= {"fake", "transformers"}
-    assert {source["name"] for source in report["sources"]} >= {"nvml", "rapl", "codecarbon", "replay"}
 
 
-def test_doctor_shows_the_devices_of_a_meter(llem, recording: Path) -> None:
+def huge(sweep: Path) -> list[str]:
+    """Overrides that take a model larger than any host."""
+    (sweep.parent / "huge.json").write_text(json.dumps(LLAMA_3_70B | {"num_hidden_layers": 10_000}))
+    return ["--set", "base.engine.backend=transformers", "--set", "base.model.config=huge.json"]
+
+
+def test_doctor_asks_the_interpreters_of_a_sweep_and_tells_what_does_not_fit(llem, sweep: Path, only_fake: None) -> None:
+    interpreter = ("--set", f"base.engine.python={sys.executable}")
+    report = json.loads(llem("doctor", sweep, *interpreter, "--json").out)
+    assert [(engine["name"], engine["interpreter"], engine["importable"]) for engine in report["engines"]] == [
+        ("fake", sys.executable, True),
+        ("fake", sys.executable, True),
+    ]
+    assert [item["unknown"] for item in report["memory"]] == ["how much the fake engine takes is its own affair"]
+    too_large = huge(sweep)
+    ended = llem("doctor", sweep, *too_large)
+    assert "  no  " in ended.out.partition("model loads of the sweep:")[2]
+    assert "parameters x 4 B" in ended.out
+    planned = llem("plan", sweep, *too_large)
+    assert "load 1 does not fit here: it needs at least" in " ".join(planned.out.split())
+
+
+def test_a_model_that_cannot_fit_is_not_submitted(llem, sweep: Path) -> None:
+    refused = llem("submit", sweep, *huge(sweep))
+    assert refused.code == 5
+    assert "needs at least" in refused.err
+    assert "parameters x 4 B" in refused.err
+
+
+def test_doctor_overrides_need_a_sweep(llem) -> None:
+    ended = llem("doctor", "--set", "base.engine.device=cpu")
+    assert ended.code == 2
+    assert "there is no sweep" in ended.err
+
+
+def test_doctor_shows_the_devices_of_a_meter(llem, recording: Path, only_fake: None) -> None:
     report = json.loads(llem("doctor", "--json").out)
     replay = next(source for source in report["sources"] if source["name"] == "replay")
     assert [device["uuid"] for device in replay["devices"]] == ["package"]

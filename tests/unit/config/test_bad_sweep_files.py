@@ -44,6 +44,70 @@ CASES = {
     "text for an open mapping": Bad(TOP + "  engine: {engine_args: [1]}\n", 4, "base.engine.engine_args: expected a mapping"),
     "list for a mapping": Bad(TOP + "sweep: [1]\n", 4, "sweep has the wrong type"),
     "mapping for a list": Bad(TOP + "zip: {workload.batch_size: [1]}\n", 4, "zip has the wrong type"),
+    "unknown load pattern": Bad(
+        TOP + "  workload: {load: {pattern: pareto}}\n", 4, "allowed: batch, saturated, closed, constant, poisson, gamma, trace"
+    ),
+    "open loop without a rate": Bad(
+        TOP + "  workload: {requests: 9, load: {pattern: poisson}}\n", 4, "the pattern poisson needs rate_per_s", "rate_per_s"
+    ),
+    "rate of a closed loop": Bad(
+        TOP + "  workload: {requests: 9, load: {pattern: closed, concurrency: 2, rate_per_s: 1}}\n",
+        4,
+        "rate_per_s has no meaning for the pattern closed",
+        "it belongs to: constant, gamma, poisson",
+    ),
+    "closed loop without concurrency": Bad(
+        TOP + "  workload: {requests: 9, load: {pattern: closed}}\n", 4, "the pattern closed needs concurrency"
+    ),
+    "burstiness of a Poisson process": Bad(
+        TOP + "  workload: {requests: 9, load: {pattern: poisson, rate_per_s: 1, burstiness: 2}}\n",
+        4,
+        "burstiness has no meaning",
+    ),
+    "trace without a file": Bad(TOP + "  workload: {load: {pattern: trace}}\n", 4, "the pattern trace needs trace"),
+    "speed without a trace": Bad(TOP + "  workload: {load: {trace_speed: 2}}\n", 4, "trace_speed has no meaning"),
+    "load without requests": Bad(TOP + "  workload: {load: {pattern: saturated}}\n", 4, "needs a number of requests"),
+    "batch size of an online load": Bad(
+        TOP + "  workload: {batch_size: 4, requests: 9, load: {pattern: saturated}}\n", 4, "batch_size has no meaning"
+    ),
+    "too few requests for a steady state": Bad(
+        TOP + "  workload: {requests: 17, load: {pattern: saturated, concurrency: 8}}\n",
+        4,
+        "17 requests with 8 in flight have no steady state: it takes 18 and more",
+        "set workload.requests to 32 or more",
+    ),
+    "steady state of an open loop": Bad(
+        TOP + "  workload: {requests: 9, load: {pattern: poisson, rate_per_s: 1}}\nmeasure: {window: {rule: steady_state}}\n",
+        5,
+        "steady_state is for saturated and closed loads, not for poisson",
+    ),
+    "steady state of batches": Bad(
+        TOP + "measure: {window: {rule: steady_state}}\n", 4, "the rule steady_state is for online loads"
+    ),
+    "interval without a length": Bad(
+        TOP + "measure: {window: {rule: interval, start_s: 1}}\n", 4, "an interval needs length_s", "measure.window.length_s"
+    ),
+    "length without an interval": Bad(TOP + "measure: {window: {length_s: 1}}\n", 4, "length_s has no meaning for the rule auto"),
+    "open loop too short for MLPerf": Bad(
+        TOP + "  workload: {requests: 9, load: {pattern: constant, rate_per_s: 2}}\nmeasure: {window: {rule: mlperf}}\n",
+        5,
+        "9 requests at 2/s last 4.5 s, the window needs 600 s",
+        "set workload.requests to 1200 or more",
+    ),
+    "open loop beyond the deadline": Bad(
+        TOP + "  workload: {requests: 900, load: {pattern: constant, rate_per_s: 0.5}}\n",
+        1,
+        "a trial takes 1800 s and more, its deadline is 1800 s",
+        "raise measure.trial_timeout_s",
+    ),
+    "warm-up limit under what is compared": Bad(
+        TOP + "measure: {warmup: {until_cv: 0.1, max_batches: 4}}\n", 4, "max_batches is at least 5", "raise it"
+    ),
+    "cell with too few requests": Bad(
+        TOP + "  workload: {requests: 9, load: {pattern: saturated}}\nsweep: {workload.load.concurrency: [2, 4]}\n",
+        4,
+        "found: in the cell workload.load.concurrency=4",
+    ),
     "scalar for an experiment": Bad(TOP + "experiments:\n- 3\n", 5, "experiments[0]: an item of experiments is a mapping"),
     "no schema version": Bad("base: {model: {id: a}}\n", 1, "schema_version is missing", "schema_version: 1"),
     "other schema version": Bad("schema_version: 2\n", 1, "found: 2\n  allowed: 1"),

@@ -14,7 +14,7 @@ from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError, PluginError
 from llem_ray.core.identity import load_key
 from llem_ray.core.outcome import Completed, Failed
-from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec, WarmupSpec, WorkloadSpec
 from llem_ray.execution.calls import TrialOrder
 from llem_ray.execution.engine_host import EngineHost
 from llem_ray.execution.engines import worker_layout
@@ -31,7 +31,7 @@ def host_of(tmp_path: Path, python: str | None, **args: Any) -> tuple[EngineHost
         trial_id="t-r0",
         attempt=1,
         experiment=experiment,
-        warmup_batches=1,
+        warmup=WarmupSpec(batches=1),
         guard_s=0.01,
         min_window_s=0.05,
         cooldown_s=0.0,

@@ -37,9 +37,7 @@ def test_an_engine_that_cannot_be_reset_is_done_for(
     host = EngineHost(MODEL, ENGINE, 0, str(tmp_path), str(tmp_path))
     host.load()
     experiment = Experiment(model=MODEL, engine=ENGINE, workload=WorkloadSpec(output_tokens=4))
-    order = TrialOrder(
-        trial_id="t-r0", attempt=1, experiment=experiment, guard_s=0.0, warmup_batches=0, min_window_s=0.01, cooldown_s=0.0
-    )
+    order = TrialOrder(trial_id="t-r0", attempt=1, experiment=experiment, guard_s=0.0, min_window_s=0.01, cooldown_s=0.0)
     outcome = host.run(order)
     assert isinstance(outcome, Failed)
     assert outcome.kind == kind

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_configs import LLAMA_3_70B
 
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.energy import PhaseSpan
@@ -267,6 +268,34 @@ def test_what_can_never_be_placed_is_refused_with_what_there_is(session: Session
     with pytest.raises(PlacementError, match=r"needs 3 GPUs on one node; the largest node has 2"):
         session.run(ONE_GROUP.replace("gpus: 1", "gpus: 3, nodes: 1, tensor_parallel: 3"))
     assert "measuring" not in session.events()
+
+
+def large_model(folder: Path) -> str:
+    (folder / "config.json").write_text(json.dumps(LLAMA_3_70B))
+    fake = "model: {config: llama-tiny}\n  engine: {backend: fake, device: cpu, gpus: 1}"
+    assert fake in ONE_GROUP
+    large = ONE_GROUP.replace(fake, "model: {config: config.json}\n  engine: {backend: transformers}")
+    return large.replace("  engine.engine_args.load_ms: [1]\n", "")
+
+
+def with_memory(name: str, memory_bytes: int) -> PretendHost:
+    one = host(name)
+    return replace(one, devices=tuple(replace(device, memory_bytes=memory_bytes) for device in one.devices))
+
+
+def test_a_model_that_fits_nowhere_is_refused_before_any_gang(tmp_path: Path) -> None:
+    session = Session(tmp_path, with_memory("north", 80 * 10**9), with_memory("east", 96 * 10**9))
+    with pytest.raises(PlacementError, match=r"needs at least 141 GB on each GPU, which has 96 GB"):
+        session.run(large_model(tmp_path))
+    assert "measuring" not in session.events()
+
+
+def test_a_model_that_does_not_fit_where_it_is_placed_is_not_loaded(tmp_path: Path) -> None:
+    session = Session(tmp_path, with_memory("north", 80 * 10**9))
+    result = session.run(large_model(tmp_path).replace("measure: {", "measure: {wait_for_nodes_s: 60, "))
+    assert (result.completed, result.failed) == (0, 2)
+    assert {row["failure_kind"] for row in session.rows()} == {"out_of_memory"}
+    assert "70,553,706,496 parameters x 2 B" in session.rows()[0]["failure_message"]
 
 
 def test_a_node_that_is_waited_for_and_comes(tmp_path: Path) -> None:

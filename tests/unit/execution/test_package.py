@@ -39,7 +39,7 @@ def load(home: Path, prompts: str = "{}", *, model: str = "{config: llama-tiny}"
 
 def pack(sweep: Sweep, tmp_path: Path) -> tuple[Sweep, Path]:
     folder = tmp_path / "package"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     pack_sweep(sweep, folder)
     return unpack_sweep(folder / "sweep.json"), folder
 
@@ -87,6 +87,7 @@ def test_a_model_config_goes_along(home: Path, tmp_path: Path) -> None:
     ("told", "field", "says"),
     [
         ({"prompts": "{source: file, path: none.jsonl}"}, "workload.prompts.path", "is not there"),
+        ({"prompts": "{source: dataset, dataset: texts}"}, "workload.prompts.dataset", "folder is not sent along"),
         ({"model": "{id: ./texts}"}, "model.id", "a model folder is not sent along"),
         ({"engine": ", python: venv/bin/python"}, "engine.python", "an interpreter is not sent along"),
     ],
@@ -95,6 +96,18 @@ def test_what_cannot_go_along(home: Path, tmp_path: Path, told: dict[str, str], 
     with pytest.raises(ConfigError, match=says) as error:
         pack(load(home, **told), tmp_path)
     assert error.value.field == field
+
+
+def test_data_sets_and_lengths_go_along(home: Path, tmp_path: Path) -> None:
+    (home / "in.csv").write_text("3\n")
+    sweep = load(home, "{source: dataset, dataset: texts/in.jsonl}, input_tokens: {distribution: empirical, path: in.csv}")
+    packed, folder = pack(sweep, tmp_path)
+    workload = packed.cells[0].experiment.workload
+    assert (workload.prompts.dataset, getattr(workload.input_tokens, "path", None)) == ("texts/in.jsonl", "in.csv")
+    assert (folder / "texts/in.jsonl").read_text() == '"in.jsonl"\n'
+    assert (folder / "in.csv").read_text() == "3\n"
+    hub, _ = pack(load(home, "{source: dataset, dataset: someone/something}"), tmp_path / "hub")
+    assert hub.cells[0].experiment.workload.prompts.dataset == "someone/something"
 
 
 def test_too_much_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +123,13 @@ def test_a_packed_sweep_that_is_none(tmp_path: Path, content: bytes | None, says
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=says):
         unpack_sweep(path)
+
+
+def test_a_trace_goes_along(home: Path, tmp_path: Path) -> None:
+    (home / "texts" / "arrivals.csv").write_text("timestamp_s\n1\n")
+    path = home / "sweep.yaml"
+    path.write_text(SWEEP.format(prompts="{}", model="{config: llama-tiny}", engine="").replace("[1, 2]", "[1]"))
+    sweep = load_sweep(path, overrides=["workload.load={pattern: trace, trace: texts/arrivals.csv}"])
+    packed, folder = pack(sweep, tmp_path)
+    assert packed.cells == sweep.cells
+    assert (folder / "texts" / "arrivals.csv").read_text() == "timestamp_s\n1\n"

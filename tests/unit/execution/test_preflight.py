@@ -1,16 +1,23 @@
 """What is refused before anything starts."""
 
+import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from model_configs import LLAMA_3_70B
 
 from llem_ray.config.sweep import load_sweep
-from llem_ray.core.errors import ConfigError, PlacementError, PluginError
+from llem_ray.core.errors import ConfigError, DeviceMemoryError, PlacementError, PluginError
 from llem_ray.core.plan import Plan
+from llem_ray.core.power import Device
+from llem_ray.execution.memory import Devices, group_memory, local_devices, require_memory, require_placed
 from llem_ray.execution.preflight import check_plan, process_start_ns
 from llem_ray.planning.plan import make_plan
+from llem_ray.testing.backend import FakeBackend
+from llem_ray.testing.nvml import Gpu, Scenario, Waveform, fake_nvml
 
 SWEEP = """\
 schema_version: 1
@@ -58,3 +65,77 @@ def test_gpus_that_are_there_are_enough(tmp_path: Path) -> None:
 def test_the_process_began_when_the_kernel_says() -> None:
     age_s = (time.monotonic_ns() - process_start_ns()) / 1e9
     assert age_s == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
+
+
+LARGE = ("base.model.config=large/config.json", "base.engine.backend=transformers", "base.engine.device=cuda")
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large/config.json").write_text(json.dumps(LLAMA_3_70B))
+
+
+def gpus(*gib: int) -> Scenario:
+    wave = Waveform.constant(100.0)
+    sizes = enumerate(gib)
+    return Scenario(gpus=tuple(Gpu(uuid=f"GPU-{n}", waveform=wave, memory_total_bytes=size * 2**30) for n, size in sizes))
+
+
+def test_a_model_that_no_gpu_can_hold_is_refused_with_the_arithmetic(tmp_path: Path, large: None) -> None:
+    groups = plan_of(tmp_path, *LARGE, gpus=1).groups
+    with fake_nvml(gpus(80, 40)):
+        with pytest.raises(PlacementError, match=r"at least 141 GB on each GPU, which has 85\.9 GB.*70,553,706,496") as refused:
+            require_memory(groups, str(tmp_path), local_devices())
+        assert "tensor_parallel" in (refused.value.hint or "")
+    with fake_nvml(gpus(80, 141)):
+        require_memory(groups, str(tmp_path), local_devices())
+
+
+def test_what_is_not_known_is_not_refused(tmp_path: Path, large: None) -> None:
+    groups = plan_of(tmp_path, *LARGE, gpus=1).groups
+    unknown = Devices(gpu_bytes=(2**30, None), host_bytes=(2**30,))
+    require_memory(groups, str(tmp_path), unknown)
+    require_memory(groups, str(tmp_path), Devices(gpu_bytes=(), host_bytes=()))
+    hub = plan_of(tmp_path, "base.model={id: org/model}", "base.engine.backend=vllm").groups
+    told = group_memory(hub[0], str(tmp_path), unknown)
+    assert told.need is None
+    assert "config of org/model is not on this host" in (told.unknown or "")
+
+
+def test_a_gang_is_not_loaded_on_gpus_that_are_too_small(tmp_path: Path, large: None) -> None:
+    group = plan_of(tmp_path, *LARGE, gpus=1).groups[0]
+    small = Device(uuid="GPU-a", name="A", source="nvml", scope="gpu", method="measured_counter", memory_bytes=80 * 2**30)
+    with pytest.raises(DeviceMemoryError, match="needs at least 141 GB on each GPU"):
+        require_placed(group, str(tmp_path), [small])
+    require_placed(group, str(tmp_path), [replace(small, memory_bytes=None)])
+    require_placed(group, str(tmp_path), [replace(small, memory_bytes=150 * 10**9)])
+    on_cpu = plan_of(tmp_path, *LARGE, "base.engine.device=cpu").groups[0]
+    require_placed(on_cpu, str(tmp_path), [])
+    with pytest.raises(PlacementError, match="on each host, which has 64 GB"):
+        require_memory([on_cpu], str(tmp_path), Devices(gpu_bytes=(), host_bytes=(32 * 10**9, 64 * 10**9)))
+
+
+def test_an_engine_for_batches_is_not_asked_to_serve_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(tmp_path, "sweep.workload.batch_size=[1]", "workload.requests=4", "workload.load.pattern=saturated")
+    check_plan(plan, 0, str(tmp_path))
+    monkeypatch.setattr(FakeBackend, "serves_online", False)
+    with pytest.raises(
+        ConfigError, match=r"workload.load.pattern: fake runs batches only.*\n  found: saturated\n  allowed: batch"
+    ):
+        check_plan(plan, 0, str(tmp_path))
+
+
+def test_a_trace_is_read_before_anything_starts(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "sweep.workload.batch_size=[1]", "workload.load={pattern: trace, trace: t.csv}")
+    with pytest.raises(ConfigError, match="the trace does not exist"):
+        check_plan(plan, 0, str(tmp_path))
+    (tmp_path / "t.csv").write_text("timestamp_s\n2\n1\n")
+    with pytest.raises(ConfigError, match="out of order"):
+        check_plan(plan, 0, str(tmp_path))
+
+
+def test_online_and_batch_workloads_of_an_engine_are_loaded_apart(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "experiments=[{workload: {requests: 4, load: {pattern: saturated}}}]")
+    assert [group.online for group in plan.groups] == [False, True]
+    assert len({group.load_key for group in plan.groups}) == 2

@@ -8,7 +8,7 @@ import pytest
 
 from llem_ray.core.identity import cell_id
 from llem_ray.core.plan import Estimate
-from llem_ray.core.spec import Cell, EngineSpec, Experiment, MeasureSpec, ModelSpec, Rates, Sweep, WorkloadSpec
+from llem_ray.core.spec import Cell, EngineSpec, Experiment, LoadSpec, MeasureSpec, ModelSpec, Rates, Sweep, WorkloadSpec
 from llem_ray.planning import PastRun, make_plan
 
 MEASURE = MeasureSpec(idle_baseline_s=5.0, min_window_s=10.0, edge_guard_s=0.5, cooldown_s=4.0)
@@ -82,3 +82,10 @@ def test_known_cells_have_their_own_time() -> None:
     past = PastRun(name="s-1", seconds_per_load=20.0, seconds_per_trial=13.0, cell_seconds={cell_id(experiment): 30.0})
     assert estimate(Rates(), past).duration_s == pytest.approx(20 + 10 + 3 * 13 + 3 * 30)
     assert estimate(Rates(), PastRun(name="s-1", seconds_per_load=20.0)).duration_s == pytest.approx(20 + 10 + 6 * 15)
+
+
+def test_an_open_loop_lasts_as_long_as_its_arrivals() -> None:
+    """100 requests at 2/s: 50 s; 10 at 2/s: the minimum window."""
+    load = LoadSpec(pattern="constant", rate_per_s=2.0)
+    lasting_s = [MEASURE.least_run_s(WorkloadSpec(requests=many, load=load)) for many in (100, 10)]
+    assert lasting_s == [50.0, 10.0]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llem_ray.reporting.numbers import format_duration, format_energy, format_uncertain, format_value
+from llem_ray.reporting.numbers import format_duration, format_energy, format_setting, format_uncertain, format_value
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,9 @@ def test_durations(duration_s: float | None, text: str) -> None:
 @pytest.mark.parametrize(("energy_j", "text"), [(None, "-"), (950.0, "950 J"), (12_500.0, "12.5 kJ"), (11_520_000.0, "3.20 kWh")])
 def test_energies(energy_j: float | None, text: str) -> None:
     assert format_energy(energy_j) == text
+
+
+def test_settings_as_people_read_them() -> None:
+    assert format_setting({"distribution": "normal", "mean": 60.0, "std": 8.5, "max": 90}) == "normal(mean=60, std=8.5, max=90)"
+    assert format_setting({"distribution": "empirical", "values": [1, 2]}) == "empirical(values=[1, 2])"
+    assert [format_setting(value) for value in ("a", 4, True, None, {"b": 1})] == ["a", "4", "true", "null", '{"b": 1}']

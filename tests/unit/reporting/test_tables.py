@@ -152,3 +152,10 @@ def test_a_long_plan_is_cut_and_counts_the_rest() -> None:
     assert "... and 20 more" in text
     assert "Time: about 2 h 05 min, from past run demo" in text
     assert "Energy: about 1.23 kWh, from past run demo" in text
+
+
+def test_a_window_that_is_a_part_of_a_run_tells_of_the_whole() -> None:
+    part = row(1, window_rule="steady_state", run_s=12.5, run_joules_per_output_token=0.4567)
+    text = render(run_table(summarise_run("demo", [part, row(2, window_rule="total")]), Path("runs/demo")), 120)
+    assert "batch_size=1: steady_state, 10.0 of 12.5 s; 0.4567 J/output token over the whole run." in text
+    assert "batch_size=2: total" not in text

@@ -47,7 +47,7 @@ def test_a_whole_trial_made_of_core_objects_is_written_and_read(tmp_path: Path) 
         **rows.trial_row(TRIAL, attempt=1, load_key="k", gpus=2),
         **rows.load_columns(REPORT),
         **rows.window_columns(Window(node="n1", begin_ns=0, end_ns=50_000_000)),
-        **rows.count_columns([RECORD, RECORD], passes=2, steps=9),
+        **rows.count_columns(requests=2, prompt_tokens=24, padded_tokens=32, output_tokens=4, passes=2, steps=9),
         **rows.device_columns([READING]),
         **rows.flag_columns(READING.flags),
         **rows.rank_columns([Rank(rank=0, host="n1", pid=3, gpu_uuid="GPU-1")]),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.spec import PromptSpec, WorkloadSpec
+from llem_ray.workloads.prompt_files import PromptSet
 from llem_ray.workloads.prompts import batches, build_requests, load_prompts
 
 VOCAB = 1000
@@ -21,16 +22,20 @@ def encode(texts: Sequence[str]) -> list[list[int]]:
     return [[1, *(3 + sum(word.encode()) % (VOCAB - 3) for word in text.split())] for text in texts]
 
 
+def texts(*prompts: str) -> PromptSet:
+    return PromptSet(texts=prompts)
+
+
 def build(workload: WorkloadSpec, prompts: Sequence[str] | None = None, context: int = CONTEXT) -> list[tuple[int, ...]]:
-    prompts = load_prompts(workload.prompts) if prompts is None else prompts
-    requests = build_requests(workload, encode, VOCAB, context, prompts, (0, 1, 2))
+    chosen = load_prompts(workload.prompts) if prompts is None else PromptSet(texts=tuple(prompts))
+    requests = build_requests(workload, encode, VOCAB, context, chosen, (0, 1, 2))
     assert [request.request_id for request in requests] == [str(index) for index in range(len(requests))]
     assert {request.max_new_tokens for request in requests} == {workload.output_tokens}
     return [request.prompt_token_ids for request in requests]
 
 
 def test_shipped_prompts_vary_in_length() -> None:
-    prompts = load_prompts(PromptSpec())
+    prompts = load_prompts(PromptSpec()).texts
     lengths = sorted(len(prompt.split()) for prompt in prompts)
     assert len(prompts) == len(set(prompts)) == 120
     assert lengths[0] <= 5
@@ -43,10 +48,10 @@ def test_one_batch_unless_requests_are_asked_for() -> None:
 
 
 def test_natural_lengths_keep_whole_prompts() -> None:
-    whole = {tuple(ids) for ids in encode(load_prompts(PromptSpec()))}
+    whole = {tuple(ids) for ids in encode(load_prompts(PromptSpec()).texts)}
     drawn = build(WorkloadSpec(requests=120))
     assert set(drawn) == whole
-    assert drawn != [tuple(ids) for ids in encode(load_prompts(PromptSpec()))]  # in an order of their own
+    assert drawn != [tuple(ids) for ids in encode(load_prompts(PromptSpec()).texts)]  # in an order of their own
 
 
 def test_seed_decides() -> None:
@@ -56,7 +61,7 @@ def test_seed_decides() -> None:
 
 def test_order_never_changes_with_a_library() -> None:
     prompts = [f"p{index}" for index in range(6)]
-    drawn = build_requests(WorkloadSpec(requests=8, seed=0), lambda texts: [[int(t[1:])] for t in texts], 9, 99, prompts)
+    drawn = build_requests(WorkloadSpec(requests=8, seed=0), lambda texts: [[int(t[1:])] for t in texts], 9, 99, texts(*prompts))
     assert [request.prompt_token_ids[0] for request in drawn] == [4, 2, 0, 5, 1, 3, 1, 3]
 
 
@@ -89,7 +94,7 @@ def test_only_needed_prompts_are_encoded() -> None:
         seen.extend(texts)
         return encode(texts)
 
-    build_requests(WorkloadSpec(requests=3), recording, VOCAB, CONTEXT, [f"text {index}" for index in range(10_000)])
+    build_requests(WorkloadSpec(requests=3), recording, VOCAB, CONTEXT, texts(*(f"text {index}" for index in range(10_000))))
     assert len(seen) == 3
 
 
@@ -126,18 +131,18 @@ def test_natural_prompt_beyond_the_context_is_named() -> None:
 
 def test_tokenizer_of_another_model_is_noticed() -> None:
     with pytest.raises(ConfigError, match="beyond the model's vocabulary of 5") as caught:
-        build_requests(WorkloadSpec(), encode, 5, CONTEXT, ["one two"])
+        build_requests(WorkloadSpec(), encode, 5, CONTEXT, texts("one two"))
     assert caught.value.field == "model.tokenizer"
 
 
 def test_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(ConfigError, match="prompt 0 has no tokens"):
-        build_requests(WorkloadSpec(), lambda texts: [[] for _ in texts], VOCAB, CONTEXT, ["x"])
+        build_requests(WorkloadSpec(), lambda texts: [[] for _ in texts], VOCAB, CONTEXT, texts("x"))
 
 
 @pytest.mark.parametrize(("count", "size", "sizes"), [(6, 2, [2, 2, 2]), (5, 2, [2, 2, 1]), (1, 4, [1])])
 def test_batches_keep_order(count: int, size: int, sizes: list[int]) -> None:
-    requests = build_requests(WorkloadSpec(requests=count), encode, VOCAB, CONTEXT, ["one", "two"])
+    requests = build_requests(WorkloadSpec(requests=count), encode, VOCAB, CONTEXT, texts("one", "two"))
     grouped = list(batches(requests, size))
     assert [len(group) for group in grouped] == sizes
     assert tuple(request for group in grouped for request in group) == requests
@@ -150,7 +155,7 @@ def write(path: Path, *lines: str) -> PromptSpec:
 
 def test_file_holds_objects_or_strings(tmp_path: Path) -> None:
     spec = write(tmp_path / "p.jsonl", json.dumps({"text": "one\u2028two", "id": 1}, ensure_ascii=False), "", '"three"', "")
-    assert load_prompts(spec, tmp_path) == ("one\u2028two", "three")
+    assert load_prompts(spec, tmp_path).texts == ("one\u2028two", "three")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,159 @@
+"""Rules between the fields of a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any, Final, NamedTuple
+
+from llem_ray.config.fields import Path
+from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
+
+_TAKES: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
+    "fixed": (frozenset({"mean"}), frozenset()),
+    "uniform": (frozenset({"min", "max"}), frozenset()),
+    "normal": (frozenset({"mean", "std"}), frozenset({"min", "max"})),
+    "lognormal": (frozenset({"mean", "std"}), frozenset({"min", "max"})),
+    "empirical": (frozenset(), frozenset({"values", "weights", "path"})),
+    "answer": (frozenset(), frozenset({"min", "max"})),
+}
+"""Distribution -> the fields it needs, and those it may have."""
+
+
+class Broken(NamedTuple):
+    """A rule that does not hold, and the field to blame."""
+
+    path: Path
+    message: str
+    hint: str | None = None
+    found: str | None = None
+    allowed: str | None = None
+
+
+def broken_workload(workload: WorkloadSpec) -> Broken | None:
+    """The first rule the workload breaks."""
+    rules = (*_prompts(workload.prompts), *_requests(workload))
+    if rules:
+        return rules[0]
+    for name in ("input_tokens", "output_tokens"):
+        lengths = getattr(workload, name)
+        if isinstance(lengths, LengthSpec) and (broken := broken_lengths(lengths, ("workload", name))) is not None:
+            return broken
+    return None
+
+
+def broken_lengths(lengths: LengthSpec, path: Path) -> Broken | None:
+    """The first rule that a distribution of lengths, which lies at ``path``, breaks."""
+    return next(iter((*_fields_of(lengths, path), *_bounds(lengths, path), *_empirical(lengths, path))), None)
+
+
+def _prompts(prompts: PromptSpec) -> Iterator[Broken]:
+    path = ("workload", "prompts")
+    if prompts.source == "file" and not prompts.path:
+        yield Broken((*path, "source"), "source: file needs workload.prompts.path")
+    if prompts.source != "file" and prompts.path is not None:
+        yield Broken((*path, "path"), "a path is for source: file", "set workload.prompts.source: file")
+    if prompts.source == "dataset" and not prompts.dataset:
+        yield Broken((*path, "source"), "source: dataset needs workload.prompts.dataset")
+    yield from _only_for(prompts, ("dataset",), ("dataset", "config", "split", "revision"))
+    yield from _only_for(prompts, ("file", "dataset"), ("format", "answer_column"))
+    yield from _only_for(prompts, ("file", "dataset", "builtin"), ("limit", "chat_template"))
+    if prompts.format == "sharegpt" and prompts.answer_column is not None:
+        yield Broken((*path, "answer_column"), "format: sharegpt has answers of its own", "remove answer_column")
+
+
+def _only_for(prompts: PromptSpec, sources: tuple[str, ...], names: tuple[str, ...]) -> Iterator[Broken]:
+    if prompts.source in sources:
+        return
+    for item in fields(PromptSpec):
+        value = getattr(prompts, item.name)
+        if item.name in names and value != item.default:
+            allowed = f"with source: {' or '.join(sources)}"
+            message = f"{item.name} has no meaning with source: {prompts.source}"
+            yield Broken(("workload", "prompts", item.name), message, found=str(value), allowed=allowed)
+
+
+def _requests(workload: WorkloadSpec) -> Iterator[Broken]:
+    prompts = workload.prompts
+    if prompts.source == "synthetic" and workload.input_tokens is None:
+        hint = "set workload.input_tokens"
+        yield Broken(("workload", "prompts", "source"), "synthetic prompts have no natural length", hint)
+    if isinstance(workload.input_tokens, LengthSpec) and workload.input_tokens.distribution == "answer":
+        path = ("workload", "input_tokens", "distribution")
+        yield Broken(path, "an answer's length is one of output tokens", found="answer", allowed=_choices(but="answer"))
+    wants_answers = isinstance(workload.output_tokens, LengthSpec) and workload.output_tokens.distribution == "answer"
+    if wants_answers and prompts.format != "sharegpt" and prompts.answer_column is None:
+        allowed = "prompts with format: sharegpt or an answer_column"
+        asked = ("workload", "output_tokens", "distribution")
+        yield Broken(asked, "these prompts have no known answers", found="answer", allowed=allowed)
+    if prompts.chat_template and workload.input_tokens is not None:
+        hint = "remove input_tokens, or set workload.prompts.chat_template: false"
+        yield Broken(("workload", "input_tokens"), "a rendered chat keeps its natural length: it cannot be cut", hint)
+    if prompts.chat_template and workload.turns > 1:
+        found = f"turns: {workload.turns} with chat_template: true"
+        yield Broken(("workload", "turns"), "conversations of rendered chats are not supported", found=found, allowed="turns: 1")
+    if workload.prefix_groups > 1 and workload.shared_prefix_tokens == 0:
+        found = f"{workload.prefix_groups} groups of 0 shared tokens"
+        yield Broken(("workload", "prefix_groups"), "groups need a prefix", "set workload.shared_prefix_tokens", found)
+    whole = workload.turns * workload.batch_size
+    if workload.turns > 1 and workload.requests is not None and workload.requests % whole:
+        allowed = f"a multiple of {whole}, turns x batch_size"
+        yield Broken(
+            ("workload", "requests"),
+            "conversations must be whole, and fill their batches",
+            found=str(workload.requests),
+            allowed=allowed,
+        )
+
+
+def _fields_of(lengths: LengthSpec, path: Path) -> Iterator[Broken]:
+    needed, optional = _TAKES[lengths.distribution]
+    kind = f"distribution: {lengths.distribution}"
+    allowed = " and ".join(f"{word} {', '.join(sorted(names))}" for word, names in _words(needed, optional) if names)
+    for item in fields(LengthSpec):
+        value: Any = getattr(lengths, item.name)
+        if item.name == "distribution":
+            continue
+        if value is None and item.name in needed:
+            yield Broken(path, f"{kind} needs {item.name}", found=f"no {item.name}", allowed=allowed)
+        if value is not None and item.name not in needed | optional:
+            message = f"{item.name} has no meaning with {kind}"
+            shown = str(list(value) if isinstance(value, tuple) else value)
+            yield Broken((*path, item.name), message, found=shown, allowed=allowed)
+
+
+def _words(needed: frozenset[str], optional: frozenset[str]) -> tuple[tuple[str, frozenset[str]], ...]:
+    return (("needed:", needed), ("possible:", optional))
+
+
+def _bounds(lengths: LengthSpec, path: Path) -> Iterator[Broken]:
+    least, most, mean = lengths.min or 1, lengths.max, lengths.mean
+    if most is not None and least > most:
+        allowed = "min <= max"
+        yield Broken((*path, "min"), "the bounds are impossible", found=f"min {least}, max {most}", allowed=allowed)
+    if lengths.distribution == "fixed" and mean is not None and (mean < 1 or mean != int(mean)):
+        yield Broken((*path, "mean"), "a length is a whole number", found=f"{mean:g}", allowed="a whole number >= 1")
+    elif mean is not None and (mean < least or (most is not None and mean > most)):
+        allowed = f"{least} to {most}" if most is not None else f">= {least}"
+        yield Broken((*path, "mean"), "the mean lies outside of the bounds", found=f"{mean:g}", allowed=allowed)
+
+
+def _empirical(lengths: LengthSpec, path: Path) -> Iterator[Broken]:
+    if lengths.distribution != "empirical":
+        return
+    if (lengths.values is None) == (lengths.path is None):
+        found = "neither" if lengths.values is None else "both"
+        yield Broken(path, "distribution: empirical draws from values or from a file", found=found, allowed="values or path")
+    if lengths.values is not None and not lengths.values:
+        yield Broken((*path, "values"), "there is nothing to draw from", found="[]", allowed="at least one length")
+    if lengths.weights is None:
+        return
+    if lengths.values is None or len(lengths.weights) != len(lengths.values):
+        found = f"{len(lengths.weights)} weights for {len(lengths.values or ())} values"
+        yield Broken((*path, "weights"), "each value has a weight", found=found, allowed="as many weights as values")
+    if not sum(lengths.weights) > 0:
+        yield Broken((*path, "weights"), "all weights are 0", found=str(list(lengths.weights)), allowed="one above 0")
+
+
+def _choices(*, but: str) -> str:
+    return ", ".join(name for name in _TAKES if name != but)

@@ -1,0 +1,76 @@
+"""One online run: requests go out by their schedule, records come back, a window is chosen among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from llem_ray.core.backend import InferenceBackend, RequestRecord, StepEvent
+from llem_ray.core.clock import Clock
+from llem_ray.core.energy import Window
+from llem_ray.core.outcome import OnlineRun
+from llem_ray.core.spec import LoadSpec, SamplingSpec, WindowSpec
+from llem_ray.workloads.online import OnlineWork
+from llem_ray.workloads.windows import choose_window
+
+PASS: Final = 0
+"""An online run is one pass."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnlineOrder:
+    """How an online trial is to be run and measured."""
+
+    work: OnlineWork
+    sampling: SamplingSpec
+    load: LoadSpec
+    window: WindowSpec
+    min_window_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ran:
+    """What a run gave."""
+
+    window: Window
+    online: OnlineRun
+    requests: tuple[RequestRecord, ...]
+    steps: int
+    """Forward steps that ended in the window."""
+    end_ns: int
+    """When the last answer had come."""
+
+
+def run_online(backend: InferenceBackend, order: OnlineOrder, node: str, begin_ns: int, clock: Clock) -> Ran:
+    """Send everything once, wait for the last answer, and choose the window.
+
+    Args:
+        backend: A loaded engine that serves online.
+        order: What is sent, when, and which window is asked for.
+        node: Stable id of this host.
+        begin_ns: When the run begins.
+        clock: This host's.
+    """
+    records: list[RequestRecord] = []
+    step_ends_ns: list[int] = []
+    wanted = {request.request_id: request.max_new_tokens for request in order.work.requests}
+    for event in backend.run(order.work.requests, order.sampling, order.work.schedule):
+        if isinstance(event, StepEvent):
+            step_ends_ns.append(event.end_ns)
+        else:
+            asked = wanted[event.request_id]
+            records.append(replace(event, request_id=f"{PASS}-{event.request_id}", requested_tokens=asked))
+    end_ns = clock.monotonic_ns()
+    chosen = choose_window(records, begin_ns, end_ns, order.window, order.load, order.min_window_s)
+    return Ran(
+        window=Window(node=node, begin_ns=chosen.begin_ns, end_ns=chosen.end_ns),
+        online=OnlineRun(
+            whole=Window(node=node, begin_ns=begin_ns, end_ns=end_ns),
+            rule=chosen.rule,
+            concurrency=chosen.concurrency,
+            missed=chosen.missed,
+        ),
+        requests=tuple(records),
+        steps=sum(chosen.begin_ns < stamp_ns <= chosen.end_ns for stamp_ns in step_ends_ns),
+        end_ns=end_ns,
+    )

@@ -1,0 +1,85 @@
+"""What workloads read from files and data sets, each once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TypeVar
+
+from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
+from llem_ray.workloads.lengths import load_lengths
+from llem_ray.workloads.prompt_files import PromptSet
+from llem_ray.workloads.prompts import load_prompts
+from llem_ray.workloads.traces import Arrival, load_trace
+
+Lengths = TypeVar("Lengths", int | LengthSpec, int | LengthSpec | None)
+
+
+class Sources:
+    """Prompts, lengths and traces by what a workload says of them. Pickles with what it has read: other hosts need no files.
+
+    Args:
+        base_dir: Folder that relative paths start from.
+    """
+
+    def __init__(self, base_dir: str | os.PathLike[str]) -> None:
+        self._base_dir = base_dir
+        self._prompts: dict[PromptSpec, PromptSet] = {}
+        self._lengths: dict[LengthSpec, LengthSpec] = {}
+        self._traces: dict[str, tuple[Arrival, ...]] = {}
+
+    def read(self, workload: WorkloadSpec) -> None:
+        """Read all that the workload names.
+
+        Raises:
+            ConfigError: A file or data set is missing or malformed.
+            PluginError: The library that reads a data set is not installed.
+        """
+        self.prompts(workload.prompts)
+        self.resolved(workload)
+        self.trace(workload.load.trace)
+
+    def prompts(self, spec: PromptSpec) -> PromptSet:
+        """The prompts of a source. Raises as ``read``."""
+        key = replace(spec, chat_template=False)
+        if key not in self._prompts:
+            self._prompts[key] = load_prompts(key, self._base_dir)
+        return self._prompts[key]
+
+    def resolved(self, workload: WorkloadSpec) -> WorkloadSpec:
+        """The workload with the lengths of files written out. Raises as ``read``."""
+        return replace(
+            workload,
+            input_tokens=self._resolved(workload.input_tokens, "workload.input_tokens"),
+            output_tokens=self._resolved(workload.output_tokens, "workload.output_tokens"),
+        )
+
+    def trace(self, path: str | None) -> tuple[Arrival, ...]:
+        """The arrivals of a trace, none without a path. Raises as ``read``."""
+        if path is None:
+            return ()
+        if path not in self._traces:
+            self._traces[path] = load_trace(path, self._base_dir)
+        return self._traces[path]
+
+    def part(self, workloads: Iterable[WorkloadSpec]) -> Sources:
+        """What these workloads read from files and data sets, to be sent elsewhere. Raises as ``read``."""
+        part = Sources(self._base_dir)
+        for workload in workloads:
+            if workload.prompts.source in ("file", "dataset"):
+                part._prompts[replace(workload.prompts, chat_template=False)] = self.prompts(workload.prompts)
+            if (path := workload.load.trace) is not None:
+                part._traces[path] = self.trace(path)
+            self.resolved(workload)
+            for lengths in (workload.input_tokens, workload.output_tokens):
+                if isinstance(lengths, LengthSpec) and lengths in self._lengths:
+                    part._lengths[lengths] = self._lengths[lengths]
+        return part
+
+    def _resolved(self, lengths: Lengths, field: str) -> Lengths:
+        if not isinstance(lengths, LengthSpec) or lengths.path is None:
+            return lengths
+        if lengths not in self._lengths:
+            self._lengths[lengths] = load_lengths(lengths, self._base_dir, field)
+        return self._lengths[lengths]
