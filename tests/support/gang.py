@@ -112,6 +112,9 @@ class GangBackend:
     def encode(self, texts: Any) -> list[list[int]]:
         return self.leader.encode(texts)
 
+    def encode_chats(self, chats: Any) -> list[list[int]]:
+        return self.leader.encode_chats(chats)
+
     def run(
         self, requests: Any, sampling: SamplingSpec, schedule: LoadSchedule | None = None
     ) -> Iterator[StepEvent | RequestRecord]:
