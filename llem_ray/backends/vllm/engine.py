@@ -43,18 +43,20 @@ from llem_ray.backends.model_config import (
 from llem_ray.backends.model_source import ModelSource, model_commit
 from llem_ray.backends.random_adapter import random_adapter
 from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
-from llem_ray.backends.vllm.arguments import OURS, engine_arguments
+from llem_ray.backends.vllm.arguments import OURS, engine_arguments, place_of
 from llem_ray.backends.vllm.failures import is_out_of_memory, load_failure, whole_message
+from llem_ray.backends.vllm.gang import Gang, ranks_of
 from llem_ray.backends.vllm.leftovers import end_processes, is_alive, remove_segments, shared_segments
 from llem_ray.backends.vllm.offline import OfflineEngine
 from llem_ray.backends.vllm.online import OnlineEngine
-from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import (
     BackendError,
     ConfigError,
     DeviceMemoryError,
     EngineDied,
     GenerationError,
+    LlemRayError,
     LoadError,
     PluginError,
 )
@@ -90,22 +92,21 @@ class Engine:
         engine: vLLM's own, for batches or for requests that come one by one.
         tokenizer: Of transformers.
         host: Stable id of this host.
+        gang: The other hosts, which this one leads; None where there are none.
     """
 
-    def __init__(self, engine: OfflineEngine | OnlineEngine, tokenizer: Any, host: str) -> None:
+    def __init__(self, engine: OfflineEngine | OnlineEngine, tokenizer: Any, host: str, gang: Gang | None = None) -> None:
         global _open_engines  # noqa: PLW0603 - vLLM's distributed state is one for the process
         self._engine = engine
         self._tokenizer = tokenizer
+        self._gang = gang
         config = engine.vllm_config
         self.context_tokens = int(config.model_config.max_model_len)
         self.vocab_size = int(config.model_config.get_vocab_size())
-        self._workers = engine.describe_workers()
-        self.ranks = tuple(
-            Rank(rank=int(worker["rank"]), host=host, pid=int(worker["pid"]), gpu_uuid=worker["gpu_uuid"] or None)
-            for worker in sorted(self._workers, key=lambda worker: worker["rank"])
-        )
-        self._segments = shared_segments(rank.pid for rank in self.ranks)
-        self._processes = [psutil.Process(rank.pid) for rank in self.ranks if rank.host == host and rank.pid != os.getpid()]
+        self.workers = engine.describe_workers()
+        self.ranks = ranks_of(self.workers, (host,)) if gang is None else gang.ranks_of(self.workers)
+        self._segments = shared_segments((rank.pid for rank in self.ranks), rings=gang is not None)
+        self._processes = [psutil.Process(rank.pid) for rank in self.ranks if rank.pid != os.getpid()]
         _open_engines += 1
 
     def weight_bytes(self, parameters: int | None) -> int | None:
@@ -119,12 +120,12 @@ class Engine:
             return parameters * int(config.dtype.itemsize)
         if current_platform.is_cpu():
             return None
-        return sum(int(worker["weight_bytes"]) for worker in self._workers)
+        return sum(int(worker["weight_bytes"]) for worker in self.workers)
 
     @property
     def compile_s(self) -> float | None:
         """What torch.compile took, the longest of all workers; 0 where nothing is compiled, None where vLLM does not tell."""
-        compiled_s = max(float(worker["compile_s"]) for worker in self._workers)
+        compiled_s = max(float(worker["compile_s"]) for worker in self.workers)
         eager = not self._engine.vllm_config.compilation_config.mode
         return compiled_s if compiled_s or eager else None
 
@@ -149,12 +150,15 @@ class Engine:
         # vLLM would cut max_tokens to what is left of the context, and say nothing.
         require_valid(requests, vocab_size=self.vocab_size, context_tokens=self.context_tokens)
         try:
-            yield from self._engine.serve(requests, sampling, schedule, len(self.ranks))
-        except BackendError:
-            raise
-        except EngineDeadError as error:
-            raise EngineDied(f"vLLM's engine process ended: {first_line(error)}") from error
+            yield from self._engine.serve(requests, sampling, schedule, len(self.workers))
         except Exception as error:  # vLLM raises plain exceptions of every kind
+            lost = self._gang.explain(error) if self._gang is not None else None
+            if lost is not None:
+                raise EngineDied(lost.message, lost.hint) from error
+            if isinstance(error, BackendError):
+                raise
+            if isinstance(error, EngineDeadError):
+                raise EngineDied(f"vLLM's engine process ended: {first_line(error)}") from error
             if is_out_of_memory(error):
                 raise DeviceMemoryError(f"{len(requests)} requests do not fit: {first_line(error)}") from error
             if not all(is_alive(process) for process in self._processes):
@@ -178,8 +182,14 @@ class Engine:
         """End the workers, free the device."""
         global _open_engines  # noqa: PLW0603 - as in __init__
         _open_engines -= 1
+        if self._gang is not None:
+            self._gang.begin_end()
         self._engine.close()
         end_processes(self._processes, END_S)
+        if self._gang is not None:
+            self._gang.end_processes()
+            self._gang.await_end()
+            self._gang.close()
         remove_segments(self._segments)
         del self._engine, self._tokenizer
         release_process_state()
@@ -224,31 +234,38 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
     """
     if _open_engines:
         raise LoadError("another vLLM engine is loaded in this process", "close it first: vLLM's state is one for the process")
+    gang = meet_others(config, prepared)
     begin_s = time.monotonic()
     source = prepared.source
-    if config.device == "cuda" and prepared.vllm_config.model_config.quantization is None:
-        memory_bytes = int(current_platform.get_device_total_memory())
-        require_fit(config, prepared.model_config.to_dict(), memory_bytes, random=source.random)
     started: OfflineEngine | OnlineEngine | None = None
     engine: Engine | None = None
     try:
+        if config.device == "cuda" and prepared.vllm_config.model_config.quantization is None:
+            memory_bytes = int(current_platform.get_device_total_memory())
+            require_fit(config, prepared.model_config.to_dict(), memory_bytes, random=source.random)
         tokenizer, origin = find_tokenizer(config, source, prepared.model_config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _shield_kernel_search()
-            started = (OnlineEngine if config.online else OfflineEngine)(prepared.vllm_config)
-            engine = Engine(started, tokenizer, config.host)
+            started = (OnlineEngine if config.online or gang is not None else OfflineEngine)(prepared.vllm_config)
+            engine = Engine(started, tokenizer, config.host, gang)
             if prepared.adapter is not None:
                 started.add_adapter(LoRARequest("adapter", 1, str(prepared.adapter)))
             constructed_s = time.monotonic()
             engine.warm()
+        if gang is not None:
+            gang.tell_loaded(engine.workers)
     except Exception as error:  # vLLM and model code of third parties may raise anything
-        failure = load_failure(config, source, error)
+        failure: LlemRayError = load_failure(config, source, error)
+        if gang is not None:
+            failure = gang.give_up(error, failure)
         if engine is not None:
             engine.close()
         else:
             if started is not None:
                 started.close()
+            if gang is not None:
+                gang.close()
             _drop_frames(error)
             release_process_state()
         raise failure from error
@@ -270,6 +287,19 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         special_token_ids=special_token_ids(tokenizer),
         notes=_notes(config, engine, prepared, origin),
     )
+
+
+def meet_others(config: BackendConfig, prepared: Prepared) -> Gang | None:
+    """Meet the gang's other hosts, and tell vLLM where torch.distributed is to; None where there are none.
+
+    Raises:
+        LoadError: Not all came.
+    """
+    if place_of(config) is None:
+        return None
+    gang = Gang.meet(config, vllm.__version__)
+    prepared.vllm_config.parallel_config.master_port = gang.port
+    return gang
 
 
 def release_process_state() -> None:
@@ -361,7 +391,7 @@ def _notes(asked: BackendConfig, engine: Engine, prepared: Prepared, tokenizer_o
         "torch": str(torch.__version__),
         "model": prepared.source.location,
         "tokenizer": tokenizer_origin,
-        "serving": "online, AsyncLLM" if asked.online else "offline, LLMEngine",
+        "serving": "online, AsyncLLM" if asked.online else "offline, AsyncLLM" if place_of(asked) else "offline, LLMEngine",
         "executor": str(config.parallel_config.distributed_executor_backend),
         "async_scheduling": "on" if config.scheduler_config.async_scheduling else "off",
         "compilation": str(getattr(config.compilation_config.mode, "name", config.compilation_config.mode)),
