@@ -21,7 +21,6 @@ from llem_ray.core.errors import ResultsError
 from llem_ray.execution.ray.address import parse_address, prepare_environment
 from llem_ray.execution.ray.jobs import RunJobs
 from llem_ray.execution.status import RunStatus, planned_trials, read_status
-from llem_ray.reporting.latency import latency_table
 from llem_ray.reporting.numbers import count_noun
 from llem_ray.reporting.tables import run_table
 from llem_ray.results.export import EXPORT_FORMATS, ExportFormat, export_run
@@ -153,8 +152,6 @@ def show(run: str, results_dir: Path, address: str | None, token_file: Path | No
         echo_json(summary.as_dict())
     else:
         Console().print(run_table(summary, directory.path))
-        if (latencies := latency_table(summary)) is not None:
-            Console().print(latencies)
         with contextlib.suppress(ResultsError):  # a plan that cannot be read is no reason to hide the results
             found = read_status(directory)
             if found.left:

@@ -77,9 +77,20 @@ class RequestRecord:
     sent_ns: int
     """Just before it was handed to the engine."""
     token_times_ns: tuple[int, ...]
-    """When each output token was delivered, ascending, as long as ``output_token_ids``."""
+    """When each output token was delivered, ascending, as long as ``output_token_ids``; tokens of one chunk share its time."""
+    cached_tokens: int | None = None
+    """Prompt tokens that a prefix cache saved; None where the engine does not tell."""
+    draft_tokens: int | None = None
+    """Tokens that speculation proposed for this request; None without speculation, or where the engine does not tell."""
+    accepted_tokens: int | None = None
+    """Those of them that became output."""
     requested_tokens: int | None = None
     """Output tokens that were asked for; filled in where the request was made, not by the engine."""
+
+    @property
+    def output_chunks(self) -> int:
+        """Deliveries: output tokens that share a time arrived together."""
+        return len(set(self.token_times_ns))
 
     @property
     def output_tokens(self) -> int:

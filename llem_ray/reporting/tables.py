@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llem_ray.energy.validity import REASONS
+from llem_ray.reporting.latency import latency_table
 from llem_ray.reporting.numbers import MISSING, count_noun, format_bytes, format_energy, format_uncertain, format_value
 from llem_ray.reporting.summary import CellSummary, RunSummary
 
@@ -35,7 +36,7 @@ _SCOPES = {
 
 
 def run_table(summary: RunSummary, path: Path) -> RenderableType:
-    """Table of cells with a legend, what the joules cover, and where the data lies.
+    """Table of cells with a legend, what the joules cover, latencies, and where the data lies.
 
     A cell without valid energy shows the reason instead of J/token; an estimate is marked ``est.``.
 
@@ -61,7 +62,9 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
     for row in rows:
         table.add_row(*row)
     loads = [Text(load.text()) for load in summary.loads]
-    return Group(table, *_legend(summary, marks), *_reading(summary), *loads, _where(summary, path))
+    latencies = latency_table(summary)
+    times = [Text(""), latencies] if latencies is not None else []
+    return Group(table, *_legend(summary, marks), *_reading(summary), *times, *loads, _where(summary, path))
 
 
 def _title(summary: RunSummary) -> str:

@@ -33,6 +33,12 @@ _REQUESTS = (
     Column("output_tokens", pa.int64(), "tokens", "Tokens generated, counted from ids."),
     Column("output_tokens_requested", pa.int64(), "tokens", "Tokens asked for."),
     Column("finish_reason", pa.string(), "", "`length`, `stop` or `abort`."),
+    Column("output_chunks", pa.int64(), "", "Deliveries of output tokens: fewer than tokens where several came at once."),
+    Column(
+        "cached_tokens", pa.int64(), "tokens", "Prompt tokens that a prefix cache saved; null where the engine does not tell."
+    ),
+    Column("draft_tokens", pa.int64(), "tokens", "Tokens that speculation proposed; null without speculation."),
+    Column("accepted_tokens", pa.int64(), "tokens", "Proposed tokens that became output; null without speculation."),
     Column("scheduled_ns", pa.int64(), "ns", "When the load schedule wanted it sent; monotonic clock of the engine's node."),
     Column("queued_ns", pa.int64(), "ns", "When it entered the load generator's queue; same clock."),
     Column("sent_ns", pa.int64(), "ns", "Just before it was handed to the engine; same clock."),

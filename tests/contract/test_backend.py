@@ -46,6 +46,17 @@ ENGINES = {
     "transformers in a process": dataclasses.replace(
         TRANSFORMERS, factory=in_process_of(TransformersBackend, lambda: sys.executable)
     ),
+    "transformers, 8 bits": dataclasses.replace(
+        TRANSFORMERS, model=dataclasses.replace(TRANSFORMERS.model, quantization="bitsandbytes-8bit")
+    ),
+    "transformers, 4 bits": dataclasses.replace(
+        TRANSFORMERS, model=dataclasses.replace(TRANSFORMERS.model, quantization="bitsandbytes-4bit")
+    ),
+    "transformers, adapter": dataclasses.replace(
+        TRANSFORMERS, args=TRANSFORMERS.args | {"lora": {"rank": 8}, "merge_lora": True}
+    ),
+    "transformers, static cache": dataclasses.replace(TRANSFORMERS, args=TRANSFORMERS.args | {"cache_implementation": "static"}),
+    "transformers, device map": dataclasses.replace(TRANSFORMERS, args=TRANSFORMERS.args | {"device_map": "auto"}),
 }
 
 
@@ -56,7 +67,7 @@ class TestBackend(BackendContract):
         return ENGINES[request.param]
 
 
-ONLINE = ("fake", "fake in a process")
+ONLINE = ("fake", "fake in a process", "transformers", "transformers, adapter", "transformers in a process")
 
 
 class TestOnline(OnlineContract):

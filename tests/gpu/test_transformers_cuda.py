@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llem_ray.backends.transformers.backend import TransformersBackend
-from llem_ray.core.backend import BackendConfig, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import DeviceMemoryError
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
@@ -22,13 +22,26 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def backend_of(folder: Path, dtype: Any = "auto") -> TransformersBackend:
-    model = ModelSpec(config="llama-10m", initializer_range=0.1, dtype=dtype)
+def backend_of(
+    folder: Path, dtype: Any = "auto", quantization: str | None = None, serving: bool = False, **args: Any
+) -> TransformersBackend:
+    model = ModelSpec(config="llama-10m", initializer_range=0.1, dtype=dtype, quantization=quantization)
     return TransformersBackend(
         BackendConfig(
-            model=model, engine=EngineSpec(), device="cuda", host="h", base_dir=str(folder), cache_dir=str(folder / "cache")
+            model=model,
+            engine=EngineSpec(engine_args=args),
+            device="cuda",
+            host="h",
+            base_dir=str(folder),
+            cache_dir=str(folder / "cache"),
+            online=serving,
         )
     )
+
+
+def outputs_of(backend: TransformersBackend, schedule: LoadSchedule | None = None) -> dict[str, tuple[int, ...]]:
+    events = backend.run(requests_of([7, 5, 30], 16), SamplingSpec(), schedule)
+    return {event.request_id: event.output_token_ids for event in events if isinstance(event, RequestRecord)}
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +118,51 @@ def test_close_gives_the_memory_back(tmp_path: Path) -> None:
     list(backend.run(requests_of([4], 3), SamplingSpec()))
     backend.close()
     assert torch.cuda.memory_allocated() == before
+
+
+def test_continuous_batching_chooses_the_tokens_of_a_batch(tmp_path: Path) -> None:
+    backend = backend_of(tmp_path, "float32", serving=True, online={"num_blocks": 64, "max_batch_tokens": 256})
+    backend.load()
+    try:
+        online = outputs_of(backend, LoadSchedule(max_in_flight=2))
+        assert online == outputs_of(backend)
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("args", [{"cache_implementation": "static"}, {"compile": {"mode": "reduce-overhead"}}], ids=str)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_fixed_caches_and_compiled_steps_change_no_token(
+    backend: TransformersBackend, tmp_path: Path, args: dict[str, Any]
+) -> None:
+    other = backend_of(tmp_path, "float32", **args)
+    other.load()
+    try:
+        outputs_of(other)
+        assert outputs_of(other) == outputs_of(backend)
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("quantization", ["bitsandbytes-8bit", "bitsandbytes-4bit"])
+def test_quantised_weights_are_smaller(tmp_path: Path, quantization: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    backend = backend_of(tmp_path, "float16", quantization)
+    report = backend.load()
+    try:
+        assert report.weight_bytes is not None
+        assert report.weight_bytes < 0.9 * 2 * 9_966_848
+        assert all(len(tokens) == 16 for tokens in outputs_of(backend).values())
+    finally:
+        backend.close()
+
+
+def test_a_device_map_uses_every_gpu(tmp_path: Path) -> None:
+    backend = backend_of(tmp_path, "float32", device_map="balanced")
+    backend.load()
+    try:
+        ranks = backend.identity()
+        assert len({rank.gpu_uuid for rank in ranks}) == torch.cuda.device_count()
+        assert all(len(tokens) == 16 for tokens in outputs_of(backend).values())
+    finally:
+        backend.close()

@@ -9,9 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
-from llem_ray.backends.batch_checks import require_batch
 from llem_ray.backends.model_source import find_model, known_config
-from llem_ray.backends.transformers.arguments import check_arguments, check_shape
+from llem_ray.backends.transformers.arguments import TransformersArgs, check_arguments, check_shape, require_plain
 from llem_ray.core.backend import (
     BackendConfig,
     ChatMessage,
@@ -35,13 +34,14 @@ REQUIRED_PACKAGES = ("torch", "transformers", "tokenizers", "accelerate")
 
 
 class TransformersBackend:
-    """Hugging Face transformers with our own decode loop: on one device, or one rank of a gang.
+    """Hugging Face transformers with our own decode loop, or its continuous batching: on one device, or one rank of a gang.
 
     Args:
         config: Model, engine and device.
     """
 
     worker_layout: ClassVar[WorkerLayout] = "rank"
+    serves_online: ClassVar[bool] = True
 
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
@@ -54,9 +54,12 @@ class TransformersBackend:
             raise PluginError(
                 f"the transformers engine needs {', '.join(missing)}, not installed here", "pip install 'llem-ray[transformers]'"
             )
-        check_arguments(self._config)
+        args = check_arguments(self._config)
+        _require_extras(args, self._config)
         source = find_model(self._config.model, self._config.base_dir)
-        check_shape(self._config.engine, known_config(source))
+        known = known_config(source)
+        check_shape(self._config.engine, known)
+        require_plain(self._config.model, known.get("quantization_config"))
 
     def load(self) -> LoadReport:
         """Import torch and transformers, load model and tokenizer, run one short batch."""
@@ -77,12 +80,15 @@ class TransformersBackend:
         return report
 
     def identity(self) -> tuple[Rank, ...]:
-        """The one worker that this process is, with the UUID of its GPU once loaded."""
-        uuid = None
+        """The one worker that this process is, with the UUID of its GPU once loaded; one for each GPU with a device map."""
+        uuids: list[str | None] = [None]
         if self._engine is not None and self._config.device == "cuda":
-            uuid = import_module("llem_ray.backends.transformers.engine").gpu_uuid(self._config)
-        rank = 0 if self._config.rendezvous is None else self._config.rendezvous.rank
-        return (Rank(rank=rank, host=self._config.host, pid=os.getpid(), gpu_uuid=uuid),)
+            spread = check_arguments(self._config).device_map is not None
+            uuids = import_module("llem_ray.backends.transformers.engine").gpu_uuids(self._config, spread=spread)
+        first = 0 if self._config.rendezvous is None else self._config.rendezvous.rank
+        return tuple(
+            Rank(rank=first + number, host=self._config.host, pid=os.getpid(), gpu_uuid=uuid) for number, uuid in enumerate(uuids)
+        )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
@@ -99,11 +105,17 @@ class TransformersBackend:
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
     ) -> Iterator[StepEvent | RequestRecord]:
-        """Serve the requests as one padded batch."""
-        require_batch(schedule, "transformers")
+        """Serve the requests as one padded batch, or one by one by continuous batching."""
         if self._engine is None:
             raise GenerationError("the model is not loaded")
-        return self._leading().run(requests, sampling)
+        engine = self._leading()
+        if schedule is None:
+            return engine.run(requests, sampling)
+        serve = getattr(engine, "serve", None)
+        if serve is None:
+            raise GenerationError("requests that come one by one are served by one process")
+        events: Iterator[StepEvent | RequestRecord] = serve(requests, sampling, schedule)
+        return events
 
     def reset(self) -> None:
         """Free what the last batch left behind; nothing is cached across batches."""
@@ -131,3 +143,10 @@ class TransformersBackend:
         if engine is None or hasattr(engine, "follow_orders"):
             raise GenerationError("this rank follows rank 0, which alone may be asked")
         return engine
+
+
+def _require_extras(args: TransformersArgs, config: BackendConfig) -> None:
+    needed = {"peft": args.lora is not None, "bitsandbytes": config.model.quantization is not None}
+    for name, is_needed in needed.items():
+        if is_needed and find_spec(name) is None:
+            raise PluginError(f"this needs {name}, not installed here", f"pip install 'llem-ray[transformers,{name}]'")

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from llem_ray.backends.transformers.pipeline import new_cache
+from llem_ray.backends.transformers.forwarding import Forwarding
 from llem_ray.backends.transformers.sampling import NOT_FINITE, TokenSelector
 from llem_ray.core.backend import FinishReason, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import NumericsError
@@ -42,21 +42,31 @@ class PaddedBatch:
         prompts: Token ids of each row.
         max_new_tokens: Steps the batch may take.
         last_position: Largest position the model knows; rows that have ended stay there.
+        forwarding: How steps are computed; default: over a growing cache, not compiled.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, last_position: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        last_position: int,
+        forwarding: Forwarding | None = None,
+    ) -> None:
         device = model.device
         padded = max(map(len, prompts))
         padding = torch.tensor([[padded - len(prompt)] for prompt in prompts])
         rows = [[0] * (padded - len(prompt)) + list(prompt) for prompt in prompts]
         column = torch.arange(padded + max_new_tokens)
-        self._model = model
+        self._device = device
+        self._forwarding = forwarding or Forwarding(model)
         self._ids = torch.tensor(rows).to(device)
         self._positions = (column - padding).clamp(0, last_position).to(device)
         # Without padding no mask is passed: attention kernels are faster without one, and `generate` does the same.
         self._mask = (column >= padding).long().to(device) if bool(padding.any()) else None
         self._begin, self._end = 0, padded
-        self._cache: Any = new_cache(model)
+        self._cache: Any = self._forwarding.cache(len(rows), padded + max_new_tokens)
+        self._prefilled = False
         accepted = _argument_names(type(model).forward)
         self._options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if "logits_to_keep" in accepted else {})
         self._takes_positions = "position_ids" in accepted
@@ -70,7 +80,7 @@ class PaddedBatch:
 
     def feed(self, chosen: Sequence[int]) -> None:
         """Go on with tokens that another rank chose."""
-        self._ids = torch.tensor(chosen)[:, None].to(self._model.device)
+        self._ids = torch.tensor(chosen)[:, None].to(self._device)
 
     @torch.inference_mode()
     def forward(self) -> torch.Tensor:
@@ -78,12 +88,13 @@ class PaddedBatch:
         options = dict(self._options)
         if self._takes_positions:
             options["position_ids"] = self._positions[:, self._begin : self._end]
-        output = self._model(
-            input_ids=self._ids,
-            attention_mask=None if self._mask is None else self._mask[:, : self._end],
-            past_key_values=self._cache,
-            **options,
+        mask = self._mask
+        if mask is not None and not self._forwarding.static:
+            mask = mask[:, : self._end]
+        output = self._forwarding.compute(
+            decode=self._prefilled, input_ids=self._ids, attention_mask=mask, past_key_values=self._cache, **options
         )
+        self._prefilled = True
         self._cache = output.past_key_values
         self._begin, self._end = self._end, self._end + 1
         return output.logits[:, -1]
@@ -101,6 +112,7 @@ def generate_batch(
     eos_token_ids: Set[int],
     last_position: int,
     crew: Crew | None = None,
+    forwarding: Forwarding | None = None,
 ) -> Iterator[StepEvent | RequestRecord]:
     """Serve the requests together: a StepEvent after each step, then a RequestRecord for each request.
 
@@ -111,6 +123,7 @@ def generate_batch(
         eos_token_ids: Ids that end a row, unless its request ignores them.
         last_position: Largest position the model knows.
         crew: The other ranks of the model, or None where this process has all of it.
+        forwarding: How steps are computed; default: over a growing cache, not compiled.
 
     Raises:
         NumericsError: The logits of a row are NaN or Inf.
@@ -121,7 +134,7 @@ def generate_batch(
     honours_eos = {row for row, request in enumerate(requests) if not request.ignore_eos and eos_token_ids}
     lengths = list(limits)  # a row's limit, or less once its end token has come
     selector = TokenSelector(sampling, model.device)
-    batch = PaddedBatch(model, prompts, max(limits), last_position)
+    batch = PaddedBatch(model, prompts, max(limits), last_position, forwarding)
     if crew is not None:
         crew.begin(prompts, max(limits))
     padded, prompt_tokens = max(map(len, prompts)), sum(map(len, prompts))

@@ -7,6 +7,7 @@ import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +28,11 @@ from llem_ray.backends.model_source import ModelSource, model_commit
 from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
 from llem_ray.backends.transformers.arguments import TransformersArgs, check_shape
 from llem_ray.backends.transformers.decoding import PaddedBatch, generate_batch
-from llem_ray.backends.transformers.loading import build_model, eos_token_ids
+from llem_ray.backends.transformers.forwarding import Forwarding
+from llem_ray.backends.transformers.loading import build_model, eos_token_ids, weight_bytes
 from llem_ray.backends.transformers.memory import BatchMemory, estimate_batch_memory, host_limit_bytes, require_host_memory
-from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, Request, RequestRecord, StepEvent
+from llem_ray.backends.transformers.serving import Server
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, DeviceMemoryError, GenerationError, LlemRayError, LoadError, NumericsError
 from llem_ray.core.spec import SamplingSpec
 
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 WARM_PROMPT_TOKENS = 8
 WARM_STEPS = 2
+CLOSE_S = 10.0
+"""How long ``close`` waits for a step of continuous batching."""
 
 ENGINE_ERRORS = (RuntimeError, MemoryError, ValueError, TypeError, IndexError)
 """What model code raises; anything else is a defect of ours."""
@@ -53,9 +58,21 @@ class Engine:
         tokenizer: Of transformers.
         threads_before: CPU threads of torch before this engine was loaded; set again by ``close``.
         replica: The other ranks that share the model, or None where this process has all of it.
+        forwarding: How steps of a batch are computed.
+        server: For requests that come one by one, or None.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, threads_before: int, replica: Replica | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        threads_before: int,
+        replica: Replica | None = None,
+        forwarding: Forwarding | None = None,
+        server: Server | None = None,
+    ) -> None:
+        self._forwarding = forwarding or Forwarding(model)
+        self._server = server
         self._replica = replica
         self._threads_before = threads_before
         self._model = model
@@ -81,22 +98,49 @@ class Engine:
         require_valid(requests, vocab_size=self._vocab_size, context_tokens=self._context_tokens)
 
     def run(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
-        """See ``InferenceBackend.run``."""
+        """See ``InferenceBackend.run``, without a schedule."""
         self.require_valid(requests)
+        if self._server is not None:
+            self._server.drop()
+            self._server.require_usable()
         need = self._memory(requests)
         if need is not None and self._model.device.type == "cpu":
             require_host_memory(need.total_bytes, f"a batch of {len(requests)} requests", need.arithmetic)
         with self._replica.batch() if self._replica is not None else contextlib.nullcontext():
             try:
                 yield from generate_batch(
-                    self._model, requests, sampling, self._eos_token_ids, self._context_tokens - 1, self._replica
+                    self._model,
+                    requests,
+                    sampling,
+                    self._eos_token_ids,
+                    self._context_tokens - 1,
+                    self._replica,
+                    self._forwarding,
                 )
             except BackendError:
                 raise
             except ENGINE_ERRORS as error:
                 failure = _failure(error, len(requests), need)
+                self._forwarding.release()
                 free_after(error)
                 raise failure from error
+
+    def serve(
+        self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule
+    ) -> Iterator[StepEvent | RequestRecord]:
+        """See ``InferenceBackend.run``, with a schedule."""
+        if self._server is None:
+            raise GenerationError("the model was not loaded for requests that come one by one")
+        self.require_valid(requests)
+        self._forwarding.release()
+        try:
+            yield from self._server.run(requests, sampling, schedule)
+        except BackendError:
+            raise
+        except ENGINE_ERRORS as error:
+            failure = _failure(error, len(requests), None)
+            free_after(error)
+            raise failure from error
 
     def follow(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, chosen: Callable[[], Sequence[int] | None]) -> None:
         """Compute this rank's share of a batch that another rank leads.
@@ -111,7 +155,7 @@ class Engine:
             GenerationError: The engine failed.
         """
         try:
-            batch = PaddedBatch(self._model, prompts, max_new_tokens, self._context_tokens - 1)
+            batch = PaddedBatch(self._model, prompts, max_new_tokens, self._context_tokens - 1, self._forwarding)
             batch.forward()
             while (tokens := chosen()) is not None:
                 batch.feed(tokens)
@@ -133,14 +177,32 @@ class Engine:
         with contextlib.suppress(NumericsError):  # a trial will report it
             for _ in self.run([request], SamplingSpec()):
                 pass
+            if self._server is not None:
+                for _ in self.serve([request], SamplingSpec(), LoadSchedule(max_in_flight=1)):
+                    pass
+                self._server.pause()
 
     def release_memory(self) -> None:
         """Give memory that nothing uses any more back to the device."""
+        self._forwarding.release()
+        if self._server is not None:
+            self._server.pause()
         release_memory()
+
+    def notes(self) -> dict[str, str]:
+        """Of the load report."""
+        notes = self._server.notes() if self._server is not None else {}
+        if places := getattr(self._model, "hf_device_map", None):
+            devices = dict.fromkeys(str(place) for place in places.values())
+            notes["device_map"] = ", ".join(devices)
+        return notes
 
     def close(self) -> None:
         """Drop the model and give its memory back to the device."""
-        del self._model, self._tokenizer
+        if self._server is not None:
+            self._server.drop(CLOSE_S)
+        self._forwarding.close()
+        del self._model, self._tokenizer, self._forwarding, self._server
         torch.set_num_threads(self._threads_before)
         release_memory()
 
@@ -168,6 +230,7 @@ def load_engine(
     begin_s = time.monotonic()
     device = find_device(config)
     threads_before = torch.get_num_threads()
+    engine: Engine | None = None
     try:
         model_config = read_model_config(source, config.model)
         check_shape(config.engine, model_config.get_text_config().to_dict())
@@ -177,18 +240,27 @@ def load_engine(
         if threads := args.num_threads or (replica.cpu_threads if replica is not None and shared else None):
             torch.set_num_threads(threads)
         if replica is None:
-            model = build_model(source, config.model, args, model_config, device)
+            model = build_model(config, source, args, model_config, device)
         else:
             model = replica.build(source, args, model_config)
-        engine = Engine(model, tokenizer, threads_before, replica if replica is not None and replica.circle.members else None)
+        engine = Engine(
+            model,
+            tokenizer,
+            threads_before,
+            replica if replica is not None and replica.circle.members else None,
+            Forwarding(model, static=args.static_cache, compiled=args.compile),
+            Server(model, args.online, eos_token_ids(model), args.step_timeout_s) if config.online else None,
+        )
         constructed_s = time.monotonic()
-        if replica is None or replica.layout.place == 0:
-            engine.warm()
-    except GenerationError as error:
-        raise LoadError(f"the model does not run: {error.message}") from error
-    except LlemRayError:
-        raise
+        leads = replica is None or replica.layout.place == 0
+        warm_s, compile_s = _warm(engine, compiled=args.compile is not None) if leads else (0.0, None)
     except Exception as error:  # model code of third parties may raise anything; here it becomes one typed error
+        if engine is not None:
+            engine.close()
+        if isinstance(error, GenerationError):
+            raise LoadError(f"the model does not run: {error.message}") from error
+        if isinstance(error, LlemRayError):
+            raise
         free_after(error)
         if is_out_of_memory(error):
             raise DeviceMemoryError(f"the model does not fit: {first_line(error)}") from error
@@ -196,29 +268,46 @@ def load_engine(
             f"hub model {source.location!r} (no folder has that name)" if source.kind == "hub" else f"model {source.location!r}"
         )
         raise load_error(what, error) from error
-    finished_s = time.monotonic()
     return engine, LoadReport(
         import_s=import_s,
         construct_s=constructed_s - begin_s,
-        compile_s=None,
-        warm_s=finished_s - constructed_s,
+        compile_s=compile_s,
+        warm_s=warm_s,
         context_tokens=context_tokens(model.config),
         vocab_size=int(model.config.get_text_config().vocab_size),
-        parameters=model.num_parameters() if replica is None else _count(config, model_config),
-        weight_bytes=_size(model) if replica is None else replica.weight_bytes,
+        parameters=model.num_parameters() if replica is None else _count(config, model_config, model),
+        weight_bytes=weight_bytes(model) if replica is None else replica.weight_bytes,
         dtype=str(model.dtype).removeprefix("torch."),
         device=device.type,
         model_commit=model_commit(source, model_config),
         random_weights=source.random,
         special_token_ids=special_token_ids(tokenizer),
-        notes=_notes(model, source, origin),
+        notes=_notes(model, source, origin) | _extras(args, config) | engine.notes(),
         flop_model=flop_model(model.config.get_text_config()),
     )
 
 
-def gpu_uuid(config: BackendConfig) -> str:
-    """NVML's UUID of the device the engine runs on."""
-    return f"GPU-{torch.cuda.get_device_properties(find_device(config)).uuid}"
+def _warm(engine: Engine, *, compiled: bool) -> tuple[float, float | None]:
+    """Run a short batch; seconds of that, and of compilation: the first such batch less another one."""
+    begin_s = time.monotonic()
+    engine.warm()
+    first_s = time.monotonic() - begin_s
+    if not compiled:
+        return first_s, None
+    engine.warm()
+    again_s = time.monotonic() - begin_s - first_s
+    return again_s, max(0.0, first_s - again_s)
+
+
+def gpu_uuids(config: BackendConfig, *, spread: bool) -> list[str]:
+    """NVML's UUIDs of the devices the engine runs on.
+
+    Args:
+        config: Of this process.
+        spread: Layers may be on every visible device.
+    """
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if spread else [find_device(config)]
+    return [f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in devices]
 
 
 def free_after(error: BaseException) -> None:
@@ -272,12 +361,9 @@ def _memory_bytes(device: torch.device) -> int:
     return host_limit_bytes() if device.type == "cpu" else int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def _count(config: BackendConfig, model_config: Any) -> int:
-    return count_parameters(model_config, trust_remote_code=config.model.trust_remote_code)
-
-
-def _size(model: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def _count(config: BackendConfig, model_config: Any, share: Any) -> int:
+    adapter = sum(parameter.numel() for name, parameter in share.named_parameters() if ".lora_" in name)
+    return count_parameters(model_config, trust_remote_code=config.model.trust_remote_code) + adapter
 
 
 def _notes(model: Any, source: ModelSource, tokenizer_origin: str) -> dict[str, str]:
@@ -289,3 +375,17 @@ def _notes(model: Any, source: ModelSource, tokenizer_origin: str) -> dict[str, 
         "tokenizer": tokenizer_origin,
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _extras(args: TransformersArgs, config: BackendConfig) -> dict[str, str]:
+    extras: dict[str, str] = {}
+    if config.model.quantization is not None:
+        extras["bitsandbytes"] = version("bitsandbytes")
+    if args.lora is not None:
+        kind = "random" if args.lora.path is None else args.lora.path
+        extras["lora"] = f"{kind}{', merged' if args.merge_lora else ''}; peft {version('peft')}"
+    if args.static_cache:
+        extras["cache"] = "static"
+    if args.compile is not None:
+        extras["compile"] = f"decode steps, {args.compile.backend}, {args.compile.mode}"
+    return extras

@@ -5,34 +5,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from transformers import PreTrainedModel
 
-from llem_ray.backends.model_config import count_parameters, weight_dtype
 from llem_ray.backends.model_source import ModelSource
-from llem_ray.backends.process.wire import ErrorReport, pack, report_error, restore_error, unpack
+from llem_ray.backends.process.wire import error_body, pack, restored
 from llem_ray.backends.transformers.arguments import TransformersArgs
 from llem_ray.backends.transformers.layout import Layout
 from llem_ray.backends.transformers.links import Circle, Link, gather, meet
-from llem_ray.backends.transformers.loading import Split, build_model
+from llem_ray.backends.transformers.loading import Split, build_model, random_folder, weight_bytes
 from llem_ray.backends.transformers.pipeline import require_pipeline
 from llem_ray.backends.transformers.process_group import ProcessGroup, require_device_type
-from llem_ray.backends.transformers.random_checkpoint import random_checkpoint
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import (
     BackendError,
     ConfigError,
     DeviceMemoryError,
     EngineDied,
-    GenerationError,
     HangError,
-    LlemRayError,
     NumericsError,
 )
 
@@ -103,10 +97,10 @@ class Replica:
             LlemRayError: This rank, or another one, cannot load it.
         """
         if self._group is None:
-            model = build_model(source, self.config.model, args, model_config, self._device)
+            model = build_model(self.config, source, args, model_config, self._device)
         else:
             model = self._build_share(source, args, model_config)
-        self.weight_bytes = _local_bytes(model)
+        self.weight_bytes = weight_bytes(model)
         if self.layout.place:
             self._leader.send(0, "ready", self.weight_bytes)
         else:
@@ -213,7 +207,7 @@ class Replica:
         assert self._group is not None
         require_device_type(self._device)
         require_plan(self.layout, model_config)
-        location = self._random_folder(source, model_config) if source.random else None
+        location = random_folder(self.config, source, model_config) if source.random else None
         if self.layout.place:
             self._leader.send(0, "prepared", 0)
             _, kind, body = self._leader.receive(LOAD_S, "loading")
@@ -227,14 +221,7 @@ class Replica:
                 link.send(0, "join", [address, port], SETTLE_S)
         self._group.join(address, port)
         split = Split(tensor=self.layout.tensor, pipeline=self.layout.pipeline, location=location)
-        return build_model(source, self.config.model, args, model_config, self._device, split)
-
-    def _random_folder(self, source: ModelSource, model_config: Any) -> Path:
-        model = self.config.model
-        dtype = weight_dtype(source, model, model_config, self.config.device)
-        assert dtype is not None
-        needed = dtype.itemsize * count_parameters(model_config, trust_remote_code=model.trust_remote_code)
-        return random_checkpoint(model, model_config, dtype, needed, Path(self.config.cache_dir))
+        return build_model(self.config, source, args, model_config, self._device, split)
 
     def _tell_members(self, kind: str, body: Any) -> None:
         for link in self.circle.members:
@@ -274,19 +261,6 @@ class Replica:
         return {rank: body for rank, (_, body) in answers.items()}
 
 
-def error_body(error: BaseException) -> Any:
-    """An exception as a message's body."""
-    return pack(report_error(error, "".join(traceback.format_exception(error))))
-
-
-def restored(body: Any) -> LlemRayError:
-    """The error that ``error_body`` made; one of a foreign class becomes a GenerationError."""
-    report = unpack(ErrorReport, body)
-    error = restore_error(report) or GenerationError(f"the engine failed: {': '.join(map(str, report.args))}")
-    error.add_note(f"In that rank:\n{report.traceback}")
-    return error
-
-
 def require_plan(layout: Layout, model_config: Any) -> None:
     """Refuse models that transformers cannot split in this way.
 
@@ -304,8 +278,3 @@ def require_plan(layout: Layout, model_config: Any) -> None:
         )
     if layout.pipeline > 1:
         require_pipeline(text_config.model_type, layout.pipeline)
-
-
-def _local_bytes(model: PreTrainedModel) -> int:
-    shares = (getattr(parameter, "_local_tensor", parameter) for parameter in model.parameters())
-    return sum(share.numel() * share.element_size() for share in shares)

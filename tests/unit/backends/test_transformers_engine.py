@@ -150,7 +150,7 @@ def test_config_json_alone_makes_a_random_model(tmp_path: Path) -> None:
     backend = backend_of(tmp_path, ModelSpec(config="my.json"))
     report = backend.load()
     assert (report.vocab_size, report.context_tokens, report.random_weights) == (600, 64, True)
-    assert max(token for ids in backend.encode(load_prompts(PromptSpec())) for token in ids) < 600
+    assert max(token for ids in backend.encode(load_prompts(PromptSpec()).texts) for token in ids) < 600
     backend.close()
 
 
@@ -158,7 +158,7 @@ def test_local_tokenizer_is_the_same_each_time_and_loses_nothing(tmp_path: Path)
     first = train_tokenizer(1000, tmp_path / "a")
     again = train_tokenizer(1000, tmp_path / "b")
     cached = train_tokenizer(1000, tmp_path / "a")
-    texts = [*load_prompts(PromptSpec()), "emoji \U0001f600, 漢字, tabs\tand\nlines"]
+    texts = [*load_prompts(PromptSpec()).texts, "emoji \U0001f600, 漢字, tabs\tand\nlines"]
     ids = first(texts)["input_ids"]
     assert ids == again(texts)["input_ids"] == cached(texts)["input_ids"]
     assert len(first) <= 1000
