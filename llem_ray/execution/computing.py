@@ -80,4 +80,6 @@ def is_quantised(experiment: Experiment) -> bool:
     """The sweep asks for quantised weights; a checkpoint that is quantised already is not noticed."""
     arguments: Mapping[str, Any] = experiment.engine.engine_args
     named = (name for name, value in arguments.items() if value)
-    return experiment.model.quantization is not None or any(name.startswith(("quant", "load_in_")) for name in named)
+    return experiment.model.quantization is not None or any(
+        name.startswith(("quant", "load_in_", "bitsandbytes")) for name in named
+    )
