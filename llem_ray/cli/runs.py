@@ -15,17 +15,15 @@ from rich.console import Console
 
 from llem_ray.cli.output import echo_json
 from llem_ray.cli.remote import logs_of_job, show_of_job, status_of_job, stop_job, watch_job
+from llem_ray.cli.summaries import read_summary
 from llem_ray.cli.sweeps import ADDRESS, AS_JSON, RESULTS_DIR, TOKEN_FILE
 from llem_ray.core.errors import ResultsError
 from llem_ray.execution.ray.address import parse_address, prepare_environment
 from llem_ray.execution.ray.jobs import RunJobs
-from llem_ray.execution.status import RunStatus, planned_target, planned_trials, read_status
-from llem_ray.reporting.latency import latency_table
+from llem_ray.execution.status import RunStatus, planned_trials, read_status
 from llem_ray.reporting.numbers import count_noun
-from llem_ray.reporting.summary import summarise_run
 from llem_ray.reporting.tables import run_table
 from llem_ray.results.export import EXPORT_FORMATS, ExportFormat, export_run
-from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import find_run
 from llem_ray.results.schema import TABLE_NAMES, TableName
 
@@ -149,15 +147,11 @@ def show(run: str, results_dir: Path, address: str | None, token_file: Path | No
         show_of_job(jobs, run, as_json=as_json)
         return
     directory = find_run(results_dir, run)
-    stopping, repeats = planned_target(directory)
-    rows = read_table(directory.path, "trials").to_pylist()
-    summary = summarise_run(directory.name, rows, stopping=stopping, repeats=repeats)
+    summary = read_summary(directory)
     if as_json:
         echo_json(summary.as_dict())
     else:
         Console().print(run_table(summary, directory.path))
-        if (latencies := latency_table(summary)) is not None:
-            Console().print(latencies)
         with contextlib.suppress(ResultsError):  # a plan that cannot be read is no reason to hide the results
             found = read_status(directory)
             if found.left:

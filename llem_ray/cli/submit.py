@@ -17,6 +17,7 @@ from llem_ray import __version__
 from llem_ray.cli.copy import COPY_TO, TAKE_OVER, CopyTarget, refuse_secret
 from llem_ray.cli.output import INTERRUPTED, SOME_FAILED
 from llem_ray.cli.remote import submit_job
+from llem_ray.cli.summaries import read_summary
 from llem_ray.cli.sweeps import ADDRESS, RESULTS_DIR, SET, SWEEP, TOKEN_FILE, build_plan
 from llem_ray.config.resolved import dump_sweep
 from llem_ray.config.sweep import load_sweep
@@ -37,7 +38,6 @@ from llem_ray.planning.serialise import plan_to_dict
 from llem_ray.power.sources import count_gpus
 from llem_ray.reporting.numbers import count_noun
 from llem_ray.reporting.progress import open_progress
-from llem_ray.reporting.summary import summarise_run
 from llem_ray.reporting.tables import run_table
 from llem_ray.results.reader import read_table, settled_state
 from llem_ray.results.rundir import RunDirectory, latest_run
@@ -251,7 +251,7 @@ def _report(rundir: RunDirectory, plan: Plan, result: RunResult | None, require_
         EnergyGateError: A trial lacks a valid energy although ``require_energy`` asks for it.
     """
     rows = read_table(rundir.path, "trials").to_pylist()
-    summary = summarise_run(rundir.name, rows, stopping=plan.stopping, repeats=plan.repeats)
+    summary = read_summary(rundir, rows, (plan.stopping, plan.repeats))
     Console().print(run_table(summary, rundir.path))
     if result is not None and result.interrupted:
         click.echo(f"interrupted with {count_noun(result.left, 'trial')} left; submit the same sweep again to resume", err=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from llem_ray.core.flops import FlopModel
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 FinishReason = Literal["length", "stop", "abort"]
@@ -76,9 +77,20 @@ class RequestRecord:
     sent_ns: int
     """Just before it was handed to the engine."""
     token_times_ns: tuple[int, ...]
-    """When each output token was delivered, ascending, as long as ``output_token_ids``."""
+    """When each output token was delivered, ascending, as long as ``output_token_ids``; tokens of one chunk share its time."""
+    cached_tokens: int | None = None
+    """Prompt tokens that a prefix cache saved; None where the engine does not tell."""
+    draft_tokens: int | None = None
+    """Tokens that speculation proposed for this request; None without speculation, or where the engine does not tell."""
+    accepted_tokens: int | None = None
+    """Those of them that became output."""
     requested_tokens: int | None = None
     """Output tokens that were asked for; filled in where the request was made, not by the engine."""
+
+    @property
+    def output_chunks(self) -> int:
+        """Deliveries: output tokens that share a time arrived together."""
+        return len(set(self.token_times_ns))
 
     @property
     def output_tokens(self) -> int:
@@ -88,13 +100,14 @@ class RequestRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
-    """What loading cost and what was loaded."""
+    """What loading cost and what was loaded. Its times follow each other: none is part of another."""
 
     import_s: float
     construct_s: float
     compile_s: float | None
     """None where the engine does not tell it apart."""
     warm_s: float | None
+    """The engine's own warm-up; None where it does not tell it apart."""
     context_tokens: int
     """Longest prompt plus output the model takes."""
     vocab_size: int
@@ -109,7 +122,11 @@ class LoadReport:
     special_token_ids: tuple[int, ...] = ()
     """Ids that random prompts leave out (begin, end, padding); empty where the engine does not tell."""
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Further facts worth a column: attention implementation, engine version, tokenizer origin."""
+    """Further facts worth a column: ``engine`` (name and version), attention implementation, tokenizer origin."""
+    process_start_s: float | None = None
+    """Starting the engine's own process; None where it has none."""
+    flop_model: FlopModel | None = None
+    """What a token costs, for engines that don't count FLOP step by step; None where the architecture is not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from llem_ray.core.errors import (
     PluginError,
 )
 from llem_ray.core.spec import WindowRule
+from llem_ray.core.step_log import StepLog
 
 FailureKind = Literal[
     "out_of_memory",
@@ -75,6 +76,8 @@ class Completed:
     steps: int
     """Forward steps of the engine in the window."""
     passes: int
+    step_log: StepLog | None = None
+    """Those steps, of an online trial all of its run; None where they are not recorded."""
     notes: Mapping[str, str] = field(default_factory=dict)
     warmup: WarmupReport | None = None
     """None where nothing ran before the window."""

@@ -362,6 +362,10 @@ class MeasureSpec:
     """Rest before each trial until no leased device is hotter than this, where temperatures can be read."""
     cooldown_limit_s: Annotated[float, Gt(0)] = field(default=300.0, metadata=_ADDED)
     """Where `cooldown_until_c` gives up; the trial then runs, and is flagged."""
+    record_steps: bool = field(default=True, metadata=_ADDED)
+    """Keep every step of a window in the table `steps`."""
+    record_token_times: bool = field(default=True, metadata=_ADDED)
+    """Keep when each token of a request was delivered, in `requests.token_times_ns`."""
     trial_timeout_s: Annotated[float, Gt(0)] = 1800.0
     """Deadline of one trial."""
     load_timeout_s: Annotated[float, Gt(0)] = 1800.0
@@ -413,6 +417,26 @@ class StoppingSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FootprintSpec:
+    """What a kWh emits and costs where the sweep runs. Part of no identity; what is not given makes nulls, never 0."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    grid_gco2_per_kwh: Annotated[float, Ge(0)] | None = None
+    """Emissions of the grid, g CO2 equivalent per kWh."""
+    country: str | None = None
+    """Instead of `grid_gco2_per_kwh`: ISO 3166 code of three letters (`FRA`), looked up in codecarbon's tables."""
+    pue: Annotated[float, Ge(1)] = 1.0
+    """Power usage effectiveness: what the building draws over what its computers do. 1 counts what is measured alone."""
+    price_per_kwh: Annotated[float, Ge(0)] | None = None
+    """Price of a kWh."""
+    currency: str | None = None
+    """Currency of the price, ISO 4217 (`EUR`)."""
+    as_of: str | None = None
+    """Date of these numbers, `YYYY-MM-DD`; required with `grid_gco2_per_kwh` and `price_per_kwh`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DroppedCell:
     """A cell of the grid that will not run."""
 
@@ -459,5 +483,6 @@ class Sweep:
     measure: MeasureSpec
     rates: Rates = Rates()
     stopping: StoppingSpec = StoppingSpec()
+    footprint: FootprintSpec = FootprintSpec()
     base_dir: str = "."
     """Folder that relative paths of the sweep file start from."""

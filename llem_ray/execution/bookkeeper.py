@@ -14,11 +14,13 @@ from operator import itemgetter
 from typing import Final
 
 from llem_ray.core.clock import Clock
-from llem_ray.core.outcome import Failed
+from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.plan import Plan, Trial
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.execution.accounting import Accounts
+from llem_ray.execution.footprint import look_up_footprint
 from llem_ray.execution.ledgers import RunLedger
+from llem_ray.execution.load_times import load_row
 from llem_ray.execution.meter import Meter
 from llem_ray.execution.records import (
     AttemptEnded,
@@ -92,7 +94,7 @@ class Bookkeeper:
     ) -> None:
         self._plan, self._meter, self._journal, self._writer = plan, meter, journal, writer
         self._state, self._clock = state, clock
-        self._accounts = Accounts(plan.measure, meter)
+        self._accounts = Accounts(plan.measure, meter, look_up_footprint(plan.footprint))
         self._ledger = RunLedger(meter, begin_ns)
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._waiting: dict[str, deque[tuple[int, Event]]] = {}
@@ -427,8 +429,14 @@ class Bookkeeper:
         row = attempt_row(ended) | self._accounts.energy_columns(ended)
         self.stopping.take(row, final=ended.final)
         phases, self._nobodys, self._phases = [*self._nobodys, *self._phases], [], []
-        self._writer.write_trial(row, request_rows(ended, keep_token_times=True), phases)
-        outcome = ended.outcome
+        outcome, load = ended.outcome, load_row(ended)
+        self._writer.write_trial(
+            row,
+            request_rows(ended, row, keep_token_times=self._plan.measure.record_token_times),
+            phases,
+            loads=[load] if load else [],
+            steps=outcome.step_log if isinstance(outcome, Completed) else None,
+        )
         if isinstance(outcome, Failed):
             cut = outcome.kind == "interrupted"
             self._log(_attempt_event(ended, "interrupted" if cut else "failed", outcome.kind))

@@ -44,6 +44,7 @@ class TrialOrder:
     min_window_s: float
     cooldown_s: float
     window: WindowSpec = field(default=WindowSpec())
+    record_steps: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

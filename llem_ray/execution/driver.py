@@ -217,6 +217,8 @@ class RunDriver:
             clock=self._clock,
             policy=FailurePolicy(max_attempts=measure.max_attempts, max_consecutive_failures=measure.max_consecutive_failures),
             cache_dir=self._options.cache_dir,
+            submitted_ns=self._options.begin_ns,
+            ready_ns=self._clock.monotonic_ns(),
         )
         work = [(group, [trial for trial in group.trials if self._is_open(trial)]) for group in self._plan.groups]
         return Dispatcher(context, [(group, trials) for group, trials in work if trials]).run()

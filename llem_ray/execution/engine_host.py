@@ -27,6 +27,7 @@ from llem_ray.core.errors import ConfigError, GenerationError, LlemRayError, Loa
 from llem_ray.core.outcome import Completed, Failed, Outcome, WarmupReport, failed_from
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WorkloadSpec
+from llem_ray.core.step_log import StepLog
 from llem_ray.core.units import ns_from_s
 from llem_ray.execution.calls import Leased, Loaded, TrialOrder
 from llem_ray.execution.engines import make_backend, serves_online, worker_layout
@@ -151,11 +152,20 @@ class EngineHost:
         warmup = self._warm_up(backend, order, spans, work, None)
         self._guard(spans, order.guard_s)
         begin_ns = self._enter(spans, "measured")
-        requests, steps, passes = self._measure(backend, work, sampling, begin_ns + ns_from_s(order.min_window_s))
+        log = StepLog() if order.record_steps else None
+        requests, steps, passes = self._measure(backend, work, sampling, begin_ns + ns_from_s(order.min_window_s), log)
         end_ns = self._guard(spans, order.guard_s)
         self._cool_down(spans, order.cooldown_s)
         window = Window(node=self._config.host, begin_ns=begin_ns, end_ns=end_ns)
-        return Completed(window=window, spans=spans.finish(), requests=requests, steps=steps, passes=passes, warmup=warmup)
+        return Completed(
+            window=window,
+            spans=spans.finish(),
+            requests=requests,
+            steps=steps,
+            passes=passes,
+            step_log=log,
+            warmup=warmup,
+        )
 
     def _run_online(self, backend: InferenceBackend, order: TrialOrder, spans: SpanLog) -> Completed:
         """Requests one by one: the phase ``measured`` is the whole run, the window a part of it."""
@@ -167,7 +177,8 @@ class EngineHost:
         asked = OnlineOrder(
             work=work, sampling=sampling, load=workload.load, window=order.window, min_window_s=order.min_window_s
         )
-        ran = run_online(backend, asked, self._config.host, begin_ns, self._clock)
+        log = StepLog() if order.record_steps else None
+        ran = run_online(backend, asked, self._config.host, begin_ns, self._clock, log)
         self._guard(spans, order.guard_s)
         self._cool_down(spans, order.cooldown_s)
         return Completed(
@@ -176,6 +187,7 @@ class EngineHost:
             requests=ran.requests,
             steps=ran.steps,
             passes=1,
+            step_log=log,
             warmup=warmup,
             online=ran.online,
         )
@@ -201,9 +213,14 @@ class EngineHost:
             self._clock.sleep_until_ns(entered_ns + ns_from_s(cooldown_s))
 
     def _measure(
-        self, backend: InferenceBackend, work: tuple[tuple[Request, ...], ...], sampling: SamplingSpec, until_ns: int
+        self,
+        backend: InferenceBackend,
+        work: tuple[tuple[Request, ...], ...],
+        sampling: SamplingSpec,
+        until_ns: int,
+        log: StepLog | None,
     ) -> tuple[tuple[RequestRecord, ...], int, int]:
-        """Whole passes over the workload until the window is long enough."""
+        """Whole passes over the workload until the window is long enough; steps are told to ``log``."""
         requests: list[RequestRecord] = []
         wanted = {request.request_id: request.max_new_tokens for batch in work for request in batch}
         steps = passes = 0
@@ -212,6 +229,8 @@ class EngineHost:
                 for event in backend.run(batch, sampling):
                     if isinstance(event, StepEvent):
                         steps += 1
+                        if log is not None:
+                            log.add(event)
                     else:
                         asked = wanted[event.request_id]
                         requests.append(replace(event, request_id=f"{passes}-{event.request_id}", requested_tokens=asked))

@@ -66,6 +66,10 @@ class RunContext:
     clock: Clock
     policy: FailurePolicy
     cache_dir: str
+    submitted_ns: int
+    """Start of the command."""
+    ready_ns: int
+    """From here on gangs may be placed."""
     consecutive_failures: int = 0
     gangs_opened: int = 0
     tried: dict[str, int] = field(default_factory=dict)
@@ -207,6 +211,8 @@ class GangLane:
         decision = run.policy.decide(outcome, tried, run.count_outcome(outcome))
         gap_begin_ns = self._timeline.end_ns
         spans = self._on_our_clock(outcome.spans)
+        if self._record is not None:
+            self._record.marks.note_attempt(trial.trial_id, attempt, spans)
         if isinstance(outcome, Completed):
             LOG.info("%s attempt %d: %d passes in %.3f s", trial.trial_id, attempt, outcome.passes, outcome.window.duration_s)
             self._add_spans(spans)
@@ -263,9 +269,11 @@ class GangLane:
             min_window_s=measure.shortest_window_s,
             cooldown_s=measure.cooldown_s,
             window=measure.window,
+            record_steps=measure.record_steps,
         )
         run.book.measuring(trial, attempt, self._record)
         run.gang = self._gang
+        self._record.marks.note_order(run.clock.monotonic_ns())
         try:
             call = self._gang.run(order)
             outcome = run.waits.answer(call, measure.trial_timeout_s, f"trial {trial.trial_id}", check=self._check_nodes)
@@ -286,14 +294,18 @@ class GangLane:
         with run.lock:
             run.gangs_opened += 1
             name = f"gang-{run.gangs_opened}"
+        opened_ns = run.clock.monotonic_ns()
         try:
             gang, workers = self._lease_fit()
             record = self._record = self._make_record(name, workers)
+            marks = record.marks
+            marks.submitted_ns, marks.ready_ns, marks.opened_ns = run.submitted_ns, run.ready_ns, opened_ns
+            marks.placed_ns = run.clock.monotonic_ns()
             run.book.add(GangPlaced(lane=self._name, gang=record))
             self._cover("startup")
             require_placed(self._group, run.plan.base_dir, [item.device for item in record.devices])
             self._idle(record, "bare_idle", measure.idle_baseline_s)
-            begin_ns = run.clock.monotonic_ns()
+            begin_ns = marks.load_begin_ns = run.clock.monotonic_ns()
             run.book.phase = "load"
             loaded: Loaded = run.waits.answer(
                 gang.load(), measure.load_timeout_s, "model load", may_stop=True, check=self._check_nodes
@@ -301,7 +313,8 @@ class GangLane:
             self._check_identity(record, loaded)
             record.loaded = loaded
             LOG.info("%s on %s loaded %s", record.name, record.lead.hostname, loaded.report)
-            span = PhaseSpan(phase="load", begin_ns=begin_ns, end_ns=run.clock.monotonic_ns())
+            marks.load_end_ns = run.clock.monotonic_ns()
+            span = PhaseSpan(phase="load", begin_ns=begin_ns, end_ns=marks.load_end_ns)
             self._add_spans([span])
             run.book.add(LoadEnded(gang=record, span=span, lane=self._name))
             self._idle(record, "resident_idle", measure.idle_baseline_s)

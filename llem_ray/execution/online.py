@@ -10,6 +10,7 @@ from llem_ray.core.clock import Clock
 from llem_ray.core.energy import Window
 from llem_ray.core.outcome import OnlineRun
 from llem_ray.core.spec import LoadSpec, SamplingSpec, WindowSpec
+from llem_ray.core.step_log import StepLog
 from llem_ray.workloads.online import OnlineWork
 from llem_ray.workloads.windows import choose_window
 
@@ -41,7 +42,9 @@ class Ran:
     """When the last answer had come."""
 
 
-def run_online(backend: InferenceBackend, order: OnlineOrder, node: str, begin_ns: int, clock: Clock) -> Ran:
+def run_online(
+    backend: InferenceBackend, order: OnlineOrder, node: str, begin_ns: int, clock: Clock, log: StepLog | None = None
+) -> Ran:
     """Send everything once, wait for the last answer, and choose the window.
 
     Args:
@@ -50,6 +53,7 @@ def run_online(backend: InferenceBackend, order: OnlineOrder, node: str, begin_n
         node: Stable id of this host.
         begin_ns: When the run begins.
         clock: This host's.
+        log: Told every step of the run.
     """
     records: list[RequestRecord] = []
     step_ends_ns: list[int] = []
@@ -57,6 +61,8 @@ def run_online(backend: InferenceBackend, order: OnlineOrder, node: str, begin_n
     for event in backend.run(order.work.requests, order.sampling, order.work.schedule):
         if isinstance(event, StepEvent):
             step_ends_ns.append(event.end_ns)
+            if log is not None:
+                log.add(event)
         else:
             asked = wanted[event.request_id]
             records.append(replace(event, request_id=f"{PASS}-{event.request_id}", requested_tokens=asked))

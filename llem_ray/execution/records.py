@@ -11,6 +11,7 @@ from llem_ray.core.outcome import Outcome
 from llem_ray.core.plan import LoadGroup, Trial
 from llem_ray.core.power import Device
 from llem_ray.execution.calls import Leased, Loaded
+from llem_ray.execution.load_times import LoadMarks
 
 DeviceKey: TypeAlias = tuple[str, str]
 """(host, UUID)."""
@@ -55,6 +56,8 @@ class GangRecord:
     begin_ns: int = 0
     end_ns: int | None = None
     """When its processes were gone; None while they are not."""
+    marks: LoadMarks = field(default_factory=LoadMarks)
+    """How far its load has come."""
     neighbours: set[str] = field(default_factory=set)
     """Names of gangs that were on one of its hosts at the same time."""
 

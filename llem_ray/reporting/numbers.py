@@ -57,6 +57,14 @@ def format_energy(energy_j: float | None) -> str:
     return f"{format_value(energy_j, 3)} J"
 
 
+def format_bytes(size: int) -> str:
+    """``950 B``, ``12.5 kB``, ``3.2 MB``, in powers of 1000."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= scale:
+            return f"{format_value(size / scale, 3)} {unit}"
+    return f"{size} B"
+
+
 def format_setting(value: Any) -> str:
     """A value of a sweep file: text as it is, a distribution as ``normal(mean=60, std=8)``, all else as JSON."""
     if isinstance(value, Mapping) and "distribution" in value:

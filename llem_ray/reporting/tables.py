@@ -13,7 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from llem_ray.energy.validity import REASONS
-from llem_ray.reporting.numbers import MISSING, count_noun, format_energy, format_uncertain, format_value
+from llem_ray.reporting.efficiency import efficiency_table
+from llem_ray.reporting.latency import latency_table
+from llem_ray.reporting.numbers import MISSING, count_noun, format_bytes, format_energy, format_uncertain, format_value
 from llem_ray.reporting.summary import CellSummary, RunSummary
 
 PARTS = frozenset({"steady_state", "interval"})
@@ -36,7 +38,7 @@ _SCOPES = {
 
 
 def run_table(summary: RunSummary, path: Path) -> RenderableType:
-    """Table of cells with a legend, what the joules cover, and where the data lies.
+    """Table of cells with a legend, what the joules cover, latencies, and where the data lies.
 
     A cell without valid energy shows the reason instead of J/token; an estimate is marked ``est.``.
 
@@ -45,7 +47,7 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
         path: Its directory.
     """
     if not summary.cells:
-        return Group(Text(f"{summary.name}: no trial has been recorded yet", style="bold"), _where(path))
+        return Group(Text(f"{summary.name}: no trial has been recorded yet", style="bold"), _where(summary, path))
     marks = _marks(summary.cells)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=_title(summary), title_justify="left")
     table.title_style = "bold"
@@ -61,7 +63,13 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
     table.add_column("", no_wrap=True, min_width=max(len(row[-1]) for row in rows))
     for row in rows:
         table.add_row(*row)
-    return Group(table, *_legend(summary, marks), *_reading(summary), _where(path))
+    loads = [Text(load.text()) for load in summary.loads]
+    latencies = latency_table(summary)
+    efficiency = efficiency_table(
+        [(cell.label, cell.efficiency) for cell in summary.cells], summary.phase_methods, summary.currencies
+    )
+    times = [part for table in (latencies, efficiency) if table is not None for part in (Text(""), table)]
+    return Group(table, *_legend(summary, marks), *_reading(summary), *times, *loads, _where(summary, path))
 
 
 def _title(summary: RunSummary) -> str:
@@ -204,5 +212,8 @@ def _device_kind(kind: str, count: int) -> str:
     return f"{count_noun(count, _SCOPES.get(scope, scope))} ({source})"
 
 
-def _where(path: Path) -> Text:
-    return Text(f"Dataset: {path}", overflow="fold", no_wrap=False)
+def _where(summary: RunSummary, path: Path) -> Text:
+    sizes = sorted(summary.dataset_bytes.items(), key=lambda item: -item[1])
+    told = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes)
+    whole = f", {format_bytes(sum(summary.dataset_bytes.values()))}: {told}" if told else ""
+    return Text(f"Dataset: {path}{whole}", overflow="fold", no_wrap=False)

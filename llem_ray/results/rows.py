@@ -85,9 +85,14 @@ def load_columns(report: LoadReport) -> Row:
         "parameters": report.parameters,
         "weight_bytes": report.weight_bytes,
         "context_tokens": report.context_tokens,
-        "engine_version": report.notes.get("engine_version"),
+        "engine_version": engine_version(report),
         "engine_facts": dict(report.notes),
     }
+
+
+def engine_version(report: LoadReport) -> str | None:
+    """Version of the engine's package, as its note ``engine`` tells it: ``vllm 0.32.0``; None where it has none."""
+    return report.notes.get("engine", "").partition(" ")[2] or None
 
 
 def window_columns(window: Window) -> Row:
@@ -218,6 +223,7 @@ def request_row(
     attempt: int,
     latencies: Mapping[str, float | None],
     keep_token_times: bool,
+    energy_j: float | None = None,
     in_window: bool = True,
 ) -> Row:
     """One request.
@@ -228,6 +234,7 @@ def request_row(
         attempt: Its attempt.
         latencies: ``ttft_s``, ``tpot_s``, ``e2e_latency_s``, ``e2e_from_schedule_s`` and ``normalized_tpot_s``.
         keep_token_times: Store the time of every token.
+        energy_j: Its share of the window's energy.
         in_window: It ended in the measured window.
     """
     times = record.token_times_ns
@@ -241,12 +248,17 @@ def request_row(
         "output_tokens": record.output_tokens,
         "output_tokens_requested": record.requested_tokens,
         "finish_reason": record.finish_reason,
+        "output_chunks": record.output_chunks,
+        "cached_tokens": record.cached_tokens,
+        "draft_tokens": record.draft_tokens,
+        "accepted_tokens": record.accepted_tokens,
         "scheduled_ns": record.scheduled_ns,
         "queued_ns": record.queued_ns,
         "sent_ns": record.sent_ns,
         "first_token_ns": times[0] if times else None,
         "last_token_ns": times[-1] if times else None,
         **latencies,
+        "energy_j": energy_j,
         "token_times_ns": list(times) if keep_token_times else None,
     }
 

@@ -14,7 +14,7 @@ from llem_ray.results.trial_columns import TRIAL_COLUMNS
 SCHEMA_VERSION: Final = 1
 """Raised when a column is renamed, removed or changes its meaning; new columns do not raise it."""
 
-TableName = Literal["trials", "requests", "power", "states", "phases", "nodes", "clocks"]
+TableName = Literal["trials", "requests", "steps", "loads", "power", "states", "phases", "nodes", "clocks"]
 
 TABLE_NAMES: Final[tuple[TableName, ...]] = get_args(TableName)
 
@@ -33,6 +33,12 @@ _REQUESTS = (
     Column("output_tokens", pa.int64(), "tokens", "Tokens generated, counted from ids."),
     Column("output_tokens_requested", pa.int64(), "tokens", "Tokens asked for."),
     Column("finish_reason", pa.string(), "", "`length`, `stop` or `abort`."),
+    Column("output_chunks", pa.int64(), "", "Deliveries of output tokens: fewer than tokens where several came at once."),
+    Column(
+        "cached_tokens", pa.int64(), "tokens", "Prompt tokens that a prefix cache saved; null where the engine does not tell."
+    ),
+    Column("draft_tokens", pa.int64(), "tokens", "Tokens that speculation proposed; null without speculation."),
+    Column("accepted_tokens", pa.int64(), "tokens", "Proposed tokens that became output; null without speculation."),
     Column("scheduled_ns", pa.int64(), "ns", "When the load schedule wanted it sent; monotonic clock of the engine's node."),
     Column("queued_ns", pa.int64(), "ns", "When it entered the load generator's queue; same clock."),
     Column("sent_ns", pa.int64(), "ns", "Just before it was handed to the engine; same clock."),
@@ -43,7 +49,28 @@ _REQUESTS = (
     Column("e2e_latency_s", pa.float64(), "s", "Last token less sent."),
     Column("e2e_from_schedule_s", pa.float64(), "s", "Last token less scheduled."),
     Column("normalized_tpot_s", pa.float64(), "s", "e2e_latency_s / output tokens."),
+    Column(
+        "energy_j",
+        pa.float64(),
+        "J",
+        "Its share of the window's energy by `trials.request_energy_rule`; those of a trial add up to total_energy_j. Null unless"
+        " power_valid.",
+    ),
     Column("token_times_ns", pa.list_(pa.int64()), "ns", "When each token was delivered; same clock. Null when not kept."),
+)
+
+_STEPS = (
+    *_KEYS,
+    Column("begin_ns", pa.int64(), "ns", "When the step began; monotonic clock of the engine's node."),
+    Column("end_ns", pa.int64(), "ns", "When it ended; same clock."),
+    Column("kind", pa.string(), "", "`prefill`, `decode` or `mixed`."),
+    Column("prefill_tokens", pa.int64(), "tokens", "Prompt tokens computed, padding not included."),
+    Column("decode_tokens", pa.int64(), "tokens", "Output tokens produced; a prefill step yields the first of each request."),
+    Column("computed_tokens", pa.int64(), "tokens", "Token positions computed, padding and finished rows included."),
+    Column("flops", pa.float64(), "FLOP", "Floating-point operations, as the engine counts them; null where it does not."),
+    Column(
+        "read_bytes", pa.float64(), "bytes", "Bytes read from device memory, as the engine counts them; null where it does not."
+    ),
 )
 
 _SAMPLE_KEYS = (
@@ -138,6 +165,40 @@ _NODES = (
     Column("versions", pa.map_(pa.string(), pa.string()), "", "Package -> version in the run driver's environment."),
 )
 
+_LOADS = (
+    Column("run", pa.string(), "", "Name of the run."),
+    Column("gang", pa.string(), "", "The gang that holds the loaded model, see `trials.gang`."),
+    Column("load_key", pa.string(), "", "Hash of what was loaded, see `trials.load_key`."),
+    Column("backend", pa.string(), "", "Inference engine."),
+    Column("engine_version", pa.string(), "", "Version of the engine's package."),
+    Column("host", pa.string(), "", "Host name of the engine's node."),
+    Column("trial_id", pa.string(), "", "First trial on the loaded model."),
+    Column("attempt", pa.int32(), "", "Attempt at that trial."),
+    Column("startup_s", pa.float64(), "s", "Start of the command until engines may start: cluster, samplers, engine checks."),
+    Column("queue_s", pa.float64(), "s", "Until the gang was asked for: it waited for room, or for loads before it."),
+    Column("place_s", pa.float64(), "s", "Until the gang's processes ran where they were placed."),
+    Column("bare_idle_s", pa.float64(), "s", "Until the load began: the idle baseline before it."),
+    Column("process_start_s", pa.float64(), "s", "Starting the engine's own process; null where it has none."),
+    Column("import_s", pa.float64(), "s", "Importing the engine."),
+    Column("construct_s", pa.float64(), "s", "Building the model and reading its weights."),
+    Column("compile_s", pa.float64(), "s", "Compiling; null where the engine does not tell it apart."),
+    Column("warm_s", pa.float64(), "s", "The engine's own warm-up; null where it does not tell it apart."),
+    Column("load_rest_s", pa.float64(), "s", "The rest of the load: checks, tokenizer, messages, ranks that meet."),
+    Column("resident_idle_s", pa.float64(), "s", "Until the trial was ordered: the idle baseline with the model loaded."),
+    Column("prepare_s", pa.float64(), "s", "Until the trial began at the engine: the order's way, prompts to token ids."),
+    Column("warmup_s", pa.float64(), "s", "The trial's warm-up batches."),
+    Column("guard_s", pa.float64(), "s", "Quiet time before the window."),
+    Column(
+        "first_token_s",
+        pa.float64(),
+        "s",
+        "Until the first token of any request: from the begin of the window, or of an online run.",
+    ),
+    Column("load_s", pa.float64(), "s", "The whole load: process_start_s to load_rest_s."),
+    Column("submit_to_first_token_s", pa.float64(), "s", "Sum of startup_s to first_token_s."),
+    Column("reason", pa.string(), "", "Why times are null: how the load or its first attempt failed."),
+)
+
 _CLOCKS = (
     Column("run", pa.string(), "", "Name of the run."),
     Column("node", pa.string(), "", "Stable host id."),
@@ -150,6 +211,8 @@ _CLOCKS = (
 COLUMNS: Final[Mapping[TableName, tuple[Column, ...]]] = {
     "trials": TRIAL_COLUMNS,
     "requests": _REQUESTS,
+    "steps": _STEPS,
+    "loads": _LOADS,
     "power": _POWER,
     "states": _STATES,
     "phases": _PHASES,
@@ -161,6 +224,11 @@ COLUMNS: Final[Mapping[TableName, tuple[Column, ...]]] = {
 DESCRIPTIONS: Final[Mapping[TableName, str]] = {
     "trials": "One row per attempt at a trial, good or failed.",
     "requests": "One row per request of a measured window; of an online trial, one per request of the whole run.",
+    "steps": "One row per forward step of an engine in a measured window; of an online trial, in its whole run.",
+    "loads": (
+        "One row per load of a model: the time from the start of the command to the first token of its first window, part by "
+        "part. Each part begins where the one before ends; a null part counts as 0."
+    ),
     "power": "One row per poll of one device: the raw samples that every joule comes from.",
     "states": "One row per slow-lane reading of one device, about once a second.",
     "phases": "One row per device and phase: the energy ledger that tiles the run.",

@@ -33,17 +33,19 @@ _MERGE_PIECES: Final = 32
 ROW_GROUP: Final = 64 * 1024
 """Rows of a Parquet row group, and about what a compaction holds of a table at a time."""
 
-_UNIQUE: Final = frozenset({"t_ns", "hw_ns", "energy_mj"})
 _ENCODINGS: Final[Mapping[TableName, Mapping[str, str]]] = {
-    "power": {"t_ns": "DELTA_BINARY_PACKED", "hw_ns": "DELTA_BINARY_PACKED", "energy_mj": "BYTE_STREAM_SPLIT"}
+    "power": {"t_ns": "DELTA_BINARY_PACKED", "hw_ns": "DELTA_BINARY_PACKED", "energy_mj": "BYTE_STREAM_SPLIT"},
+    "steps": {"begin_ns": "DELTA_BINARY_PACKED", "end_ns": "DELTA_BINARY_PACKED"},
+    "requests": {"token_times_ns.list.element": "DELTA_BINARY_PACKED"},
 }
+"""Of columns whose numbers hardly repeat: a dictionary is not worth it, building it costs more time than anything else."""
 
-_NAMES: Final = frozenset({"run", "node", "device_uuid"})
+_NAMES: Final = frozenset({"run", "node", "device_uuid", "trial_id", "kind"})
 
 
 def _stream_type(table: TableName, field: pa.Field) -> pa.DataType:
-    """Samples are many and their names few: as numbers into a dictionary they cost a tenth of the time."""
-    named = table in {"power", "states"} and field.name in _NAMES
+    """Samples and steps are many and their names few: as numbers into a dictionary they cost a tenth of the time."""
+    named = table in {"power", "states", "steps"} and field.name in _NAMES
     return pa.dictionary(pa.int32(), pa.string()) if named else field.type
 
 
@@ -55,7 +57,7 @@ _STREAM_SCHEMAS: Final[Mapping[TableName, pa.Schema]] = {
 
 
 def stream_schema(table: TableName) -> pa.Schema:
-    """Schema of ``table`` in segments: types and version, no descriptions; names of samples are dictionary-encoded."""
+    """Schema of ``table`` in segments: types and version, no descriptions; names of samples and steps are dictionary-encoded."""
     return _STREAM_SCHEMAS[table]
 
 
@@ -208,10 +210,9 @@ def _new_part_path(folder: Path, first: int, last: int) -> Path:
 
 
 def _parquet_writer(file: BinaryIO, name: TableName) -> pq.ParquetWriter:
-    """Numbers that hardly repeat are not worth a dictionary: building it costs more time than anything else."""
-    schema = SCHEMAS[name]
-    repeating = [field.name for field in schema if not (name == "power" and field.name in _UNIQUE)]
-    return pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=repeating, column_encoding=_ENCODINGS.get(name))
+    schema, encodings = SCHEMAS[name], _ENCODINGS.get(name, {})
+    repeating = [field.name for field in schema if field.name not in encodings]
+    return pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=repeating, column_encoding=encodings or None)
 
 
 def _write_rows(writer: pq.ParquetWriter, name: TableName, table: pa.Table) -> None:

@@ -9,12 +9,14 @@ from typing import Any, Final
 import pyarrow as pa
 
 from llem_ray.core.power import SampleBatch
+from llem_ray.core.step_log import StepLog
 from llem_ray.results import segments
 from llem_ray.results.memory import return_freed_memory, trim_heap
 from llem_ray.results.reader import read_table, recorded_attempts
 from llem_ray.results.rundir import RunDirectory
 from llem_ray.results.samples import power_table, state_table
 from llem_ray.results.schema import SCHEMA_VERSION, SCHEMAS, TABLE_NAMES, TableName
+from llem_ray.results.steps import step_table
 
 COMPACT_TRIALS: Final = 256
 """Trials between compactions: opening 10,000 one-row files would take 19 s."""
@@ -61,8 +63,15 @@ class DatasetWriter:
         self._loose_segments = len(present)
         self._loose_bytes = sum(path.stat().st_size for path in present.values())
 
-    def write_trial(self, row: Row, requests: Sequence[Row] = (), phases: Sequence[Row] = ()) -> bool:
-        """Write one attempt with its requests and phases, and the samples so far: all at once, durable when this returns.
+    def write_trial(
+        self,
+        row: Row,
+        requests: Sequence[Row] = (),
+        phases: Sequence[Row] = (),
+        loads: Sequence[Row] = (),
+        steps: StepLog | None = None,
+    ) -> bool:
+        """Write one attempt with all that belongs to it, and the samples so far: all at once, durable when this returns.
 
         Before that, it compacts when enough trials have gathered. ``run`` and ``schema_version`` are filled in.
 
@@ -81,7 +90,10 @@ class DatasetWriter:
                 "trials": segments.to_table("trials", [{**row, "run": self._run.name, "schema_version": SCHEMA_VERSION}]),
                 "requests": self._to_table("requests", requests),
                 "phases": self._to_table("phases", phases),
+                "loads": self._to_table("loads", loads),
             }
+            if steps is not None:
+                tables["steps"] = step_table(steps, trial_id=row["trial_id"], attempt=row["attempt"], run=self._run.name)
             self._write(tables)
             self._attempts.add(key)
         return True

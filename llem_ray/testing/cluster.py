@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 from dataclasses import replace
@@ -97,6 +98,9 @@ class PretendGang:
             )
             for record in outcome.requests
         )
+        log = outcome.step_log
+        if log is not None:
+            log.begin_ns, log.end_ns = array("q", map(host.to_host, log.begin_ns)), array("q", map(host.to_host, log.end_ns))
         return replace(outcome, window=replace(outcome.window, node=host.name), requests=requests)
 
     def _placed(self, loaded: Loaded) -> Loaded:

@@ -12,6 +12,7 @@ import pytest
 from submission import DEADLINE_S, Submission, kill_hard
 
 from llem_ray.backends.process.leftovers import MARK
+from llem_ray.results.reader import read_table
 
 pytestmark = [pytest.mark.slow]
 
@@ -57,6 +58,13 @@ def test_rows_line_up_and_deaths_and_hangs_are_retried(tmp_path: Path) -> None:
     assert sorted(row["failure_kind"] for row in failed) == ["engine_died", "hang"]
     assert all(row["power_valid"] and row["output_tokens"] for row in done)
     assert engines() <= before
+    loads = read_table(run.rundir.path, "loads").to_pylist()
+    reached = [row for row in loads if row["reason"] is None]
+    assert {row["process_start_s"] is None for row in reached} == {True, False}
+    for row in reached:
+        assert row["load_rest_s"] >= 0
+        assert 0 < row["load_s"] < row["submit_to_first_token_s"]
+    assert sorted(row["reason"].partition(":")[0] for row in loads if row["reason"]) == ["engine_died", "hang"]
 
 
 def test_nothing_outlives_a_killed_run_driver(tmp_path: Path) -> None:

@@ -119,3 +119,25 @@ def test_submitting_again_says_that_it_is_finished(finished: tuple[Submission, s
     assert "finished" in output
     assert code == 3
     assert len(sweep.trials()) == 12
+
+
+def test_the_time_to_the_first_token_is_split_by_load(finished: tuple[Submission, str]) -> None:
+    loads = read_table(finished[0].rundir.path, "loads").to_pylist()
+    reached = [row for row in loads if row["reason"] is None]
+    assert reached
+    for row in reached:
+        parts_s = (row["import_s"], row["construct_s"], row["warm_s"], row["load_rest_s"])
+        assert min(parts_s) >= 0
+        assert row["import_s"] > 0.1
+        assert sum(parts_s) == pytest.approx(row["load_s"], abs=1e-6)
+        assert (
+            row["startup_s"] + row["queue_s"] + row["place_s"] + row["load_s"] + row["first_token_s"]
+            < (row["submit_to_first_token_s"])
+        )
+
+
+def test_every_step_of_a_window_is_recorded(finished: tuple[Submission, str]) -> None:
+    steps = read_table(finished[0].rundir.path, "steps", ["trial_id", "attempt"]).to_pylist()
+    for row in trials(finished):
+        mine = sum((step["trial_id"], step["attempt"]) == (row["trial_id"], row["attempt"]) for step in steps)
+        assert mine == (row["steps"] or 0)

@@ -45,6 +45,8 @@ class Loaded:
     backend: InferenceBackend
     report: LoadReport
     config: BackendConfig
+    load_s: float
+    """Check and load by the wall."""
 
 
 def requests_of(loaded: Loaded, lengths: list[int], new_tokens: list[int]) -> list[Request]:
@@ -100,8 +102,10 @@ class LoadedEngine:
     def loaded(cls, engine: Engine, make_config: Callable[..., BackendConfig]) -> Iterator[Loaded]:
         config = make_config()
         backend = engine.factory(config)
+        begin_s = time.monotonic()
         backend.check()
-        yield Loaded(backend, backend.load(), config)
+        report = backend.load()
+        yield Loaded(backend, report, config, time.monotonic() - begin_s)
         backend.close()
 
 
@@ -266,10 +270,14 @@ class BackendContract(LoadedEngine):
         report = loaded.report
         assert report.import_s >= 0
         assert report.construct_s >= 0
+        parts_s = (report.process_start_s, report.import_s, report.construct_s, report.compile_s, report.warm_s)
+        assert sum(part_s or 0.0 for part_s in parts_s) <= loaded.load_s
         assert report.context_tokens > 0
         assert report.device == loaded.config.device
         assert report.parameters == 1_000_576 or report.notes["engine"] == "fake"
+        assert report.flop_model is not None or report.notes["engine"] == "fake"
         assert report.random_weights
+        assert report.notes["engine"].partition(" ")[2] or report.notes["engine"] == "fake"
         assert all(isinstance(text, str) for text in report.notes.values())
         assert pickle.loads(pickle.dumps(report)) == report
 

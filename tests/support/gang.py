@@ -8,12 +8,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from llem_ray.backends.process.proxy import ProcessBackend
-from llem_ray.backends.transformers.backend import TransformersBackend
-from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Rendezvous, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Rendezvous, Request, RequestRecord, StepEvent
 from llem_ray.core.spec import SamplingSpec
 
 TARGET = "llem_ray.backends.transformers.backend:TransformersBackend"
@@ -40,8 +40,8 @@ def place(rank: int, world_size: int, port: int, hosts: tuple[str, ...] | None =
 class FollowingRank:
     """A rank above 0 in a process of its own; a thread here loads it and leaves it in ``follow``."""
 
-    def __init__(self, config: BackendConfig, log: Path | None = None) -> None:
-        self.backend = ProcessBackend(config, TARGET, sys.executable, log)
+    def __init__(self, config: BackendConfig, log: Path | None = None, target: str = TARGET) -> None:
+        self.backend = ProcessBackend(config, target, sys.executable, log)
         self.error: BaseException | None = None
         self._ranks: tuple[Rank, ...] = ()
         self._loaded = threading.Event()
@@ -50,7 +50,7 @@ class FollowingRank:
 
     @property
     def ranks(self) -> tuple[Rank, ...]:
-        assert self._loaded.wait(60)
+        assert self._loaded.wait(150)
         return self._ranks
 
     def end(self, timeout_s: float = 60.0) -> bool:
@@ -75,12 +75,21 @@ class FollowingRank:
 
 
 class GangBackend:
-    """The whole gang behind the seam of one engine: what an executor does with a backend for each rank."""
+    """The whole gang behind the seam of one engine: what an executor does with a backend for each process.
 
-    def __init__(self, config: BackendConfig, hosts: tuple[str, ...] | None = None) -> None:
+    Processes are as many as ranks, unless a number is given.
+    """
+
+    def __init__(
+        self, config: BackendConfig, hosts: tuple[str, ...] | None = None, target: str = TARGET, processes: int | None = None
+    ) -> None:
         self._config = config
         self._hosts = hosts
-        self.leader = TransformersBackend(self._placed(0, 1))
+        self._target = target
+        self._processes = processes or config.engine.world_size
+        module, _, name = target.partition(":")
+        self._factory = getattr(import_module(module), name)
+        self.leader = self._factory(self._placed(0, 1))
         self.followers: list[FollowingRank] = []
 
     def check(self) -> None:
@@ -89,8 +98,8 @@ class GangBackend:
     def load(self) -> LoadReport:
         self.close()
         port = free_port()
-        self.leader = TransformersBackend(self._placed(0, port))
-        self.followers = [FollowingRank(self._placed(rank, port)) for rank in range(1, self._config.engine.world_size)]
+        self.leader = self._factory(self._placed(0, port))
+        self.followers = [FollowingRank(self._placed(rank, port), target=self._target) for rank in range(1, self._processes)]
         try:
             return self.leader.load()
         except BaseException:
@@ -103,8 +112,13 @@ class GangBackend:
     def encode(self, texts: Any) -> list[list[int]]:
         return self.leader.encode(texts)
 
-    def run(self, requests: Any, sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
-        return self.leader.run(requests, sampling)
+    def encode_chats(self, chats: Any) -> list[list[int]]:
+        return self.leader.encode_chats(chats)
+
+    def run(
+        self, requests: Any, sampling: SamplingSpec, schedule: LoadSchedule | None = None
+    ) -> Iterator[StepEvent | RequestRecord]:
+        return self.leader.run(requests, sampling, schedule)
 
     def reset(self) -> None:
         self.leader.reset()
@@ -116,7 +130,7 @@ class GangBackend:
         self.followers = []
 
     def _placed(self, rank: int, port: int) -> BackendConfig:
-        return replace(self._config, rendezvous=place(rank, self._config.engine.world_size, port, self._hosts))
+        return replace(self._config, rendezvous=place(rank, self._processes, port, self._hosts))
 
 
 def tokens_of(backend: Any, requests: list[Request], sampling: SamplingSpec | None = None) -> list[tuple[int, ...]]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_models import PROMPTS, SMALL, config_of, requests_of, serve
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+from vllm_models import PROMPTS, SMALL, config_of, flops_of, read_bytes_of, requests_of, serve
 
 from llem_ray.backends.vllm.backend import VllmBackend, installed_version
 from llem_ray.core.backend import Request
@@ -42,7 +46,7 @@ def test_an_end_token_ends_a_request_unless_it_is_ignored(loaded: VllmBackend, e
     stop = expected["fixed"][0].output_token_ids[3]
     engine = loaded._engine
     assert engine is not None
-    processor = engine._engine.input_processor
+    processor = engine._engine.llm.input_processor
     before = dict(processor.generation_config_fields)
     processor.generation_config_fields["eos_token_id"] = stop
     try:
@@ -67,19 +71,44 @@ def test_rows_of_both_engines_line_up(loaded: VllmBackend, expected: dict[str, A
     assert "NaN" in report.notes["numerics"]
 
 
-def test_flops_of_every_step_are_vllm_s_count(loaded: VllmBackend) -> None:
+def test_flops_and_bytes_of_every_step_are_exact(loaded: VllmBackend, checkpoint: ModelSpec) -> None:
     (request,) = requests_of(new_tokens=4)[:1]
     steps, _ = serve(loaded, [request])
+    length = len(request.prompt_token_ids)
     assert [step.kind for step in steps] == ["prefill", "decode", "decode", "decode"]
-    hidden, mlp, layers, heads, kv_heads, head_dim, vocab = 128, 352, 4, 4, 2, 32, 2048
-    matmul = layers * (hidden * heads * head_dim * 2 + hidden * kv_heads * head_dim * 2 + 3 * hidden * mlp)
-    for index, step in enumerate(steps):
-        tokens, position = (len(PROMPTS[0]), len(PROMPTS[0])) if index == 0 else (1, len(PROMPTS[0]) + index)
-        linear = 2 * matmul * tokens + 2 * vocab * hidden
-        assert step.flops is not None
-        assert linear <= step.flops <= linear + 4 * layers * heads * head_dim * tokens * position
-        assert step.read_bytes is not None
-        assert step.read_bytes > 4 * matmul
+    shapes = [(length, length), (1, length + 1), (1, length + 2), (1, length + 3)]
+    assert [step.flops for step in steps] == [flops_of(*shape) for shape in shapes]
+    assert [step.read_bytes for step in steps] == [read_bytes_of(*shape) for shape in shapes]
+    formula = loaded.report.flop_model  # type: ignore[attr-defined]
+    by_formula = [formula.prefill(length), *(formula.decode(length, done, done + 1) for done in (1, 2, 3))]
+    assert [step.flops for step in steps] == by_formula
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.id, dtype=torch.float32, attn_implementation="eager")
+    ids = torch.tensor([request.prompt_token_ids])
+    with FlopCounterMode(display=False) as counter:
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    assert steps[0].flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+    with FlopCounterMode(display=False) as counter:
+        model(ids[:, :1], past_key_values=cache)
+    assert steps[1].flops == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_flops_of_a_batch_add_up(loaded: VllmBackend) -> None:
+    steps, _ = serve(loaded, requests_of(new_tokens=3))
+    lengths = [len(prompt) for prompt in PROMPTS]
+    computed = [flops_of(length, length) + flops_of(1, length + 1) + flops_of(1, length + 2) for length in lengths]
+    assert sum(step.flops or 0 for step in steps) == sum(computed)
+
+
+def test_a_request_that_comes_back_short_is_no_result(loaded: VllmBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = import_module("llem_ray.backends.vllm.serving").sampling_params
+
+    def clip(request: Request, *args: Any) -> Any:
+        return whole(replace(request, max_new_tokens=min(request.max_new_tokens, 5)), *args)
+
+    monkeypatch.setattr("llem_ray.backends.vllm.offline.sampling_params", clip)
+    with pytest.raises(GenerationError, match=r"request r0 ended with 5 of 64 tokens \(finish reason 'length'\)"):
+        serve(loaded, requests_of())
+    assert serve(loaded, requests_of(new_tokens=5))[1]
 
 
 def test_a_request_that_vllm_would_clip_is_refused_before_it_is_sent(loaded: VllmBackend) -> None:
@@ -131,7 +160,9 @@ def test_what_this_engine_cannot_do_is_refused(tmp_path: Path) -> None:
         (config_of(tmp_path, replace(tiny, initializer_range=0.1)), "model.initializer_range"),
         (config_of(tmp_path, tiny, data_parallel=2), "engine.data_parallel"),
         (config_of(tmp_path, tiny, {"load_format": "auto"}), "engine.engine_args.load_format"),
-        (config_of(tmp_path, replace(tiny, quantization="awq")), "engine.engine_args"),
+        (config_of(tmp_path, replace(tiny, quantization="awq")), "model.quantization"),
+        (config_of(tmp_path, replace(tiny, quantization="bitsandbytes")), "model.quantization"),
+        (config_of(tmp_path, replace(tiny, quantization="fp8")), "model.quantization"),
     ):
         with pytest.raises(ConfigError) as caught:
             VllmBackend(config).check()

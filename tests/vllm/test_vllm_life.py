@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from vllm_models import SMALL, children, config_of, requests_of, serve
+from vllm_models import NEW_TOKENS, PROMPTS, SMALL, children, config_of, flops_of, requests_of, serve
 
 from llem_ray.backends.vllm.backend import VllmBackend
 from llem_ray.backends.vllm.leftovers import shared_segments
@@ -45,8 +45,12 @@ def test_close_ends_the_workers_of_a_gang_and_restores_the_environment(
     assert [rank.rank for rank in ranks] == [0, 1]
     assert len({rank.pid for rank in ranks} | {os.getpid()}) == 3
     assert {psutil.Process(rank.pid).ppid() for rank in ranks} == {os.getpid()}
-    _, records = serve(backend, requests_of())
+    steps, records = serve(backend, requests_of())
     assert [record.output_token_ids for record in records] == [record.output_token_ids for record in expected["fixed"]]
+    assert sum(step.flops or 0 for step in steps) == sum(
+        flops_of(len(prompt), len(prompt)) + sum(flops_of(1, len(prompt) + place) for place in range(1, NEW_TOKENS))
+        for prompt in PROMPTS
+    )
     segments = shared_segments(rank.pid for rank in ranks)
     backend.close()
     assert children() == before

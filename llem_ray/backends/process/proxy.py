@@ -85,9 +85,8 @@ class ProcessBackend:
         process.observe()
         self._loaded = True
         notes = {"interpreter": self._command, "python": process.python_version, "engine_log": str(process.log)}
-        notes["process_start_s"] = f"{process.start_s:.3f}"
         notes |= {f"version_{name}": version for name, version in self._versions.items()}
-        return replace(report, notes={**notes, **report.notes})
+        return replace(report, notes={**notes, **report.notes}, process_start_s=process.start_s)
 
     def identity(self) -> tuple[Rank, ...]:
         """The gang's workers; process ids are those of the engine."""

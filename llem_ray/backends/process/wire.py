@@ -14,6 +14,7 @@ import select
 import socket
 import struct
 import time
+import traceback
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -21,7 +22,7 @@ from operator import attrgetter
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from llem_ray.core import errors
-from llem_ray.core.errors import LlemRayError
+from llem_ray.core.errors import GenerationError, LlemRayError
 
 T = TypeVar("T")
 Message = tuple[int, str, Any]
@@ -214,6 +215,19 @@ def restore_error(report: ErrorReport) -> LlemRayError | None:
         return cls(*report.args)  # type: ignore[arg-type]
     except TypeError as error:
         raise ProtocolError(f"wrong arguments of {report.name}: {error}") from error
+
+
+def error_body(error: BaseException) -> Any:
+    """An exception as a message's body, with its traceback."""
+    return pack(report_error(error, "".join(traceback.format_exception(error))))
+
+
+def restored(body: Any) -> LlemRayError:
+    """The error that ``error_body`` made; one of a foreign class becomes a GenerationError."""
+    report = unpack(ErrorReport, body)
+    error = restore_error(report) or GenerationError(f"the engine failed: {': '.join(map(str, report.args))}")
+    error.add_note(f"In that process:\n{report.traceback}")
+    return error
 
 
 def _packed(item: Any) -> Any:

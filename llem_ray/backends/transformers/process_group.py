@@ -10,25 +10,15 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from llem_ray.backends.interfaces import NETWORK_VARIABLES, interface_of
 from llem_ray.backends.transformers.links import Link
 from llem_ray.core.errors import LoadError
-
-NETWORK_VARIABLES: Final = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has ``address``; None where none has (another network name space)."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(item.address == address for item in addresses):
-            return name
-    return None
 
 
 class ProcessGroup:

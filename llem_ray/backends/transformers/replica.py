@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -14,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llem_ray.backends.model_source import ModelSource
-from llem_ray.backends.process.wire import ErrorReport, pack, report_error, restore_error, unpack
+from llem_ray.backends.process.wire import error_body, pack, restored
 from llem_ray.backends.transformers.arguments import TransformersArgs
 from llem_ray.backends.transformers.layout import Layout
 from llem_ray.backends.transformers.links import Circle, Link, gather, meet
@@ -27,9 +26,7 @@ from llem_ray.core.errors import (
     ConfigError,
     DeviceMemoryError,
     EngineDied,
-    GenerationError,
     HangError,
-    LlemRayError,
     NumericsError,
 )
 
@@ -262,19 +259,6 @@ class Replica:
                 error = restored(body)
                 raise type(error)(f"{link.name}: {error.message}", *error.args[1:])
         return {rank: body for rank, (_, body) in answers.items()}
-
-
-def error_body(error: BaseException) -> Any:
-    """An exception as a message's body."""
-    return pack(report_error(error, "".join(traceback.format_exception(error))))
-
-
-def restored(body: Any) -> LlemRayError:
-    """The error that ``error_body`` made; one of a foreign class becomes a GenerationError."""
-    report = unpack(ErrorReport, body)
-    error = restore_error(report) or GenerationError(f"the engine failed: {': '.join(map(str, report.args))}")
-    error.add_note(f"In that rank:\n{report.traceback}")
-    return error
 
 
 def require_plan(layout: Layout, model_config: Any) -> None:

@@ -1,1 +1,1 @@
-"""vLLM, driven step by step: offline batches."""
+"""vLLM: offline batches, stepped by us, and requests that come one by one."""

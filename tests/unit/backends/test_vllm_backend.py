@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
+import subprocess
+import sys
 import uuid
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from llem_ray.backends.model_source import find_model
 from llem_ray.backends.vllm.arguments import check_spec, engine_arguments, runs_eagerly
 from llem_ray.backends.vllm.backend import VllmBackend
-from llem_ray.backends.vllm.leftovers import remove_segments, shared_segments
+from llem_ray.backends.vllm.leftovers import end_processes, is_alive, remove_segments, shared_segments
 from llem_ray.backends.vllm.settings import EnvironmentDefaults
 from llem_ray.core.backend import BackendConfig, Request
 from llem_ray.core.errors import BackendError, ConfigError, PluginError
@@ -40,6 +44,17 @@ def test_a_missing_vllm_is_named_with_the_command_that_installs_it() -> None:
     assert "pip install 'llem-ray[vllm]'" in str(caught.value.hint)
 
 
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed here")
+@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "1.0"])
+def test_another_version_is_refused_before_it_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    (tmp_path / "vllm.py").write_text("raise SystemExit('imported')")
+    (tmp_path / f"vllm-{version}.dist-info").mkdir()
+    (tmp_path / f"vllm-{version}.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError, match=rf"needs vLLM 0\.32, {version} is installed here"):
+        VllmBackend(config_of()).check()
+
+
 def test_an_engine_that_is_not_loaded_says_so_and_closes() -> None:
     backend = VllmBackend(config_of())
     for call in (backend.identity, lambda: backend.encode(["a"])):
@@ -58,6 +73,7 @@ def test_an_engine_that_is_not_loaded_says_so_and_closes() -> None:
         (config_of(args={"dtype": "half"}), "engine.engine_args.dtype", "model.dtype"),
         (config_of(args={"tensor_parallel_size": 2}), "engine.engine_args.tensor_parallel_size", "engine.tensor_parallel"),
         (config_of(args={"load_format": "auto"}), "engine.engine_args.load_format", "dummy"),
+        (config_of(args={"lora": {"rank": 0}}), "engine.engine_args.lora.rank", "1 and more"),
         (config_of(data_parallel=2), "engine.data_parallel", "replica"),
         (config_of(replace(TINY, initializer_range=0.1)), "model.initializer_range", "model.id"),
     ],
@@ -81,6 +97,14 @@ def test_the_user_s_arguments_win_over_our_defaults() -> None:
     theirs = arguments_of(config_of(args={"enable_prefix_caching": True, "enforce_eager": False}))
     assert (theirs["enable_prefix_caching"], theirs["enforce_eager"]) == (True, False)
     assert "enforce_eager" not in arguments_of(config_of(device="cuda"))
+
+
+def test_what_an_adapter_or_speculation_needs_is_asked_for() -> None:
+    config = config_of(args={"lora": {"rank": 20}, "speculative_config": {"method": "ngram"}})
+    ours = engine_arguments(config, find_model(TINY, "."), "folder", "float32", lora_rank=20)
+    assert (ours["enable_lora"], ours["max_lora_rank"], ours["per_request_spec_decode_metrics"]) == (True, 32, "summary")
+    assert "lora" not in ours
+    assert not {"enable_lora", "max_lora_rank", "per_request_spec_decode_metrics"} & set(arguments_of(config_of()))
 
 
 @pytest.mark.parametrize(
@@ -134,3 +158,14 @@ def test_only_mapped_segments_of_vllm_are_ours() -> None:
     finally:
         mine.unlink(missing_ok=True)
         other.unlink(missing_ok=True)
+
+
+def test_workers_that_do_not_end_are_killed() -> None:
+    slow = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    quick = subprocess.Popen([sys.executable, "-c", ""])
+    processes = [psutil.Process(slow.pid), psutil.Process(quick.pid)]
+    end_processes(processes, 0.2)
+    assert not any(map(is_alive, processes))
+    assert slow.wait() == -signal.SIGKILL
+    assert quick.wait() == 0
+    end_processes(processes, 0.2)

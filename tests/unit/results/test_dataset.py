@@ -175,7 +175,17 @@ def test_a_reader_never_sees_a_row_missing_or_twice_while_a_run_goes_on(run: Run
 def test_every_reader_opens_every_table(finished: RunDirectory) -> None:
     for name in TABLE_NAMES:
         pattern = f"{finished.path}/{name}/*.parquet"
-        rows = {"trials": 5, "requests": 15, "power": 40, "states": 5, "phases": 10, "nodes": 1, "clocks": 0}[name]
+        rows = {
+            "trials": 5,
+            "requests": 15,
+            "steps": 0,
+            "loads": 0,
+            "power": 40,
+            "states": 5,
+            "phases": 10,
+            "nodes": 1,
+            "clocks": 0,
+        }[name]
         assert ds.dataset(finished.path / name).to_table().num_rows == rows
         assert pl.read_parquet(pattern).height == rows
         assert len(pd.read_parquet(finished.path / name)) == rows

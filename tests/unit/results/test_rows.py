@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from llem_ray.core.backend import LoadReport, Rank, RequestRecord
@@ -24,11 +25,11 @@ TRIAL = Trial(trial_id="c0-r1", cell=Cell(cell_id="c0", experiment=EXPERIMENT, s
 REPORT = LoadReport(
     import_s=1.0, construct_s=2.0, compile_s=None, warm_s=None, context_tokens=2048, vocab_size=100, parameters=10,
     weight_bytes=40, dtype="float32", device="cpu", model_commit=None, random_weights=True,
-    notes={"engine_version": "5.17.0", "attention": "sdpa"},
+    notes={"engine": "transformers 5.17.0", "attention": "sdpa"},
 )  # fmt: skip
 RECORD = RequestRecord(
     request_id="0-0", prompt_tokens=12, padded_tokens=16, output_token_ids=(5, 6), finish_reason="length",
-    scheduled_ns=1, queued_ns=2, sent_ns=3, token_times_ns=(10, 20),
+    scheduled_ns=1, queued_ns=2, sent_ns=3, token_times_ns=(10, 20), cached_tokens=0,
 )  # fmt: skip
 READING = EnergyReading(
     node="n1", device_uuid="GPU-1", name="H200", source="nvml", scope="gpu", method="measured_counter", energy_j=5.0, u_j=0.1,
@@ -71,8 +72,15 @@ def test_a_whole_trial_made_of_core_objects_is_written_and_read(tmp_path: Path) 
     assert (read["devices"][0]["bound_lo_j"], read["devices"][0]["bound_hi_j"]) == (4.0, 6.0)
     (request_read,) = read_table(run.path, "requests").to_pylist()
     assert (request_read["first_token_ns"], request_read["last_token_ns"], request_read["token_times_ns"]) == (10, 20, None)
+    assert (request_read["output_chunks"], request_read["cached_tokens"], request_read["draft_tokens"]) == (2, 0, None)
     (phase_read,) = read_table(run.path, "phases").to_pylist()
     assert (phase_read["gang"], phase_read["duration_s"], phase_read["notes"]) == ("g0", 0.05, [("k", "v")])
+
+
+def test_tokens_that_speculation_delivered_together_are_one_chunk() -> None:
+    record = replace(RECORD, output_token_ids=(5, 6, 7, 8), token_times_ns=(10, 20, 20, 20), draft_tokens=6, accepted_tokens=2)
+    row = rows.request_row(record, trial_id="c0-r1", attempt=1, latencies={}, keep_token_times=True)
+    assert (row["output_tokens"], row["output_chunks"], row["draft_tokens"], row["accepted_tokens"]) == (4, 2, 6, 2)
 
 
 def test_a_node_row_flattens_devices_with_their_calibration(tmp_path: Path) -> None:
