@@ -97,10 +97,11 @@ def _memory_lines(memory: Sequence[tuple[LoadGroup, GroupMemory]]) -> Iterator[s
         elif item.need is None or item.need.estimate_bytes is None:
             yield f"  ??  {name}: memory unknown: {item.unknown or (item.need.arithmetic if item.need is not None else '')}"
         else:
-            there = (
-                f", of {size_text(item.available_bytes)}" if item.available_bytes is not None else ", of which there is none here"
-            )
-            yield f"  ok  {name}: about {size_text(item.need.estimate_bytes)} on each {item.need.device}{there}"
+            need = f"{name}: about {size_text(item.need.estimate_bytes)} on each {item.need.device}"
+            if item.available_bytes is not None:
+                yield f"  ok  {need}, of {size_text(item.available_bytes)}"
+            else:
+                yield f"  ??  {need}, of which there is none here, or none that tells its memory"
 
 
 def _node(node: NodeReport) -> Iterator[str]:
