@@ -121,7 +121,14 @@ def test_doctor_asks_the_interpreters_of_a_sweep_and_tells_what_does_not_fit(lle
 
 
 def test_doctor_does_not_approve_of_a_load_for_gpus_that_are_not_here(llem, sweep: Path, only_fake: None) -> None:
-    on_gpu = ["--set", "base.engine.backend=transformers", "--set", "base.model.config=llama-tiny", "--set", "base.engine.device=cuda"]
+    on_gpu = [
+        "--set",
+        "base.engine.backend=transformers",
+        "--set",
+        "base.model.config=llama-tiny",
+        "--set",
+        "base.engine.device=cuda",
+    ]
     told = llem("doctor", sweep, *on_gpu).out.partition("model loads of the sweep:")[2]
     assert "on each GPU, of which there is none here" in told
     assert "  ok  " not in told
