@@ -11,7 +11,7 @@ from pydantic import Field
 from llem_ray.config.document import Document, shorten
 from llem_ray.config.fields import Leaf, Section, closest, section_of, unknown_key
 from llem_ray.config.patches import EXPERIMENT, nested, read_patch
-from llem_ray.core.spec import MeasureSpec, Order, Rates, StoppingSpec
+from llem_ray.core.spec import FootprintSpec, MeasureSpec, Order, Rates, StoppingSpec
 
 SCHEMA_VERSION: Final = 1
 
@@ -52,6 +52,8 @@ class SweepFile:
     """How it is measured."""
     rates: Rates = field(default_factory=Rates)
     """What trials are known to cost, for the estimate of `llem-ray plan`."""
+    footprint: FootprintSpec = field(default_factory=FootprintSpec)
+    """What a kWh emits and costs, for the columns `carbon_g` and `energy_cost`."""
     max_cells: Annotated[int, Field(ge=1)] = 10_000
     """A sweep of more cells is refused, so that a slip in an axis is noticed."""
 

@@ -14,7 +14,7 @@ from llem_ray.config.file import SCHEMA_VERSION
 from llem_ray.config.patches import EXPERIMENT
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.identity import plain
-from llem_ray.core.spec import Cell, DroppedCell, Experiment, MeasureSpec, Rates, StoppingSpec, Sweep
+from llem_ray.core.spec import Cell, DroppedCell, Experiment, FootprintSpec, MeasureSpec, Rates, StoppingSpec, Sweep
 
 _SECTIONS: Final = {name: child.cls for name, child in EXPERIMENT.children.items() if isinstance(child, Section)}
 _SCALARS: Final = ("schema_version", "name", "repeats", "order", "seed", "base_dir")
@@ -40,6 +40,8 @@ def dump_sweep(sweep: Sweep) -> str:
     parts += [f'"measure": {_line(plain(sweep.measure))}', f'"rates": {_line(plain(sweep.rates))}']
     if sweep.stopping != StoppingSpec():
         parts.append(f'"stopping": {_line(plain(sweep.stopping))}')
+    if sweep.footprint != FootprintSpec():
+        parts.append(f'"footprint": {_line(plain(sweep.footprint))}')
     parts.append('"specs": {\n' + ",\n".join(f'"{name}": {_block(known)}' for name, known in specs.items()) + "\n}")
     parts.append(f'"cells": {_block(cells)}')
     parts.append(f'"dropped": {_block(_line(plain(cell)) for cell in sweep.dropped)}')
@@ -66,6 +68,7 @@ def load_resolved(text: str) -> Sweep:
             measure=_checked(MeasureSpec, data["measure"]),
             rates=_checked(Rates, data["rates"]),
             stopping=_checked(StoppingSpec, data.get("stopping", {})),
+            footprint=_checked(FootprintSpec, data.get("footprint", {})),
             cells=tuple(_cell(row, specs) for row in data["cells"]),
             dropped=tuple(DroppedCell(settings=row["settings"], reason=row["reason"]) for row in data["dropped"]),
         )

@@ -12,6 +12,7 @@ from llem_ray.config.document import Document, dotted, read_document
 from llem_ray.config.exclusion import read_rules
 from llem_ray.config.expansion import Expansion, check_size, refuse_hidden_overrides
 from llem_ray.config.file import NAME_PATTERN, SweepFile, read_top_level
+from llem_ray.config.footprint import check_footprint
 from llem_ray.config.overrides import apply_overrides
 from llem_ray.config.patches import read_patch
 from llem_ray.config.rules import broken_measure, broken_window
@@ -33,6 +34,7 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
     apply_overrides(document, overrides, environ)
     file = read_top_level(document)
     _check_stopping(document, file)
+    check_footprint(document, file.footprint)
     base = read_patch(document, ("base",), file.base, dotted_keys=False)
     axes = read_axes(document, file)
     experiments = read_experiments(document, file)
@@ -52,6 +54,7 @@ def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[st
         measure=file.measure,
         rates=file.rates,
         stopping=file.stopping,
+        footprint=file.footprint,
         base_dir=str(path.resolve().parent),
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
+from llem_ray.core.flops import FlopModel
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 FinishReason = Literal["length", "stop", "abort"]
@@ -124,6 +125,8 @@ class LoadReport:
     """Further facts worth a column: ``engine`` (name and version), attention implementation, tokenizer origin."""
     process_start_s: float | None = None
     """Starting the engine's own process; None where it has none."""
+    flop_model: FlopModel | None = None
+    """What a token costs, for engines that don't count FLOP step by step; None where the architecture is not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

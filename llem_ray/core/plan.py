@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llem_ray.core.spec import Cell, DroppedCell, Experiment, MeasureSpec, Order, StoppingSpec
+from llem_ray.core.spec import Cell, DroppedCell, Experiment, FootprintSpec, MeasureSpec, Order, StoppingSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +74,7 @@ class Plan:
     base_dir: str
     stopping: StoppingSpec = field(default_factory=StoppingSpec)
     """With a target, ``repeats`` is what a cell gets at most."""
+    footprint: FootprintSpec = field(default_factory=FootprintSpec)
 
     @property
     def trials(self) -> tuple[Trial, ...]:

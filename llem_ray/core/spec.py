@@ -417,6 +417,26 @@ class StoppingSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FootprintSpec:
+    """What a kWh emits and costs where the sweep runs. Part of no identity; what is not given makes nulls, never 0."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    grid_gco2_per_kwh: Annotated[float, Ge(0)] | None = None
+    """Emissions of the grid, g CO2 equivalent per kWh."""
+    country: str | None = None
+    """Instead of `grid_gco2_per_kwh`: ISO 3166 code of three letters (`FRA`), looked up in codecarbon's tables."""
+    pue: Annotated[float, Ge(1)] = 1.0
+    """Power usage effectiveness: what the building draws over what its computers do. 1 counts what is measured alone."""
+    price_per_kwh: Annotated[float, Ge(0)] | None = None
+    """Price of a kWh."""
+    currency: str | None = None
+    """Currency of the price, ISO 4217 (`EUR`)."""
+    as_of: str | None = None
+    """Date of these numbers, `YYYY-MM-DD`; required with `grid_gco2_per_kwh` and `price_per_kwh`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DroppedCell:
     """A cell of the grid that will not run."""
 
@@ -463,5 +483,6 @@ class Sweep:
     measure: MeasureSpec
     rates: Rates = Rates()
     stopping: StoppingSpec = StoppingSpec()
+    footprint: FootprintSpec = FootprintSpec()
     base_dir: str = "."
     """Folder that relative paths of the sweep file start from."""

@@ -56,6 +56,16 @@ def energy_delay_product_js(energy_j: float | None, window_s: float) -> float | 
     return None if energy_j is None else energy_j * window_s
 
 
+def joules_per_flop(energy_j: float | None, flops: float | None) -> float | None:
+    """Energy of the window over its floating-point operations, J."""
+    return None if energy_j is None or not flops else energy_j / flops
+
+
+def mfu(flops: float | None, window_s: float, peak_flops_per_s: float | None) -> float | None:
+    """Model FLOP utilisation (PaLM, arXiv 2204.02311, appendix B): FLOP done over those possible in the time."""
+    return None if flops is None or not peak_flops_per_s or window_s <= 0 else flops / (window_s * peak_flops_per_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """Mean of n repeats with a two-sided Student t-interval. ``half_width`` is None for a single repeat."""

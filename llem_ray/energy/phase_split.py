@@ -99,11 +99,11 @@ def split_phases(
     if len(series.tau_s) < MIN_TICKS:
         return NoSplit(reason=f"{len(series.tau_s)} counter ticks in the window, {MIN_TICKS} are needed")
     window_s = (begin_s, end_s)
-    problem = _by_tokens(steps) if steps.mixed.any() else _by_time(steps, window_s)
+    problem = _by_tokens(steps, window_s) if steps.mixed.any() else _by_time(steps, window_s)
     for name, total in zip(("prefill", "decode"), problem.whole, strict=True):
         if total <= 0:
             return NoSplit(reason=f"the window has no {name}")
-    return _fit(problem, steps, series, energy_j, 3 * series.sd_s + slack_s)
+    return _fit(problem, series, energy_j, 3 * series.sd_s + slack_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +131,21 @@ def tick_times(ticks: Ticks, begin_s: float, end_s: float) -> TickSeries:
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """What explains the ticks' energies: amounts of every step, spent evenly over it, and time."""
+    """What explains the ticks' energies: what every step spends, evenly over its time, and time itself."""
 
     method: SplitMethod
-    amounts: tuple[Float64, Float64]
-    """Of each step, for prefill and decode."""
+    knots_s: Float64
+    """Begin and end of every step, one after the other, shape (2 n,)."""
+    reached: tuple[Float64, Float64]
+    """What was spent on prefill and on decode until each of them."""
     whole: tuple[float, float]
     """What the window has of them."""
     has_rest: bool
     """There is a third column, time: all of it, or what is outside of steps."""
 
-    def design(self, steps: StepTable, edges_s: Float64) -> Float64:
-        columns = [_spread(steps, amount, edges_s) for amount in self.amounts]
+    def design(self, edges_s: Float64) -> Float64:
+        """Amounts between neighbouring edges, a column each."""
+        columns = [np.diff(np.interp(edges_s, self.knots_s, reached)) for reached in self.reached]
         if self.has_rest and self.method == "phase_token_regression":
             columns.append(np.diff(edges_s))
         elif self.has_rest:
@@ -157,21 +160,23 @@ def _by_time(steps: StepTable, window_s: tuple[float, float]) -> _Problem:
     inside_s = end_s - begin_s
     whole = (float(inside_s[prefilling].sum()), float(inside_s[~prefilling].sum()))
     has_rest = window_s[1] - window_s[0] - sum(whole) > REST_REL * (window_s[1] - window_s[0])
-    amounts = (np.where(prefilling, length_s, 0.0), np.where(prefilling, 0.0, length_s))
-    return _Problem("phase_time_regression", amounts, whole, has_rest)
+    reached = (_reached(np.where(prefilling, length_s, 0.0)), _reached(np.where(prefilling, 0.0, length_s)))
+    return _Problem("phase_time_regression", _knots(steps), reached, whole, has_rest)
 
 
-def _by_tokens(steps: StepTable) -> _Problem:
+def _by_tokens(steps: StepTable, window_s: tuple[float, float]) -> _Problem:
     amounts = (steps.prefill_tokens, steps.decode_tokens)
-    whole = (float(amounts[0].sum()), float(amounts[1].sum()))
-    return _Problem("phase_token_regression", amounts, whole, has_rest=True)
+    share = shares_inside(steps.begin_s, steps.end_s, *window_s)
+    whole = (float(amounts[0] @ share), float(amounts[1] @ share))
+    reached = (_reached(amounts[0]), _reached(amounts[1]))
+    return _Problem("phase_token_regression", _knots(steps), reached, whole, has_rest=True)
 
 
-def _fit(problem: _Problem, steps: StepTable, series: TickSeries, energy_j: float, reach_s: float) -> PhaseSplit | NoSplit:
+def _fit(problem: _Problem, series: TickSeries, energy_j: float, reach_s: float) -> PhaseSplit | NoSplit:
     spent_j = np.diff(series.c_j)
 
     def at(shift_s: float) -> tuple[Float64, Any, Float64]:
-        design = problem.design(steps, series.tau_s + shift_s)
+        design = problem.design(series.tau_s + shift_s)
         weights, *_ = np.linalg.lstsq(design, spent_j, rcond=None)
         return design, weights, spent_j - design @ weights
 
@@ -185,9 +190,7 @@ def _fit(problem: _Problem, steps: StepTable, series: TickSeries, energy_j: floa
     if (scale <= 0).any() or _variation(design / scale) < MIN_VARIATION_REL:
         return NoSplit(reason="the mix of phases is the same in every counter tick")
     step_s = max(width_s, 0.5e-3)
-    slope = (
-        problem.design(steps, series.tau_s + centre_s + step_s) - problem.design(steps, series.tau_s + centre_s - step_s)
-    ) @ weights
+    slope = (problem.design(series.tau_s + centre_s + step_s) - problem.design(series.tau_s + centre_s - step_s)) @ weights
     spread = _errors(np.column_stack([design / scale, slope / max(float(np.abs(slope).max()), 1e-12)]), left_j)
     parts = []
     for i, name in enumerate(("prefill", "decode")):
@@ -237,17 +240,27 @@ def _errors(design: Float64, left_j: Float64) -> Float64:
     return result
 
 
-def _spread(steps: StepTable, amount: Float64, edges_s: Float64) -> Float64:
-    """What falls between neighbouring edges of an amount that each step spends evenly."""
-    knots_s = np.stack([steps.begin_s, steps.end_s], axis=1).ravel()
+def shares_inside(begin: Any, end: Any, window_begin: float, window_end: float) -> Float64:
+    """How much of each step lies in a window, 0 to 1. One of no length lies where it begins."""
+    begins, ends = np.asarray(begin), np.asarray(end)
+    inside = np.clip(ends, window_begin, window_end) - np.clip(begins, window_begin, window_end)
+    instant = (begins >= window_begin) & (begins <= window_end)
+    shares: Float64 = np.where(ends > begins, inside / np.maximum(ends - begins, np.finfo(float).tiny), instant)
+    return shares
+
+
+def _knots(steps: StepTable) -> Float64:
+    return np.stack([steps.begin_s, steps.end_s], axis=1).ravel()
+
+
+def _reached(amount: Float64) -> Float64:
+    """Sum of what each step spends, evenly, at its begin and at its end."""
     until = np.cumsum(amount)
-    reached = np.stack([until - amount, until], axis=1).ravel()
-    result: Float64 = np.diff(np.interp(edges_s, knots_s, reached))
-    return result
+    return np.stack([until - amount, until], axis=1).ravel()
 
 
 def step_table(begin_ns: Any, end_ns: Any, prefill_tokens: Any, decode_tokens: Any, mixed: Any, origin_ns: int) -> StepTable:
-    """Columns of steps, in order of time, as the fit wants them.
+    """Columns of steps, in order of time, as the fit wants them. One that begins before the last has ended begins at its end.
 
     Args:
         begin_ns: Begin of each step, shape (n,), ns on the clock of the device's node.
@@ -257,8 +270,8 @@ def step_table(begin_ns: Any, end_ns: Any, prefill_tokens: Any, decode_tokens: A
         mixed: Whether it did both.
         origin_ns: Zero of the ticks' times.
     """
-    begin_s = (np.asarray(begin_ns, np.int64) - origin_ns) / 1e9
-    end_s = (np.asarray(end_ns, np.int64) - origin_ns) / 1e9
+    end_s = np.maximum.accumulate((np.asarray(end_ns, np.int64) - origin_ns) / 1e9)
+    begin_s = np.maximum((np.asarray(begin_ns, np.int64) - origin_ns) / 1e9, np.concatenate([[-np.inf], end_s])[:-1])
     return StepTable(
         begin_s=begin_s,
         end_s=np.maximum(end_s, begin_s),

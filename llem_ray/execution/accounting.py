@@ -11,18 +11,24 @@ import numpy as np
 from llem_ray.core.energy import Baseline, EnergyReading, EnergyTotal, Flag, PhaseSpan, Window
 from llem_ray.core.outcome import Completed
 from llem_ray.core.power import Trace
-from llem_ray.core.spec import MeasureSpec
+from llem_ray.core.spec import FootprintSpec, MeasureSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy import metrics
 from llem_ray.energy.balance import idle_bubble_share, rank_imbalance
 from llem_ray.energy.estimator import read_window
 from llem_ray.energy.idle import idle_baseline, net_energy, sum_net
+from llem_ray.energy.phase_split import NoSplit
+from llem_ray.energy.request_share import BY_PHASES, BY_TOTAL_TOKENS
 from llem_ray.energy.stationarity import Trend, bin_power_w, bin_tokens, check_drift, edges_ns, trend
 from llem_ray.energy.total import sum_readings
 from llem_ray.energy.validity import check_errors, check_foreign_load, flag
+from llem_ray.execution.clock_windows import moved_window
 from llem_ray.execution.completeness import cluster_columns, node_columns
+from llem_ray.execution.computing import flop_columns
+from llem_ray.execution.footprint import Footprint, footprint_columns, look_up_footprint
 from llem_ray.execution.load_rows import counts_of, goodput_columns, load_flags
 from llem_ray.execution.meter import GPU_SCOPES, Meter
+from llem_ray.execution.phases import phase_columns, split_gang
 from llem_ray.execution.records import AttemptEnded, DeviceKey, GangRecord, HostDevice, IdleTaken, LoadEnded
 from llem_ray.results.rows import device_columns, flag_columns
 
@@ -40,9 +46,11 @@ class Accounts:
     Args:
         measure: Gates and settings.
         meter: Where samples come from.
+        footprint: What a kWh emits and costs; default: nothing is known.
     """
 
-    def __init__(self, measure: MeasureSpec, meter: Meter) -> None:
+    def __init__(self, measure: MeasureSpec, meter: Meter, footprint: Footprint | None = None) -> None:
+        self._footprint = footprint or look_up_footprint(FootprintSpec())
         self._measure, self._gates = measure, measure.gates
         self._meter = meter
         self._foreign: dict[DeviceKey, tuple[Flag, ...]] = {}
@@ -90,8 +98,13 @@ class Accounts:
         row = _total_columns(total, held, gang, window.duration_s)
         row |= flag_columns(flags) | device_columns([*held, *context]) | {"power_valid": valid}
         row |= _host_columns([*held, *context]) | _net_columns(gang, held, window)
-        row |= _per_token(total.energy_j if valid else None, *tokens, counts.succeeded)
-        power_w = metrics.avg_total_gpu_power_w(total.energy_j if valid else None, window.duration_s)
+        energy_j = total.energy_j if valid else None
+        row |= _per_token(energy_j, *tokens, counts.succeeded)
+        row |= self._phase_columns(gang, outcome, held, valid=valid)
+        for more in (flop_columns(gang, outcome, energy_j), footprint_columns(self._footprint, energy_j)):
+            reasons = {**(row["null_reasons"] or {}), **more["null_reasons"]}
+            row |= more | {"null_reasons": reasons or None}
+        power_w = metrics.avg_total_gpu_power_w(energy_j, window.duration_s)
         row |= goodput_columns(outcome, self._measure.slo, power_w)
         row |= _drift_columns(drifts) | self._run_columns(gang, outcome, valid=valid)
         row |= node_columns(gang, self._meter, window, held, context)
@@ -217,6 +230,15 @@ class Accounts:
             yield flag("not_cooled_down", ended.hot)
         yield from load_flags(outcome, workload.load, self._measure)
 
+    def _phase_columns(self, gang: GangRecord, outcome: Completed, held: Sequence[EnergyReading], *, valid: bool) -> Row:
+        """What prefill and decode cost, and the rule by which requests share the window's energy."""
+        split = split_gang(gang, self._meter, outcome, held) if valid else NoSplit(reason="the energy is invalid")
+        row = phase_columns(split, gpus=gang.group.gpus)
+        counts = counts_of(outcome)
+        if valid and counts.prompt_tokens + counts.output_tokens:
+            row["request_energy_rule"] = BY_TOTAL_TOKENS if isinstance(split, NoSplit) else BY_PHASES
+        return row
+
     def _run_columns(self, gang: GangRecord, outcome: Completed, *, valid: bool) -> Row:
         """Energy of the whole run beside that of the window."""
         if outcome.online is None:
@@ -264,22 +286,6 @@ class Accounts:
             "idle_bubble_share": sum(shares) / len(shares) if shares and len(shares) == len(held) else None,
             "rank_imbalance": rank_imbalance(energies_j) if len(energies_j) == len(held) else None,
         }
-
-
-def moved_window(window: Window, host: str, meter: Meter) -> Window | None:
-    """A window on another host's clock, with the error of both offsets; None when one is not known."""
-    if window.node == host:
-        return window
-    clocks = meter.clocks
-    edges = []
-    for stamp_ns in (window.begin_ns, window.end_ns):
-        ours_ns = clocks.to_own(window.node, stamp_ns)
-        there, here = (None, None) if ours_ns is None else (clocks.offset(window.node, ours_ns), clocks.offset(host, ours_ns))
-        if ours_ns is None or there is None or here is None:
-            return None
-        edges.append((ours_ns + here.offset_ns, window.delta_ns + there.delta_ns + here.delta_ns))
-    (begin_ns, begin_delta_ns), (end_ns, end_delta_ns) = edges
-    return Window(node=host, begin_ns=begin_ns, end_ns=end_ns, delta_ns=max(begin_delta_ns, end_delta_ns))
 
 
 def _is_guessed(reading: EnergyReading) -> bool:

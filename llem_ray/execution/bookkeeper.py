@@ -18,6 +18,7 @@ from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.plan import Plan, Trial
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.execution.accounting import Accounts
+from llem_ray.execution.footprint import look_up_footprint
 from llem_ray.execution.ledgers import RunLedger
 from llem_ray.execution.load_times import load_row
 from llem_ray.execution.meter import Meter
@@ -93,7 +94,7 @@ class Bookkeeper:
     ) -> None:
         self._plan, self._meter, self._journal, self._writer = plan, meter, journal, writer
         self._state, self._clock = state, clock
-        self._accounts = Accounts(plan.measure, meter)
+        self._accounts = Accounts(plan.measure, meter, look_up_footprint(plan.footprint))
         self._ledger = RunLedger(meter, begin_ns)
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._waiting: dict[str, deque[tuple[int, Event]]] = {}
@@ -431,7 +432,7 @@ class Bookkeeper:
         outcome, load = ended.outcome, load_row(ended)
         self._writer.write_trial(
             row,
-            request_rows(ended, keep_token_times=self._plan.measure.record_token_times),
+            request_rows(ended, row, keep_token_times=self._plan.measure.record_token_times),
             phases,
             loads=[load] if load else [],
             steps=outcome.step_log if isinstance(outcome, Completed) else None,

@@ -10,6 +10,7 @@ from llem_ray.core.errors import PlacementError
 from llem_ray.core.plan import Plan
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
+from llem_ray.execution.footprint import look_up_footprint
 from llem_ray.execution.memory import local_devices, require_memory
 from llem_ray.workloads.online import taken
 from llem_ray.workloads.sources import Sources
@@ -39,10 +40,11 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) ->
 
     Raises:
         PluginError: An engine is unknown or not installed; the hint is the pip command.
-        ConfigError: An engine argument, a model, a prompts file or an interpreter is wrong.
+        ConfigError: An engine argument, a model, a country, a prompts file or an interpreter is wrong.
         PlacementError: A gang needs more GPUs than there are, or a model more memory than they have.
     """
     check_prompts(plan)
+    look_up_footprint(plan.footprint)
     for group in plan.groups:
         if group.gpus > gpus:
             label = group.experiment.model.id or group.experiment.model.config

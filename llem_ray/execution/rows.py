@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from llem_ray.core.outcome import Completed, Failed
+from llem_ray.energy.request_share import BY_PHASES, PhaseParts, share_energy
 from llem_ray.execution.load_rows import counts_of, is_part, load_columns, requests_inside
 from llem_ray.execution.records import AttemptEnded
+from llem_ray.execution.window_tokens import request_parts
 from llem_ray.results import rows as columns
 from llem_ray.results.trial_columns import ADJUSTED_METRICS
 from llem_ray.workloads import latency
@@ -97,8 +100,14 @@ def part_throughput(done: Completed, gpus: int) -> latency.Throughput:
     )
 
 
-def request_rows(ended: AttemptEnded, *, keep_token_times: bool) -> list[Row]:
-    """One row per request of the window, of an online trial of the whole run; none for a failed attempt."""
+def request_rows(ended: AttemptEnded, trial: Row, *, keep_token_times: bool) -> list[Row]:
+    """One row per request of the window, of an online trial of the whole run; none for a failed attempt.
+
+    Args:
+        ended: The attempt.
+        trial: Its row, energies included.
+        keep_token_times: Store the time of every token.
+    """
     if not isinstance(ended.outcome, Completed):
         return []
     window_ids = {record.request_id for record in requests_inside(ended.outcome)}
@@ -109,7 +118,22 @@ def request_rows(ended: AttemptEnded, *, keep_token_times: bool) -> list[Row]:
             attempt=ended.attempt,
             latencies={name: metric(record) for name, metric in _PER_REQUEST.items()},
             keep_token_times=keep_token_times,
+            energy_j=energy_j,
             in_window=record.request_id in window_ids,
         )
-        for record in ended.outcome.requests
+        for record, energy_j in zip(ended.outcome.requests, request_energies(trial, ended.outcome), strict=True)
     ]
+
+
+def request_energies(trial: Row, done: Completed) -> Sequence[float | None]:
+    """Energy of each request by the trial's ``request_energy_rule``; None without one, and for what is outside the window."""
+    rule = trial.get("request_energy_rule")
+    parts = None
+    if rule == BY_PHASES:
+        parts = PhaseParts(prefill_j=trial["prefill_energy_j"], decode_j=trial["decode_energy_j"])
+    if rule is None:
+        return [None] * len(done.requests)
+    tokens = request_parts(done)
+    prompts, outputs = [part.prompt_tokens for part in tokens], [part.output_tokens for part in tokens]
+    shares_j = share_energy(trial["total_energy_j"], prompts, outputs, parts)
+    return [share_j if part.output_tokens or part.prompt_tokens else None for share_j, part in zip(shares_j, tokens, strict=True)]

@@ -41,11 +41,15 @@ def make_plan(sweep: Sweep, *, past_run: PastRun | None = None, gpus_available: 
         estimate=estimate_cost(groups, sweep.measure, sweep.rates, past_run),
         base_dir=sweep.base_dir,
         stopping=sweep.stopping,
+        footprint=sweep.footprint,
     )
 
 
 def run_hash(sweep: Sweep) -> str:
-    """8 hex digits over what a run measures and how: cells, repeats, order, seed, measure. Not its name, rates or folder."""
+    """8 hex digits over what a run measures and how: cells, repeats, order, seed, measure.
+
+    Not its name, rates, footprint or folder.
+    """
     identity: dict[str, Any] = {
         "cells": [cell.cell_id for cell in sweep.cells],
         "repeats": sweep.repeats,

@@ -13,7 +13,7 @@ from typing import Any, Final, get_args, get_type_hints
 from llem_ray.core.errors import PlanError
 from llem_ray.core.identity import plain
 from llem_ray.core.plan import Estimate, LoadGroup, Plan, Trial
-from llem_ray.core.spec import Cell, DroppedCell, Experiment, MeasureSpec, StoppingSpec
+from llem_ray.core.spec import Cell, DroppedCell, Experiment, FootprintSpec, MeasureSpec, StoppingSpec
 
 PLAN_SCHEMA_VERSION: Final = 1
 
@@ -47,6 +47,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "base_dir": plan.base_dir,
         "measure": plain(plan.measure),
         "stopping": plain(plan.stopping),
+        "footprint": plain(plan.footprint),
         "specs": specs,
         "cells": cells,
         "groups": [_group_to_dict(group) for group in plan.groups],
@@ -78,6 +79,7 @@ def plan_from_dict(data: Mapping[str, Any]) -> Plan:
             estimate=_made(Estimate, data["estimate"]),
             base_dir=data["base_dir"],
             stopping=_made(StoppingSpec, data.get("stopping", {})),
+            footprint=_made(FootprintSpec, data.get("footprint", {})),
         )
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise PlanError(f"the plan's record is broken: {type(error).__name__}: {error}") from error

@@ -21,6 +21,7 @@ from llem_ray.energy.stopping import (
     metric_value,
     stein_interval,
 )
+from llem_ray.reporting.efficiency import EFFICIENCY_COLUMNS, mean_efficiency
 from llem_ray.reporting.loads import LoadSummary, summarise_loads
 from llem_ray.reporting.numbers import format_setting
 
@@ -33,7 +34,7 @@ LATENCY_COLUMNS: Final = (
 """Columns of ``trials`` that the table of latencies is made from."""
 
 SUMMARY_COLUMNS: Final = (
-    *LATENCY_COLUMNS,
+    *LATENCY_COLUMNS, *EFFICIENCY_COLUMNS,
     "cell_id", "trial_id", "repeat", "status", "failure_kind", "settings", "model", "backend", "window_s",
     "window_rule", "run_s", "run_joules_per_output_token", "output_throughput_tok_s", "total_energy_j", "energy_uncertainty_j",
     "sensor_rel", "energy_covers", "energy_not_measured", "energy_reason",
@@ -104,6 +105,8 @@ class CellSummary:
     est_power_w: float | None
     window_s: float | None
     output_throughput_tok_s: float | None
+    efficiency: Mapping[str, float | None]
+    """Energy by phase and token, MFU, J/FLOP, carbon and cost: means over completed trials."""
     latency: Mapping[str, float | None]
     """Columns of ``LATENCY_COLUMNS``, means over the completed trials."""
     window_rule: str | None
@@ -140,6 +143,10 @@ class RunSummary:
     """Largest systematic gain error of a sensor; never part of an interval."""
     details: Mapping[str, str]
     """Reason code -> an example of what was seen."""
+    phase_methods: tuple[str, ...]
+    """How prefill and decode were told apart."""
+    currencies: tuple[str, ...]
+    """Of the costs."""
     stopping: StoppingSpec | None
     """The run's target; None where it has none."""
     loads: tuple[LoadSummary, ...] = ()
@@ -192,6 +199,8 @@ def summarise_run(
         not_measured=_distinct(row.get("energy_not_measured") for row in rows),
         sensor_rel=max((row["sensor_rel"] for row in rows if row.get("sensor_rel") is not None), default=None),
         details={code: seen for row in rows for code, seen in dict(row.get("reason_details") or {}).items()},
+        phase_methods=_named(rows, "phase_method"),
+        currencies=_named(rows, "currency"),
         stopping=target,
         loads=summarise_loads(loads),
         dataset_bytes=dict(dataset_bytes or {}),
@@ -235,6 +244,7 @@ def _summarise_cell(
         est_power_w=_mean_power(unmeasured, "est_energy_j") if not valid else None,
         window_s=_mean(completed, "window_s"),
         output_throughput_tok_s=_mean(completed, "output_throughput_tok_s"),
+        efficiency=mean_efficiency(completed),
         latency={name: _mean(completed, name) for name in LATENCY_COLUMNS},
         window_rule=next((row["window_rule"] for row in completed if row.get("window_rule")), None),
         run_s=_mean(completed, "run_s"),
@@ -309,6 +319,10 @@ def _covers(rows: Iterable[Row]) -> dict[str, int]:
         kinds = Counter("/".join(device.split("/")[:2]) for device in row.get("energy_covers") or ())
         covers |= {kind: max(count, covers.get(kind, 0)) for kind, count in kinds.items()}
     return covers
+
+
+def _named(rows: Iterable[Row], name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row[name] for row in rows if row.get(name)))
 
 
 def _mean(rows: Iterable[Row], name: str) -> float | None:

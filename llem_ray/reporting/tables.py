@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llem_ray.energy.validity import REASONS
+from llem_ray.reporting.efficiency import efficiency_table
 from llem_ray.reporting.latency import latency_table
 from llem_ray.reporting.numbers import MISSING, count_noun, format_bytes, format_energy, format_uncertain, format_value
 from llem_ray.reporting.summary import CellSummary, RunSummary
@@ -63,7 +64,10 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
         table.add_row(*row)
     loads = [Text(load.text()) for load in summary.loads]
     latencies = latency_table(summary)
-    times = [Text(""), latencies] if latencies is not None else []
+    efficiency = efficiency_table(
+        [(cell.label, cell.efficiency) for cell in summary.cells], summary.phase_methods, summary.currencies
+    )
+    times = [part for table in (latencies, efficiency) if table is not None for part in (Text(""), table)]
     return Group(table, *_legend(summary, marks), *_reading(summary), *times, *loads, _where(summary, path))
 
 

@@ -223,6 +223,7 @@ def request_row(
     attempt: int,
     latencies: Mapping[str, float | None],
     keep_token_times: bool,
+    energy_j: float | None = None,
     in_window: bool = True,
 ) -> Row:
     """One request.
@@ -233,6 +234,7 @@ def request_row(
         attempt: Its attempt.
         latencies: ``ttft_s``, ``tpot_s``, ``e2e_latency_s``, ``e2e_from_schedule_s`` and ``normalized_tpot_s``.
         keep_token_times: Store the time of every token.
+        energy_j: Its share of the window's energy.
         in_window: It ended in the measured window.
     """
     times = record.token_times_ns
@@ -256,6 +258,7 @@ def request_row(
         "first_token_ns": times[0] if times else None,
         "last_token_ns": times[-1] if times else None,
         **latencies,
+        "energy_j": energy_j,
         "token_times_ns": list(times) if keep_token_times else None,
     }
 

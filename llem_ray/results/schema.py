@@ -49,6 +49,13 @@ _REQUESTS = (
     Column("e2e_latency_s", pa.float64(), "s", "Last token less sent."),
     Column("e2e_from_schedule_s", pa.float64(), "s", "Last token less scheduled."),
     Column("normalized_tpot_s", pa.float64(), "s", "e2e_latency_s / output tokens."),
+    Column(
+        "energy_j",
+        pa.float64(),
+        "J",
+        "Its share of the window's energy by `trials.request_energy_rule`; those of a trial add up to total_energy_j. Null unless"
+        " power_valid.",
+    ),
     Column("token_times_ns", pa.list_(pa.int64()), "ns", "When each token was delivered; same clock. Null when not kept."),
 )
 

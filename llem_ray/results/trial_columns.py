@@ -7,6 +7,7 @@ from typing import Final
 import pyarrow as pa
 
 from llem_ray.results.column import Column
+from llem_ray.results.efficiency_columns import EFFICIENCY_COLUMNS
 
 _STR, _BOOL, _I32, _I64, _F64 = pa.string(), pa.bool_(), pa.int32(), pa.int64(), pa.float64()
 _STRINGS, _STRING_MAP = pa.list_(pa.string()), pa.map_(pa.string(), pa.string())
@@ -329,6 +330,15 @@ _LOAD = (
 )
 
 TRIAL_COLUMNS: Final[tuple[Column, ...]] = (
-    *_IDENTITY, *_EXPERIMENT, *_COUNTS, *_ENERGY, *_LATENCY, *_THROUGHPUT, *_GOODPUT, *_PACE, *_LOAD
-)  # fmt: skip
+    *_IDENTITY,
+    *_EXPERIMENT,
+    *_COUNTS,
+    *_ENERGY,
+    *EFFICIENCY_COLUMNS,
+    *_LATENCY,
+    *_THROUGHPUT,
+    *_GOODPUT,
+    *_PACE,
+    *_LOAD,
+)
 """All columns of the ``trials`` table, in order."""

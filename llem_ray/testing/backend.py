@@ -55,6 +55,8 @@ class FakeArgs:
     """Duration of a decode step."""
     load_ms: float = 0.0
     """Duration of ``load``."""
+    every_ms: float = 0.0
+    """Batches begin at multiples of this on the host's monotonic clock only, so that a fake GPU's power can follow the phases."""
     busy: bool = False
     """Burn the CPU for the duration of a step instead of sleeping."""
     max_sequences: int = 8
@@ -97,7 +99,9 @@ class FakeBackend:
     def check(self) -> None:
         """Validate ``engine_args``."""
         args = parse_engine_args(FakeArgs, self._config.engine.engine_args)
-        _refuse(args.prefill_ms < 0 or args.decode_ms < 0 or args.load_ms < 0, "*_ms", "durations of 0 and more")
+        _refuse(
+            args.prefill_ms < 0 or args.decode_ms < 0 or args.load_ms < 0 or args.every_ms < 0, "*_ms", "durations of 0 and more"
+        )
         _refuse(args.vocab_size <= SPECIAL_TOKENS, "vocab_size", f"more than {SPECIAL_TOKENS}")
         _refuse(args.max_sequences < 1, "max_sequences", "1 and more")
         _refuse(args.context_tokens < 1, "context_tokens", "1 and more")
@@ -165,6 +169,7 @@ class FakeBackend:
 
     def _batch(self, requests: Sequence[Request], sampling: SamplingSpec) -> Iterator[StepEvent | RequestRecord]:
         args = self._checked()
+        self._await_turn(args.every_ms)
         sent_ns = self._clock.monotonic_ns()
         fault = args.fail if args.fail is not None and self._strikes(args.fail, len(requests)) else None
         lengths = [r.max_new_tokens if fault is None else (r.max_new_tokens + 1) // 2 for r in requests]
@@ -322,6 +327,11 @@ class FakeBackend:
             except FileExistsError:
                 return False
         return True
+
+    def _await_turn(self, every_ms: float) -> None:
+        every_ns = round(every_ms * NS_PER_MS)
+        if every_ns:
+            self._clock.sleep_until_ns(-(-self._clock.monotonic_ns() // every_ns) * every_ns)
 
     def _spend(self, duration_ms: float) -> None:
         until_ns = self._clock.monotonic_ns() + round(duration_ms * NS_PER_MS)

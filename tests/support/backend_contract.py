@@ -275,6 +275,7 @@ class BackendContract(LoadedEngine):
         assert report.context_tokens > 0
         assert report.device == loaded.config.device
         assert report.parameters == 1_000_576 or report.notes["engine"] == "fake"
+        assert report.flop_model is not None or report.notes["engine"] == "fake"
         assert report.random_weights
         assert report.notes["engine"].partition(" ")[2] or report.notes["engine"] == "fake"
         assert all(isinstance(text, str) for text in report.notes.values())

@@ -79,6 +79,9 @@ def test_flops_and_bytes_of_every_step_are_exact(loaded: VllmBackend, checkpoint
     shapes = [(length, length), (1, length + 1), (1, length + 2), (1, length + 3)]
     assert [step.flops for step in steps] == [flops_of(*shape) for shape in shapes]
     assert [step.read_bytes for step in steps] == [read_bytes_of(*shape) for shape in shapes]
+    formula = loaded.report.flop_model  # type: ignore[attr-defined]
+    by_formula = [formula.prefill(length), *(formula.decode(length, done, done + 1) for done in (1, 2, 3))]
+    assert [step.flops for step in steps] == by_formula
     model = AutoModelForCausalLM.from_pretrained(checkpoint.id, dtype=torch.float32, attn_implementation="eager")
     ids = torch.tensor([request.prompt_token_ids])
     with FlopCounterMode(display=False) as counter:

@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     from tensorrt_llm import SamplingParams
 
 from llem_ray.backends.batch_checks import require_valid
+from llem_ray.backends.flop_formula import flop_model
 from llem_ray.backends.model_config import UNLIMITED_CONTEXT_TOKENS, first_line, known_parameters, load_error
 from llem_ray.backends.model_source import ModelSource, model_commit
 from llem_ray.backends.tensorrt_llm import workers
@@ -226,6 +227,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         random_weights=source.random,
         special_token_ids=special_token_ids(tokenizer),
         notes=_notes(engine, config, prepared, origin),
+        flop_model=flop_model(prepared.model_config.get_text_config()),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from llem_ray.backends.batch_checks import require_valid
+from llem_ray.backends.flop_formula import flop_model
 from llem_ray.backends.memory_need import require_fit
 from llem_ray.backends.model_config import (
     context_tokens,
@@ -282,6 +283,7 @@ def load_engine(
         random_weights=source.random,
         special_token_ids=special_token_ids(tokenizer),
         notes=_notes(model, source, origin) | _extras(args, config) | engine.notes(),
+        flop_model=flop_model(model.config.get_text_config()),
     )
 
 

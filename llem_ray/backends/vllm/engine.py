@@ -29,6 +29,7 @@ with warnings.catch_warnings():
 
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.engine_args import FIELD
+from llem_ray.backends.flop_formula import flop_model
 from llem_ray.backends.lora import LORA_FIELD, LoraArgs, adapter_rank, parse_lora
 from llem_ray.backends.memory_need import require_fit
 from llem_ray.backends.model_config import (
@@ -286,6 +287,7 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
         random_weights=source.random,
         special_token_ids=special_token_ids(tokenizer),
         notes=_notes(config, engine, prepared, origin),
+        flop_model=flop_model(prepared.model_config.get_text_config()),
     )
 
 

@@ -30,6 +30,7 @@ from llem_ray.backends.process.wire import (
 from llem_ray.core import errors
 from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, GenerationError, LlemRayError
+from llem_ray.core.flops import FlopModel
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 STEP = StepEvent(begin_ns=1, end_ns=2, kind="decode", prefill_tokens=0, decode_tokens=3, computed_tokens=4, flops=1.5)
@@ -59,6 +60,7 @@ REPORT = LoadReport(
     random_weights=True,
     special_token_ids=(0, 1),
     notes={"a": "b"},
+    flop_model=FlopModel(per_token=1.5, per_output=2, window_tokens=None),
 )
 CONFIG = BackendConfig(
     model=ModelSpec(id="naïve/模型", initializer_range=0.1),

@@ -223,6 +223,21 @@ CASES = {
     "a budget without a target": Bad(TOP + "repeats: 9\nstopping: {budget_s: 90}\n", 5, "without a target nothing is stopped"),
     "a target of 100 %": Bad(TOP + "repeats: 9\nstopping: {half_width_rel: 1}\n", 5, "stopping.half_width_rel"),
     "too few first repeats": Bad(TOP + "repeats: 9\nstopping: {half_width_rel: 0.1, first: 3}\n", 5, "stopping.first"),
+    "a country in words": Bad(TOP + "footprint: {country: France}\n", 4, "country: not a country code\n  found: France"),
+    "a country and its grid": Bad(
+        TOP + "footprint:\n  grid_gco2_per_kwh: 50\n  country: FRA\n", 6, "either country or grid_gco2_per_kwh, not both"
+    ),
+    "a grid below zero": Bad(TOP + "footprint: {grid_gco2_per_kwh: -1}\n", 4, "found: -1\n  allowed: number >= 0 or null"),
+    "a building that saves power": Bad(TOP + "footprint: {pue: 0.9}\n", 4, "found: 0.9\n  allowed: number >= 1"),
+    "a price in no currency": Bad(TOP + "footprint: {price_per_kwh: 0.2}\n", 4, "price_per_kwh and currency go together"),
+    "a currency in words": Bad(TOP + "footprint: {price_per_kwh: 0.2, currency: Euro}\n", 4, "not a currency code"),
+    "a grid of no date": Bad(TOP + "footprint: {grid_gco2_per_kwh: 50}\n", 4, "numbers without a date", "as_of: the day"),
+    "a date that is none": Bad(
+        TOP + "footprint: {grid_gco2_per_kwh: 50, as_of: 2026-02-30}\n",
+        4,
+        "not a date\n  found: 2026-02-30",
+    ),
+    "an unknown key of the footprint": Bad(TOP + "footprint: {puw: 1.2}\n", 4, "footprint.puw: unknown key", "'pue'"),
     "override without value": Bad(TOP, None, "--set takes key=value", overrides=("repeats",)),
     "override of nothing": Bad(TOP, None, "unknown key 'repeat'", "did you mean 'repeats'?", ("repeat=1",)),
     "override of a bare field": Bad(TOP, None, "unknown key 'batch_size'", "'workload.batch_size'", ("batch_size=1",)),

@@ -24,6 +24,7 @@ sweep: {workload.batch_size: [1, 1, 2, 4], sampling.temperature: [0, 0.5]}
 exclude: [{workload.batch_size: 4}]
 measure: {sources: [nvml, rapl], edge_guard_s: 0.25}
 rates: {watts_per_gpu: 300}
+footprint: {country: FRA, pue: 1.2}
 order: shuffled
 seed: 3
 """,

@@ -2,72 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from served_loads import BEGIN_S, END_S, Served, batches, mixing, table
 
-from llem_ray.energy.phase_split import NoSplit, PhaseSplit, StepTable, split_phases, tick_times
+from llem_ray.energy.phase_split import NoSplit, PhaseSplit, StepTable, split_phases, step_table, tick_times
 from llem_ray.energy.ticks import find_ticks
 from llem_ray.testing.loads import Segment, SegmentLoad
 from llem_ray.testing.sensor import SensorModel, simulate_trace
-
-BEGIN_S, END_S = 10.0, 40.0
-
-
-@dataclass
-class Served:
-    """What a pretended engine did, and what it really spent on prefill, on decode and else."""
-
-    load: SegmentLoad
-    steps: StepTable
-    prefill_j: float
-    decode_j: float
-
-
-def table(rows: list[tuple[float, float, int, int, bool]]) -> StepTable:
-    begin, end, prefill, decode, mixed = (np.array(column) for column in zip(*rows, strict=True))
-    return StepTable(begin_s=begin, end_s=end, prefill_tokens=prefill * 1.0, decode_tokens=decode * 1.0, mixed=mixed.astype(bool))
-
-
-def batches(seed: int, *, wander: float = 0.03, pause_s: float = 0.01) -> Served:
-    """Batch after batch: a prefill of 60 to 120 ms at 650 W, 20 to 60 decode steps at 400 W, a pause at 130 W."""
-    rng, t, rows, segments, spent = np.random.default_rng(seed), BEGIN_S, [], [Segment(0.0, 90.0)], [0.0, 0.0]
-    while t < END_S:
-        length_s = rng.uniform(0.06, 0.12)
-        power_w = 650.0 * (1 + wander * rng.normal())
-        rows.append((t, t + length_s, 2048, 8, False))
-        segments.append(Segment(t, power_w))
-        spent[0] += power_w * (min(t + length_s, END_S) - t)
-        t += length_s
-        power_w = 400.0 * (1 + wander * rng.normal())
-        segments.append(Segment(t, power_w))
-        for _ in range(rng.integers(20, 60)):
-            if t < END_S:
-                spent[1] += power_w * (min(t + 0.01, END_S) - t)
-            rows.append((t, t + 0.01, 0, 8, False))
-            t += 0.01
-        segments.append(Segment(t, 130.0))
-        t += pause_s * rng.uniform(0.5, 1.5)
-    return Served(SegmentLoad([*segments, Segment(t + 1e-6, 90.0)]), table(rows), *spent)
-
-
-def mixing(seed: int) -> Served:
-    """Continuous batching: each step costs 150 W of its time, 20 mJ a prompt token and 150 mJ an output token."""
-    rng, t, rows, segments, spent = np.random.default_rng(seed), BEGIN_S, [], [Segment(0.0, 90.0)], [0.0, 0.0]
-    running = 8
-    while t < END_S:
-        running = int(np.clip(running + rng.integers(-2, 3), 4, 32))
-        prefill = int(rng.integers(100, 900)) if rng.random() < 0.25 else 0
-        length_s = 0.012 + prefill * 4e-5 + running * 1e-4
-        share = (min(t + length_s, END_S) - t) / length_s
-        spent[0] += 0.02 * prefill * share
-        spent[1] += 0.15 * running * share
-        power_w = 150.0 + (0.02 * prefill + 0.15 * running) / length_s
-        rows.append((t, t + length_s, prefill, running, prefill > 0))
-        segments.append(Segment(t, power_w * (1 + 0.02 * rng.normal())))
-        t += length_s
-    return Served(SegmentLoad([*segments, Segment(t, 90.0)]), table(rows), *spent)
 
 
 def split(served: Served, seed: int, *, end_s: float = END_S, slack_s: float = 0.0) -> PhaseSplit | NoSplit:
@@ -159,3 +103,40 @@ class TestNoSplit:
         found = split(replace(served, load=wild), 0, end_s=BEGIN_S + 2.5)
         assert isinstance(found, NoSplit)
         assert "explain the power badly" in found.reason or "not told apart" in found.reason
+
+
+@pytest.mark.parametrize("make", [batches, mixing])
+def test_a_cpus_counter_that_moves_every_millisecond_serves_too(make) -> None:
+    """RAPL: every poll shows a new value, so the fit is over polls."""
+    served = make(5)
+    model = SensorModel(tick_s=0.001, quantum_mj=0.061, power_tick_s=None)
+    trace = simulate_trace(served.load, BEGIN_S - 3, END_S + 3, seed=5, model=model)
+    ticks = find_ticks(trace, model.calibration("package-0"), sample_period_s=model.poll_s, origin_ns=0)
+    found = split_phases(ticks, served.steps, BEGIN_S, END_S, served.load.energy_j(BEGIN_S, END_S))
+    assert isinstance(found, PhaseSplit), found
+    assert abs(found.prefill_j - served.prefill_j) <= 3 * found.prefill_u_j
+    assert abs(found.decode_j - served.decode_j) <= 3 * found.decode_u_j
+    assert found.prefill_j == pytest.approx(served.prefill_j, rel=0.02)
+
+
+@pytest.mark.parametrize("make", [batches, mixing])
+def test_steps_outside_the_window_belong_to_no_phase_of_it(make) -> None:
+    served, begin_s, end_s = make(6), BEGIN_S + 7.005, BEGIN_S + 23.005
+    model = SensorModel()
+    trace = simulate_trace(served.load, BEGIN_S - 3, END_S + 3, seed=6, model=model)
+    ticks = find_ticks(trace, model.calibration("GPU-sim"), sample_period_s=model.poll_s, origin_ns=0)
+    whole_j = served.load.energy_j(begin_s, end_s)
+    found = split_phases(ticks, served.steps, begin_s, end_s, whole_j)
+    inside = (served.steps.end_s > begin_s) & (served.steps.begin_s < end_s)
+    few = replace(served.steps, **{name: getattr(served.steps, name)[inside] for name in StepTable.__dataclass_fields__})
+    again = split_phases(ticks, few, begin_s, end_s, whole_j)
+    assert isinstance(found, PhaseSplit)
+    assert isinstance(again, PhaseSplit)
+    assert (found.prefill_j, found.decode_j) == pytest.approx((again.prefill_j, again.decode_j), rel=1e-3)
+    assert 0.4 < found.prefill_j / served.prefill_j < 0.65
+
+
+def test_steps_that_overlap_follow_each_other() -> None:
+    steps = step_table([0, 8_000_000, 15_000_000], [10_000_000, 20_000_000, 18_000_000], [1, 1, 1], [1, 1, 1], [False] * 3, 0)
+    assert steps.begin_s.tolist() == pytest.approx([0, 0.01, 0.02])
+    assert steps.end_s.tolist() == pytest.approx([0.01, 0.02, 0.02])

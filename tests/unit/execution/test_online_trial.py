@@ -169,7 +169,7 @@ def test_a_saturated_trial_against_hand_computed_values(tmp_path: Path, monkeypa
 
 def test_all_requests_of_the_run_are_kept_and_those_of_the_window_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path)
-    rows = request_rows(ended_of(plan, ran(tmp_path, monkeypatch, plan)), keep_token_times=True)
+    rows = request_rows(ended_of(plan, ran(tmp_path, monkeypatch, plan)), {}, keep_token_times=True)
     assert [row["in_window"] for row in rows] == [True] * 8 + [False] * 2
     assert rows[-1]["token_times_ns"] == [ns_from_s(1009.0), ns_from_s(1010.0)]
 

@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 from llem_ray.core.errors import PlanError
 from llem_ray.core.identity import cell_id
 from llem_ray.core.plan import Trial
-from llem_ray.core.spec import Cell, DroppedCell, EngineSpec, Experiment, MeasureSpec, ModelSpec, Order, Sweep, WorkloadSpec
+from llem_ray.core.spec import (
+    Cell,
+    DroppedCell,
+    EngineSpec,
+    Experiment,
+    FootprintSpec,
+    MeasureSpec,
+    ModelSpec,
+    Order,
+    Sweep,
+    WorkloadSpec,
+)
 from llem_ray.planning import gang_gpus, make_plan, plan_from_dict, plan_to_dict, run_hash
 
 
@@ -129,7 +140,7 @@ def test_the_run_hash_covers_what_is_measured_and_how() -> None:
     made = sweep(cell(), cell(batch_size=2))
     assert len(run_hash(made)) == 8
     assert make_plan(made).run_name == f"s-{run_hash(made)}"
-    same = [{"name": "t"}, {"base_dir": "/elsewhere"}, {"dropped": ()}]
+    same = [{"name": "t"}, {"footprint": FootprintSpec(country="FRA")}, {"base_dir": "/elsewhere"}, {"dropped": ()}]
     other = [
         {"cells": made.cells[:1]},
         {"cells": made.cells[::-1]},
