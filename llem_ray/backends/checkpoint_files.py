@@ -91,6 +91,8 @@ def _files(folder: Path) -> Iterator[Path]:
     if index.exists():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         yield from (folder / name for name in set(names))
+    elif (single := folder / "model.safetensors").exists():
+        yield single  # others beside it are copies in other forms
     else:
         yield from folder.glob("*.safetensors")
 

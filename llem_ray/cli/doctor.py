@@ -14,6 +14,7 @@ from llem_ray.cli.sweeps import ADDRESS, AS_JSON, SET, SWEEP, TOKEN_FILE
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.plan import LoadGroup, Plan
+from llem_ray.core.spec import Sweep
 from llem_ray.execution.doctor import HostReport, SourceCheck, examine_host
 from llem_ray.execution.interpreter import EngineCheck
 from llem_ray.execution.memory import Devices, GroupMemory, group_memory, local_devices
@@ -42,12 +43,13 @@ def doctor(sweep: Path | None, overrides: tuple[str, ...], as_json: bool, addres
         raise ConfigError("the doctor joins the cluster itself", field="--address", found=where.text, allowed="auto, HOST:PORT")
     if overrides and sweep is None:
         raise ConfigError("there is no sweep whose fields could be overridden", field="--set", allowed="with SWEEP")
-    plan = make_plan(load_sweep(sweep, overrides=overrides)) if sweep is not None else None
+    asked = load_sweep(sweep, overrides=overrides) if sweep is not None else None
+    plan = make_plan(asked) if asked is not None else None
     interpreters, base_dir = (_interpreters(plan), plan.base_dir) if plan is not None else ((), ".")
     if where.kind != "embedded":
         prepare_environment(where, token_file)
         nodes = survey_cluster(where, interpreters, base_dir)
-        memory = _memory(plan, _devices(nodes)) if plan is not None else []
+        memory = _memory(asked, _devices(nodes), sum(node.gpus for node in nodes)) if asked is not None else []
         if as_json:
             told = [node.as_dict() for node in nodes]
             echo_json({"nodes": told, "memory": [item.as_dict() for _, item in memory]} if plan is not None else told)
@@ -55,7 +57,8 @@ def doctor(sweep: Path | None, overrides: tuple[str, ...], as_json: bool, addres
             click.echo("\n".join([*(line for node in nodes for line in _node(node)), *_memory_lines(memory)]))
         return
     report = examine_host(interpreters, base_dir)
-    memory = _memory(plan, local_devices()) if plan is not None else []
+    devices = local_devices()
+    memory = _memory(asked, devices, len(devices.gpu_bytes)) if asked is not None else []
     if as_json:
         echo_json(report.as_dict() | ({"memory": [item.as_dict() for _, item in memory]} if plan is not None else {}))
     else:
@@ -81,7 +84,9 @@ def _devices(nodes: Sequence[NodeReport]) -> Devices:
     return Devices(gpu_bytes=tuple(gpus), host_bytes=tuple(int(report.host["memory_bytes"]) for report in reports))
 
 
-def _memory(plan: Plan, devices: Devices) -> list[tuple[LoadGroup, GroupMemory]]:
+def _memory(sweep: Sweep, devices: Devices, gpus: int) -> list[tuple[LoadGroup, GroupMemory]]:
+    """Each load with its need. Without GPUs, ``engine.device: auto`` is the host."""
+    plan = make_plan(sweep, gpus_available=gpus)
     return [(group, group_memory(group, plan.base_dir, devices)) for group in plan.groups]
 
 
@@ -97,10 +102,11 @@ def _memory_lines(memory: Sequence[tuple[LoadGroup, GroupMemory]]) -> Iterator[s
         elif item.need is None or item.need.estimate_bytes is None:
             yield f"  ??  {name}: memory unknown: {item.unknown or (item.need.arithmetic if item.need is not None else '')}"
         else:
-            there = (
-                f", of {size_text(item.available_bytes)}" if item.available_bytes is not None else ", of which there is none here"
-            )
-            yield f"  ok  {name}: about {size_text(item.need.estimate_bytes)} on each {item.need.device}{there}"
+            need = f"{name}: about {size_text(item.need.estimate_bytes)} on each {item.need.device}"
+            if item.available_bytes is not None:
+                yield f"  ok  {need}, of {size_text(item.available_bytes)}"
+            else:
+                yield f"  ??  {need}, of which there is none here, or none that tells its memory"
 
 
 def _node(node: NodeReport) -> Iterator[str]:

@@ -25,12 +25,16 @@ def latency_table(summary: RunSummary) -> RenderableType | None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left", title_style="bold")
     table.title = "latency, median / 99th percentile, and rates"
     table.add_column("cell", overflow="fold", min_width=12)
-    headings = ["TTFT ms", "TPOT ms", "E2E s", "req/s", "all\ntok/s", *(["good req/s"] if with_goodput else [])]
+    headings = ["TTFT ms", "TPOT ms", "E2E s", "req/s", "all tok/s", *(["good req/s"] if with_goodput else [])]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         table.add_row(*_row(cell, with_goodput=with_goodput))
-    lines = [Text("Of successful requests; the mean over a cell's completed trials. all tok/s counts prompts, too.", style="dim")]
+    lines = [
+        Text(
+            "Of successful requests; the mean over a cell's completed trials. all tok/s counts prompts and outputs.", style="dim"
+        )
+    ]
     failed = sum(cell.latency["failed_requests"] or 0 for cell in cells)
     if failed:
         lines.append(Text("Some requests failed: adj_* in the dataset count them as infinitely late.", style="dim"))

@@ -79,7 +79,10 @@ def _require_fit(folder: Path, lora: LoraArgs, model: PreTrainedModel) -> None:
             )
         if rank > (limit := min(layer.in_features, layer.out_features)):
             raise ConfigError(
-                f"the rank is larger than layer {layer_name}", field=field, found=f"rank {rank}", allowed=f"1 to {limit}"
+                f"the rank is larger than layer {layer_name}: {rank}, the layer has {limit}",
+                field=field,
+                found=f"rank {rank}",
+                allowed=f"1 to {limit}",
             )
 
 

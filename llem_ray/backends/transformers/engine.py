@@ -258,7 +258,7 @@ def load_engine(
         if engine is not None:
             engine.close()
         if isinstance(error, GenerationError):
-            raise LoadError(f"the model does not run: {error.message}") from error
+            raise LoadError(f"the model does not run: {error.message}", error.hint) from error
         if isinstance(error, LlemRayError):
             raise
         free_after(error)

@@ -14,6 +14,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from llem_ray.backends.model_config import count_parameters, weight_dtype
 from llem_ray.backends.model_source import ModelSource
+from llem_ray.backends.quantized_bits import weight_bits
 from llem_ray.backends.transformers.adapter import add_adapter
 from llem_ray.backends.transformers.arguments import TransformersArgs
 from llem_ray.backends.transformers.memory import require_host_memory
@@ -77,8 +78,8 @@ def build_model(
         built = AutoModelForCausalLM.from_pretrained(
             location, config=model_config, revision=model.revision or "main", dtype=dtype, **options
         )
-    if device.type == "cpu" and quantization is not None:
-        avoid_packing(built)
+    if device.type == "cpu":
+        avoid_packing(built)  # a checkpoint may be quantised already
     if device.type == "cuda" and args.device_map is not None:
         require_on_gpus(built)
     if args.lora is not None:
@@ -150,8 +151,11 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
 
 def _require_memory(config: Any, dtype: Any, model: ModelSpec, split: Split | None) -> None:
     parameters = count_parameters(config, trust_remote_code=model.trust_remote_code)
-    bits = 8 * (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
-    bits = {"bitsandbytes-8bit": 8, "bitsandbytes-4bit": 4}.get(model.quantization or "", bits)
+    method, bits = weight_bits(config.to_dict(), model)
+    if method is None:
+        bits = 8 * (dtype if isinstance(dtype, torch.dtype) else torch.float32).itemsize
+    elif bits is None:
+        return
     ranks = 1 if split is None else split.tensor * split.pipeline
     needed, share = parameters * bits // 8 // ranks, "" if split is None else f" / {ranks} ranks"
     require_host_memory(needed, "the model", f"{parameters} parameters x {bits / 8:g} B{share} = {needed} B")

@@ -120,6 +120,14 @@ def test_what_a_text_model_leaves_out_is_not_counted(tmp_path: Path) -> None:
     assert stored.loaded_bytes(None) == 80 + 80
 
 
+def test_a_second_copy_of_the_weights_is_not_counted(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "consolidated.safetensors"):  # Mistral's repositories have both
+        write_header(tmp_path / name, {f"{name}.weight": ("BF16", [10, 4])})
+    stored = read_stored_weights(tmp_path, 1, tied=False)
+    assert stored is not None
+    assert stored.float_bytes == 80
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff" * 16, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{{"])
 def test_a_broken_file_tells_nothing(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)

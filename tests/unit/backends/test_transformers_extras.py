@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
+from llem_ray.backends.tokenizer import train_tokenizer
+from llem_ray.backends.transformers import memory
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.backends.transformers.decoding import generate_batch
 from llem_ray.backends.transformers.loading import require_on_gpus
@@ -86,6 +88,34 @@ def test_four_bits_weigh_half_a_byte_and_their_scales(folder: Path, details: dic
     assert report.weight_bytes is not None
     assert least <= report.weight_bytes - 4 * REST <= most
     assert [len(row) for row in tokens] == [8, 8, 8]
+
+
+def test_a_checkpoint_of_four_bits_is_not_taken_for_a_wide_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 2, "num_attention_heads": 4}  # of no whole blocks
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **sizes)).save_pretrained(tmp_path / "wide")
+    narrow = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "wide", quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
+    )
+    narrow.save_pretrained(tmp_path / "narrow")
+    train_tokenizer(512, tmp_path / "cache").save_pretrained(tmp_path / "narrow")
+    parameters = narrow.num_parameters()
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: parameters)  # 8 bits of each
+    backend = TransformersBackend(
+        BackendConfig(
+            model=ModelSpec(id=str(tmp_path / "narrow")),
+            engine=EngineSpec(engine_args={"num_threads": 1}),
+            device="cpu",
+            host="h",
+            base_dir=str(tmp_path),
+            cache_dir=str(tmp_path / "cache"),
+        )
+    )
+    backend.load()
+    monkeypatch.undo()
+    try:
+        assert [len(row) for row in tokens_of(backend)] == [8, 8, 8]
+    finally:
+        backend.close()
 
 
 def test_formats_of_four_bits_differ(folder: Path) -> None:
@@ -223,7 +253,7 @@ def test_an_adapter_for_layers_the_model_lacks_is_refused(folder: Path, saved: P
 
 @pytest.mark.parametrize("args", [{"rank": 65}, {"rank": 65, "target_modules": ["k_proj", "down_proj"]}], ids=["v", "k"])
 def test_a_rank_larger_than_a_layer_is_refused(folder: Path, args: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="rank is larger than layer") as caught:
+    with pytest.raises(ConfigError, match=r"rank is larger than layer .*: 65, the layer has 64") as caught:
         ask(folder, lora=args)
     assert (caught.value.field, caught.value.allowed) == ("engine.engine_args.lora.rank", "1 to 64")
 

@@ -12,7 +12,7 @@ import torch
 
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.core.backend import BackendConfig, LoadSchedule, Request, RequestRecord, StepEvent
-from llem_ray.core.errors import DeviceMemoryError, EngineDied, GenerationError, HangError, NumericsError
+from llem_ray.core.errors import DeviceMemoryError, EngineDied, GenerationError, HangError, LoadError, NumericsError
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 TWO = LoadSchedule(max_in_flight=2)
@@ -230,3 +230,9 @@ def test_a_step_that_does_not_end_is_a_hang(own: TransformersBackend, monkeypatc
             with pytest.raises(EngineDied, match="did not end"):
                 run(own, requests_of([5], 4), schedule)
         go_on.set()
+
+
+def test_a_cache_too_small_for_the_first_request_names_the_argument(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="the engine's cache has 4") as caught:
+        backend_of(tmp_path, online={"num_blocks": 1, "page_size": 4})
+    assert "num_blocks" in str(caught.value.hint)

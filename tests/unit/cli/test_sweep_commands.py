@@ -120,6 +120,27 @@ def test_doctor_asks_the_interpreters_of_a_sweep_and_tells_what_does_not_fit(lle
     assert "load 1 does not fit here: it needs at least" in " ".join(planned.out.split())
 
 
+def test_doctor_does_not_approve_of_a_load_for_gpus_that_are_not_here(llem, sweep: Path, only_fake: None) -> None:
+    on_gpu = [
+        "--set",
+        "base.engine.backend=transformers",
+        "--set",
+        "base.model.config=llama-tiny",
+        "--set",
+        "base.engine.device=cuda",
+    ]
+    told = llem("doctor", sweep, *on_gpu).out.partition("model loads of the sweep:")[2]
+    assert "on each GPU, of which there is none here" in told
+    assert "  ok  " not in told
+
+
+def test_doctor_looks_for_room_where_the_sweep_would_run(llem, sweep: Path, only_fake: None) -> None:
+    on_host = [*huge(sweep), "--set", "base.engine.device=auto"]
+    told = llem("doctor", sweep, *on_host).out.partition("model loads of the sweep:")[2]
+    assert "  no  " in told
+    assert "on each host" in told
+
+
 def test_a_model_that_cannot_fit_is_not_submitted(llem, sweep: Path) -> None:
     refused = llem("submit", sweep, *huge(sweep))
     assert refused.code == 5

@@ -49,7 +49,7 @@ def test_percentiles_are_means_over_trials_and_the_columns_exist() -> None:
     assert "1.50/2.25" in text
     assert "12.5" in text
     assert "2048" in text
-    assert "all tok/s" in text  # the table of energies calls generated tokens alone tok/s
+    assert "all tok/s" in text  # tok/s of the other table leaves prompts out
     assert "good" not in text
     assert "Some requests failed" not in text
     assert max(map(len, text.splitlines())) <= 80
