@@ -51,7 +51,9 @@ class TestTwoHosts(BackendContract, OnlineContract):
         before, config = children(), make_config()
         backend = engine.factory(config)
         backend.check()
-        yield Loaded(backend, backend.load(), config)
+        begin_s = time.monotonic()
+        report = backend.load()
+        yield Loaded(backend, report, config, time.monotonic() - begin_s)
         ranks = backend.identity()
         segments = shared_segments((rank.pid for rank in ranks), rings=True)
         assert segments
