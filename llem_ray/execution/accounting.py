@@ -37,6 +37,8 @@ Row = dict[str, Any]
 METHODS_BY_STRENGTH: Final = ("measured_counter", "measured_power_integral", "estimated_model", "unavailable")
 SILENT_S: Final = 0.5
 """A device whose samples end so long before a window does was not read to its end."""
+STATE_NS: Final = 5 * NS_PER_S
+"""A state that is older says nothing."""
 ESTIMATE_NOTE: Final = "modelled from CPU load and memory size, not measured"
 
 
@@ -196,8 +198,11 @@ class Accounts:
         """Before our model is loaded: memory in use, or idle power above the lowest seen on this device in this run."""
         if item.device.scope not in GPU_SCOPES:
             return
-        states = self._meter.states(item.host, item.device.uuid, window.begin_ns, window.end_ns)
-        used = [state.memory_used_bytes for state in states if state.memory_used_bytes is not None]
+        # States are polled once a second or so: a short idle may lie between two of them.
+        states = self._meter.states(item.host, item.device.uuid, min(window.begin_ns, window.end_ns - STATE_NS), window.end_ns)
+        known = [state for state in states if state.memory_used_bytes is not None]
+        inside = [state for state in known if state.t_ns >= window.begin_ns]
+        used = [state.memory_used_bytes for state in inside or known[-1:] if state.memory_used_bytes is not None]
         if used:
             gang.bare_memory_bytes[item.key] = used[-1]
         self._foreign[item.key] = check_foreign_load(

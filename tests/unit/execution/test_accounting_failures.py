@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ import pytest
 from fake_samplers import FakeCluster, FakeSampler, gpu
 
 from llem_ray.config.sweep import load_sweep
-from llem_ray.core.energy import Window
+from llem_ray.core.energy import PhaseSpan, Window
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.plan import Plan
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.accounting import Accounts
 from llem_ray.execution.calls import Leased
 from llem_ray.execution.meter import Meter
-from llem_ray.execution.records import AttemptEnded, GangRecord, HostDevice
+from llem_ray.execution.records import AttemptEnded, GangRecord, HostDevice, IdleTaken
 from llem_ray.planning.plan import make_plan
 from llem_ray.testing.clock import VirtualClock
 
@@ -142,3 +143,29 @@ def test_the_waste_of_a_failed_attempt_is_known_or_null_with_the_reason(plan: Pl
     else:
         assert row["waste_energy_j"] is None
         assert "its waste is not known" in row["energy_reason"]
+
+
+@pytest.mark.parametrize(("state_s", "known"), [(1000.9, 7), (1001.2, 7), (990.0, None)])
+def test_the_memory_before_a_load_is_known_though_no_state_falls_into_a_short_idle(
+    plan: Plan, state_s: float, known: int | None
+) -> None:
+    clock = VirtualClock()
+    cluster = FakeCluster(clock)
+    sampler = cluster.sampler("h1", "G1")
+    cluster.add("n1", sampler, gpus=1)
+    meter = cluster.meter()
+    meter.open(cluster.nodes())
+    sampler.sample(1, [state_s], memory_bytes=7)
+    _fill_from(sampler, 2, 1001.0, 1005.0)
+    clock.sleep_until_ns(1006 * NS_PER_S)
+    meter.pump(hurry=True)
+    gang = replace(
+        ended(plan, completed(), meter).gang or pytest.fail("no gang"), devices=(HostDevice(host="h1", device=gpu("G1")),)
+    )
+    span = PhaseSpan(phase="bare_idle", begin_ns=1001 * NS_PER_S, end_ns=round(1001.5 * NS_PER_S))
+    Accounts(plan.measure, meter).take_idle(IdleTaken(gang=gang, resident=False, span=span))
+    assert gang.bare_memory_bytes.get(("h1", "G1")) == known
+
+
+def _fill_from(sampler: FakeSampler, seq: int, begin_s: float, until_s: float) -> None:
+    sampler.sample(seq, [begin_s + 0.05 * step for step in range(round((until_s - begin_s) / 0.05) + 1)], counter=True)
