@@ -8,7 +8,7 @@ import secrets
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -58,7 +58,7 @@ def submit_job(
         click.echo(_results(jobs.logs(latest.job_id)), nl=False)
         return 0
     else:
-        job = _start(jobs, run, sweep, results, flags, copy_to)
+        job = _start(jobs, run, earlier, sweep, results, flags, copy_to)
         click.echo(f"{run} {'goes on' if earlier else 'is submitted'} as the Ray job {job.job_id}", err=True)
     if detach:
         click.echo(_how_to(jobs, job), err=True)
@@ -66,7 +66,15 @@ def submit_job(
     return follow_job(jobs, job)
 
 
-def _start(jobs: RunJobs, run: str, sweep: Sweep, results: str | None, flags: Mapping[str, bool], copy_to: str | None) -> RunJob:
+def _start(
+    jobs: RunJobs,
+    run: str,
+    earlier: Sequence[RunJob],
+    sweep: Sweep,
+    results: str | None,
+    flags: Mapping[str, bool],
+    copy_to: str | None,
+) -> RunJob:
     command = [*_remote_llem(), "run", SWEEP_FILE]
     command += [f"--{name.replace('_', '-')}" for name, is_set in flags.items() if is_set]
     if copy_to is not None:
@@ -76,7 +84,7 @@ def _start(jobs: RunJobs, run: str, sweep: Sweep, results: str | None, flags: Ma
     variables = {"COLUMNS": str(shutil.get_terminal_size((100, 24)).columns)}
     with tempfile.TemporaryDirectory(prefix="llem-ray-") as folder:
         pack_sweep(sweep, Path(folder))
-        return jobs.submit(run, Path(folder), command, variables)
+        return jobs.submit(run, earlier, Path(folder), command, variables)
 
 
 def follow_job(jobs: RunJobs, job: RunJob) -> int:

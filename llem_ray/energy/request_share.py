@@ -11,6 +11,7 @@ RequestRule = Literal["phases", "total_tokens"]
 
 BY_PHASES: Final[RequestRule] = "phases"
 BY_TOTAL_TOKENS: Final[RequestRule] = "total_tokens"
+_CORRECTED: Final = 4
 _CORRECTIONS: Final = 4
 
 
@@ -61,11 +62,11 @@ def _shares(energy_j: float, weights: Sequence[int]) -> list[float]:
 
 
 def _summing_to(energy_j: float, shares: list[float]) -> list[float]:
-    """Rounding goes to the largest share."""
-    largest = max(range(len(shares)), key=shares.__getitem__)
-    for _ in range(_CORRECTIONS):
-        left_j = fsum([energy_j, *(-share for share in shares)])
-        if left_j == 0:
-            break
-        shares[largest] += left_j
+    """Rounding goes to the largest share, or to the next ones, whose bits are finer, where the largest would only meet a tie."""
+    for row in sorted(range(len(shares)), key=shares.__getitem__, reverse=True)[:_CORRECTED]:
+        for _ in range(_CORRECTIONS):
+            left_j = fsum([energy_j, *(-share for share in shares)])
+            if left_j == 0:
+                return shares
+            shares[row] = max(0.0, shares[row] + left_j)
     return shares

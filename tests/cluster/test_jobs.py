@@ -194,6 +194,26 @@ def test_two_submits_at_once_are_one_run(remote: Remote) -> None:
     assert len(read_table(remote.run("twice").path, "trials")) == 2
 
 
+LATE = """
+import sys
+from pathlib import Path
+from llem_ray.execution.ray.address import parse_address
+from llem_ray.execution.ray.address import prepare_environment
+from llem_ray.execution.ray.jobs import RunJobs
+where = parse_address(sys.argv[1])
+prepare_environment(where, Path(sys.argv[2]))
+jobs = RunJobs(where)
+print(*(jobs.submit("late", (), None, ["true"], {}).job_id for _ in range(2)))
+"""
+
+
+def test_a_submission_that_another_one_overtook_is_that_one(remote: Remote) -> None:
+    command = [sys.executable, "-c", LATE, remote.head.jobs_address, str(remote.head.token_file)]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    ended = subprocess.run(command, check=False, env=env, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert ended.stdout == "llem-late llem-late\n", ended.stderr
+
+
 @pytest.mark.parametrize(
     ("python", "says"),
     [("/no/such/python", "there is no '/no/such/python' on the head"), ("python3 -S -I", "is not installed for")],

@@ -120,18 +120,21 @@ class RunJobs:
         with self._told():
             return _run_job(self._client.get_job_info(job_id))
 
-    def submit(self, run: str, folder: Path | None, command: Sequence[str], variables: Mapping[str, str]) -> RunJob:
-        """Start a job for the run, under the first id that is free: `llem-RUN`, `llem-RUN-2` and so on.
+    def submit(
+        self, run: str, earlier: Sequence[RunJob], folder: Path | None, command: Sequence[str], variables: Mapping[str, str]
+    ) -> RunJob:
+        """Start a job for the run, under the first id that no earlier one has: `llem-RUN`, `llem-RUN-2` and so on.
 
-        When another submission of the same moment takes the id, its job is the answer.
+        When another submission has taken the id since ``earlier`` was looked up, its job is the answer.
 
         Args:
             run: The run's name.
+            earlier: The run's jobs that the decision to submit went by.
             folder: What the job finds in its working directory.
             command: The run driver's command line; a shell on the head runs it.
             variables: Its environment, on top of the head's.
         """
-        taken = {job.job_id for job in self.list()}
+        taken = {job.job_id for job in earlier}
         first = f"{PREFIX}{run}"
         ids = (first, *(f"{first}-{number}" for number in range(2, len(taken) + 3)))
         job_id = next(name for name in ids if name not in taken)

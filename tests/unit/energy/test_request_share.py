@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import fsum
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llem_ray.energy.request_share import PhaseParts, share_energy
@@ -16,6 +16,7 @@ JOULES = st.floats(1e-3, 1e9)
 
 
 @given(JOULES, REQUESTS, st.none() | st.tuples(JOULES, JOULES))
+@example(123927739.02743508, [(0, 1), (0, 14)], None)
 def test_the_sum_is_the_windows_energy_exactly(energy_j, requests, parts) -> None:
     prompts, outputs = [prompt for prompt, _ in requests], [output for _, output in requests]
     phases = None if parts is None else PhaseParts(prefill_j=parts[0], decode_j=parts[1])
