@@ -12,7 +12,7 @@ from llem_ray.core.energy import Window
 from llem_ray.core.power import Calibration, Int64, Trace
 from llem_ray.core.step_log import STEP_KINDS, StepLog
 from llem_ray.core.units import NS_PER_S
-from llem_ray.energy.phase_split import NoSplit, PhaseSplit, SplitMethod, split_phases, step_table
+from llem_ray.energy.phase_split import NoSplit, PhaseSplit, SplitMethod, long_run_variance, split_phases, step_table
 from llem_ray.energy.readings import clean, monotone_piece
 from llem_ray.energy.ticks import find_ticks
 
@@ -81,13 +81,30 @@ def moved_stamps(stamps_ns: Sequence[int], marked: Window, window: Window) -> In
 
 
 def sum_splits(splits: Sequence[PhaseSplit]) -> PhaseTotal:
-    """Sum over the devices of a gang; errors add in quadrature."""
+    """Sum over the devices of a gang.
+
+    They run the same steps, so that a step which draws more than its like errs on all of them at once: what ticks add to the
+    errors is summed over the devices before it is squared. Never less than errors that have nothing in common would give.
+    """
     return PhaseTotal(
         method=splits[0].method,
         prefill_j=sum(split.prefill_j for split in splits),
-        prefill_u_j=float(np.hypot.reduce([split.prefill_u_j for split in splits])),
+        prefill_u_j=_sum_u_j(splits, [split.prefill_u_j for split in splits], 0),
         decode_j=sum(split.decode_j for split in splits),
-        decode_u_j=float(np.hypot.reduce([split.decode_u_j for split in splits])),
+        decode_u_j=_sum_u_j(splits, [split.decode_u_j for split in splits], 1),
         rest_j=sum(split.rest_j for split in splits),
         residual_rel=max(split.residual_rel for split in splits),
     )
+
+
+def _sum_u_j(splits: Sequence[PhaseSplit], u_j: Sequence[float], part: int) -> float:
+    """One sigma of the sum of one part, J. Devices tick at different times: their errors meet on a common grid."""
+    apart_j = float(np.hypot.reduce(u_j))
+    if len(splits) == 1:
+        return apart_j
+    errors = [split.errors for split in splits]
+    begin_s, end_s = max(each.edges_s[0] for each in errors), min(each.edges_s[-1] for each in errors)
+    grid_s = np.linspace(begin_s, end_s, min(len(each.edges_s) for each in errors))
+    reached_j = [np.interp(grid_s, each.edges_s, np.concatenate([[0.0], np.cumsum(each.added_j[:, part])])) for each in errors]
+    together_j = float(np.sqrt(max(0.0, long_run_variance(np.diff(np.sum(reached_j, axis=0))))))
+    return min(max(apart_j, together_j), sum(u_j))

@@ -14,7 +14,7 @@ and a phase's power wanders.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -53,6 +53,16 @@ class StepTable:
     """Steps that compute prompts and go on with other requests at once."""
 
 
+@dataclass(frozen=True, slots=True)
+class TickErrors:
+    """What each interval between n + 1 ticks adds to the errors of a split: devices that run the same steps err together."""
+
+    edges_s: Float64
+    """Shape (n + 1,), from the begin of the window on."""
+    added_j: Float64
+    """Shape (n, 2): to that of prefill and to that of decode."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseSplit:
     """Energy of one device in one window, by phase. The three parts add up to the window's energy."""
@@ -68,6 +78,7 @@ class PhaseSplit:
     residual_rel: float
     """Root mean square of what the fit leaves, over the mean energy of a tick."""
     ticks: int
+    errors: TickErrors = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,10 +202,11 @@ def _fit(problem: _Problem, series: TickSeries, energy_j: float, reach_s: float)
         return NoSplit(reason="the mix of phases is the same in every counter tick")
     step_s = max(width_s, 0.5e-3)
     slope = (problem.design(series.tau_s + centre_s + step_s) - problem.design(series.tau_s + centre_s - step_s)) @ weights
-    spread = _errors(np.column_stack([design / scale, slope / max(float(np.abs(slope).max()), 1e-12)]), left_j)
+    spread, added = _errors(np.column_stack([design / scale, slope / max(float(np.abs(slope).max()), 1e-12)]), left_j)
+    whole = np.asarray(problem.whole) / scale[:2]
     parts = []
     for i, name in enumerate(("prefill", "decode")):
-        part_j, u_j = float(weights[i]) * problem.whole[i], float(spread[i] / scale[i]) * problem.whole[i]
+        part_j, u_j = float(weights[i]) * problem.whole[i], float(spread[i] * whole[i])
         if part_j <= 0 or u_j > MAX_U_REL * part_j:
             return NoSplit(reason=f"{name} is not told apart: {part_j:.3g} +- {u_j:.2g} J")
         parts.append((part_j, u_j))
@@ -210,6 +222,7 @@ def _fit(problem: _Problem, series: TickSeries, energy_j: float, reach_s: float)
         rest_j=energy_j - parts[0][0] - parts[1][0],
         residual_rel=residual_rel,
         ticks=len(series.c_j),
+        errors=TickErrors(series.tau_s, added[:, :2] * whole),
     )
 
 
@@ -223,21 +236,23 @@ def _variation(design: Float64) -> float:
     return min(found)
 
 
-def _errors(design: Float64, left_j: Float64) -> Float64:
-    """One sigma of every coefficient: Newey-West's, and no less than that of independent errors."""
+def _errors(design: Float64, left_j: Float64) -> tuple[Float64, Float64]:
+    """One sigma of every coefficient, Newey-West's and no less than that of independent errors; what each row adds to its error."""
     n, k = design.shape
     inverse = np.linalg.pinv(design.T @ design)
-    moments = design * left_j[:, None]
-    middle = moments.T @ moments
-    lag = min(LAG_TICKS, n // 4)
-    for shift in range(1, lag + 1):
-        cross = moments[shift:].T @ moments[:-shift]
-        middle += (1.0 - shift / (lag + 1)) * (cross + cross.T)
+    added = design * left_j[:, None] @ inverse
     freedom = n / max(1, n - k)
-    robust = np.diag(inverse @ middle @ inverse) * freedom
+    robust = np.array([long_run_variance(added[:, i]) for i in range(k)]) * freedom
     plain = np.diag(inverse) * float(left_j @ left_j) / max(1, n - k)
     result: Float64 = np.sqrt(np.maximum(robust, plain))
-    return result
+    return result, np.sqrt(freedom) * added
+
+
+def long_run_variance(added: Float64) -> float:
+    """Variance of a sum whose terms, shape (n,), go together with their neighbours: by Newey and West's weights."""
+    lag = min(LAG_TICKS, len(added) // 4)
+    shifts = range(1, lag + 1)
+    return float(added @ added + 2 * sum((1.0 - shift / (lag + 1)) * (added[shift:] @ added[:-shift]) for shift in shifts))
 
 
 def shares_inside(begin: Any, end: Any, window_begin: float, window_end: float) -> Float64:

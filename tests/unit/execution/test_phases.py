@@ -25,7 +25,8 @@ from llem_ray.core.step_log import StepLog
 from llem_ray.core.units import NS_PER_S
 from llem_ray.energy.peak_flops import PEAKS, peak_flops_per_s
 from llem_ray.energy.phase_energy import sum_splits
-from llem_ray.energy.phase_split import PhaseSplit, shares_inside
+from llem_ray.energy.phase_split import PhaseSplit, TickErrors, shares_inside, split_phases
+from llem_ray.energy.ticks import find_ticks
 from llem_ray.execution.accounting import Accounts
 from llem_ray.execution.calls import Leased, Loaded
 from llem_ray.execution.computing import count_flops
@@ -185,15 +186,48 @@ def test_one_gpu_that_tells_nothing_makes_the_gangs_phases_null(plan: Plan) -> N
     assert row["request_energy_rule"] == "total_tokens"
 
 
-def test_errors_of_devices_add_in_quadrature() -> None:
-    one = PhaseSplit(
-        method="phase_time_regression", prefill_j=10.0, prefill_u_j=3.0, decode_j=20.0, decode_u_j=0.5, rest_j=5.0,
-        residual_rel=0.02, ticks=30,
+def device_split(rng: np.random.Generator, begin_s: float, prefill_u_j: float, decode_u_j: float) -> PhaseSplit:
+    added_j = rng.normal(size=(300, 2)) * np.array([prefill_u_j, decode_u_j]) / 300**0.5
+    return PhaseSplit(
+        method="phase_time_regression", prefill_j=10.0, prefill_u_j=prefill_u_j, decode_j=20.0, decode_u_j=decode_u_j, rest_j=5.0,
+        residual_rel=0.01 * prefill_u_j, ticks=301, errors=TickErrors(begin_s + 0.1 * np.arange(301), added_j),
     )  # fmt: skip
-    total = sum_splits([one, replace(one, prefill_u_j=4.0, decode_u_j=1.2, residual_rel=0.05)])
-    assert (total.prefill_j, total.decode_j, total.rest_j) == (20.0, 40.0, 10.0)
-    assert (total.prefill_u_j, total.decode_u_j) == pytest.approx((5.0, 1.3))
-    assert total.residual_rel == 0.05
+
+
+def test_errors_of_devices_that_have_nothing_in_common_add_in_quadrature() -> None:
+    total = sum_splits([device_split(np.random.default_rng(seed), 0.01 * seed, 3.0, 0.5) for seed in range(4)])
+    assert (total.prefill_j, total.decode_j, total.rest_j) == (40.0, 80.0, 20.0)
+    assert total.residual_rel == 0.03
+    assert 5.999 <= total.prefill_u_j <= 1.25 * 6.0
+    assert 0.999 <= total.decode_u_j <= 1.25 * 1.0
+    apart = [device_split(np.random.default_rng(seed), 0.0, seed, 1.0) for seed in (3, 4)]
+    assert sum_splits(apart[:1]).prefill_u_j == 3.0
+    assert 4.999 <= sum_splits(apart).prefill_u_j <= 1.25 * 5.0
+
+
+def test_errors_of_devices_that_err_together_add_up() -> None:
+    total = sum_splits([device_split(np.random.default_rng(7), 0.0, 3.0, 0.5) for _ in range(8)])
+    assert 0.85 * 24.0 <= total.prefill_u_j <= 24.0
+    assert 0.85 * 4.0 <= total.decode_u_j <= 4.0
+
+
+def test_of_gpus_that_run_the_same_steps_truth_lies_in_the_interval() -> None:
+    """A step that draws more than its like does so on each of them, so that more GPUs do not make it known better."""
+    inside = []
+    for seed in range(20):
+        served, model = mixing(seed), SensorModel()
+        splits = []
+        for rank in range(6):
+            trace = simulate_trace(served.load, BEGIN_S - 3, END_S + 3, seed=100 * seed + rank, model=model)
+            ticks = find_ticks(trace, model.calibration("GPU-sim"), sample_period_s=model.poll_s, origin_ns=round(BEGIN_S * 1e9))
+            steps = replace(served.steps, begin_s=served.steps.begin_s - BEGIN_S, end_s=served.steps.end_s - BEGIN_S)
+            found = split_phases(ticks, steps, 0.0, END_S - BEGIN_S, served.load.energy_j(BEGIN_S, END_S))
+            assert isinstance(found, PhaseSplit), found
+            splits.append(found)
+        total = sum_splits(splits)
+        inside.append(abs(total.prefill_j - 6 * served.prefill_j) <= 2 * total.prefill_u_j)
+        inside.append(abs(total.decode_j - 6 * served.decode_j) <= 2 * total.decode_u_j)
+    assert np.mean(inside) >= 0.85
 
 
 def test_requests_share_the_windows_energy_by_phase(plan: Plan) -> None:
