@@ -103,12 +103,17 @@ class Accounts:
         energy_j = total.energy_j if valid else None
         row |= _per_token(energy_j, *tokens, counts.succeeded)
         row |= self._phase_columns(gang, outcome, held, valid=valid)
-        for more in (flop_columns(gang, outcome, energy_j), footprint_columns(self._footprint, energy_j)):
-            reasons = {**(row["null_reasons"] or {}), **more["null_reasons"]}
+        parts = (
+            flop_columns(gang, outcome, energy_j),
+            footprint_columns(self._footprint, energy_j),
+            self._run_columns(gang, outcome, valid=valid),
+        )
+        for more in parts:
+            reasons = {**(row["null_reasons"] or {}), **more.get("null_reasons", {})}
             row |= more | {"null_reasons": reasons or None}
         power_w = metrics.avg_total_gpu_power_w(energy_j, window.duration_s)
         row |= goodput_columns(outcome, self._measure.slo, power_w)
-        row |= _drift_columns(drifts) | self._run_columns(gang, outcome, valid=valid)
+        row |= _drift_columns(drifts)
         row |= node_columns(gang, self._meter, window, held, context)
         row |= cluster_columns(gang, self._meter, window, held, context)
         row |= self._balance_columns(gang, held, window)
@@ -248,10 +253,15 @@ class Accounts:
         """Energy of the whole run beside that of the window."""
         if outcome.online is None:
             return {}
-        total = self._total(gang, self._read_all(gang, gang.devices, outcome.online.whole))
+        held = self._read_all(gang, gang.devices, outcome.online.whole)
+        total = self._total(gang, held)
+        wrong = [item for item in _flags(held) if item.severity == "invalid"]
         tokens = sum(record.output_tokens for record in outcome.requests)
-        per_token = metrics.joules_per_output_token(total.energy_j if valid else None, tokens)
-        return {"run_energy_j": total.energy_j, "run_energy_u_j": total.u_j, "run_joules_per_output_token": per_token}
+        per_token = metrics.joules_per_output_token(total.energy_j if valid and not wrong else None, tokens)
+        row: Row = {"run_energy_j": total.energy_j, "run_energy_u_j": total.u_j, "run_joules_per_output_token": per_token}
+        if valid and wrong:
+            row["null_reasons"] = {"run_joules_per_output_token": f"of the whole run, {wrong[0].code}: {wrong[0].detail}"}
+        return row
 
     def _drifts(self, gang: GangRecord, outcome: Completed) -> dict[str, Trend | None]:
         """Trends of power and throughput across the window; None where they are not known."""

@@ -198,7 +198,12 @@ _ENERGY = (
     Column("output_tokens_per_joule", _F64, "token/J", "output_tokens / total_energy_j."),
     Column("run_energy_j", _F64, "J", "Measured energy of the whole online run, summed as total_energy_j; null for batches."),
     Column("run_energy_u_j", _F64, "J", "One sigma of sampling of run_energy_j."),
-    Column("run_joules_per_output_token", _F64, "J/token", "run_energy_j / run_output_tokens. Null unless power_valid."),
+    Column(
+        "run_joules_per_output_token",
+        _F64,
+        "J/token",
+        "run_energy_j / run_output_tokens. Null unless power_valid and the whole run is.",
+    ),
     Column("avg_power_w", _F64, "W", "Mean power of one leased GPU; null on the CPU."),
     Column("avg_total_gpu_power_w", _F64, "W", "Mean power of all leased GPUs together."),
     Column("energy_delay_product_js", _F64, "J s", "total_energy_j x window_s."),

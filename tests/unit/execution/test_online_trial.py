@@ -94,8 +94,8 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Plan) -> Complete
     return outcome
 
 
-def row_of(plan: Plan, outcome: Completed) -> dict[str, Any]:
-    """The trial's row; its GPU draws 100 W until 1001 s, 300 W until 1008 s, then 50 W."""
+def row_of(plan: Plan, outcome: Completed, unseen_s: tuple[float, float] = (0.0, 0.0)) -> dict[str, Any]:
+    """The trial's row; its GPU draws 100 W until 1001 s, 300 W until 1008 s, then 50 W. It is not read within ``unseen_s``."""
     clock = VirtualClock()
     cluster = FakeCluster(clock)
     sampler = cluster.sampler("h1", "G1")
@@ -104,7 +104,8 @@ def row_of(plan: Plan, outcome: Completed) -> dict[str, Any]:
     meter.open(cluster.nodes())
     for number, (begin, end, power_w) in enumerate(((999.0, 1001.0, 100.0), (1001.0, 1008.0, 300.0), (1008.0, 1012.0, 50.0))):
         times_s = [begin + 0.05 * (step + 0.5) for step in range(round((end - begin) / 0.05))]
-        sampler.sample(number + 1, times_s, power_w=power_w)
+        seen_s = [time_s for time_s in times_s if not unseen_s[0] <= time_s <= unseen_s[1]]
+        sampler.sample(number + 1, seen_s, power_w=power_w)
     clock.sleep_until_ns(1013 * NS_PER_S)
     meter.pump(hurry=True)
     return accounted(plan, outcome, meter)
@@ -165,6 +166,17 @@ def test_a_saturated_trial_against_hand_computed_values(tmp_path: Path, monkeypa
     assert row["run_joules_per_output_token"] == pytest.approx(116.25, rel=0.01)
     assert row["joules_per_successful_query"] == pytest.approx(2100 / 8, rel=0.01)
     assert row["ttft_s_max"] == pytest.approx(7.0)  # the fourth pair; the fifth ended after the window
+
+
+def test_a_run_that_was_not_seen_in_whole_has_no_energy_per_token_where_its_window_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path)
+    row = row_of(plan, ran(tmp_path, monkeypatch, plan), unseen_s=(1008.7, 1010.2))
+    assert row["power_valid"], row["reason_details"]
+    assert row["joules_per_output_token"] == pytest.approx(150.0, rel=0.01)
+    assert row["run_joules_per_output_token"] is None
+    assert "run_joules_per_output_token" in row["null_reasons"]
 
 
 def test_all_requests_of_the_run_are_kept_and_those_of_the_window_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
