@@ -237,7 +237,7 @@ def _variation(design: Float64) -> float:
 
 
 def _errors(design: Float64, left_j: Float64) -> tuple[Float64, Float64]:
-    """One sigma of each coefficient, Newey-West's and no less than that of independent errors; what each row adds to its error."""
+    """One sigma of each coefficient, Newey-West's and no less than that of independent errors; what each row adds to it."""
     n, k = design.shape
     inverse = np.linalg.pinv(design.T @ design)
     added = design * left_j[:, None] @ inverse

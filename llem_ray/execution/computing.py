@@ -58,6 +58,9 @@ def count_flops(done: Completed, report: LoadReport | None) -> tuple[float | Non
     computed = sum(log.prefill_tokens) if log is not None and len(log) else prompt_tokens
     if computed < prompt_tokens:
         return None, None, f"the engine computed {computed} of {prompt_tokens} prompt tokens, the others were cached"
+    cached = sum(record.cached_tokens or 0 for record in done.requests)
+    if cached and (log is None or not len(log)):
+        return None, None, f"{cached} of {prompt_tokens} prompt tokens were cached"
     return sum(part.flops(model) for part in parts), model.method, None
 
 

@@ -307,6 +307,16 @@ class TestFlops:
         assert flops is None
         assert reason == "the engine computed 5 of 3600 prompt tokens, the others were cached"
 
+    def test_nor_are_those_that_only_the_requests_tell_of(self) -> None:
+        """Without a step log (measure.record_steps)."""
+        done = completed(None)
+        cached = replace(done, requests=(replace(done.requests[0], cached_tokens=64), *done.requests[1:]))
+        flops, _, reason = count_flops(cached, REPORT)
+        assert flops is None
+        assert reason == "64 of 3600 prompt tokens were cached"
+        none = replace(done, requests=tuple(replace(record, cached_tokens=0) for record in done.requests))
+        assert count_flops(none, REPORT) == count_flops(done, REPORT)
+
     def test_utilisation_is_that_of_all_gpus(self, plan: Plan) -> None:
         served = batches(3)
         row = columns(plan, metered(served, served), completed(step_log(served, flops=1e12)))
