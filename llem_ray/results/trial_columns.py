@@ -317,7 +317,12 @@ _THROUGHPUT = (
 _PACE = (
     Column("asked_rate_per_s", _F64, "1/s", "(n - 1) / (last - first) of the times the schedule wanted."),
     Column("sent_rate_per_s", _F64, "1/s", "The same of the times requests were sent."),
-    Column("achieved_rate_per_s", _F64, "1/s", "The same of the times requests were answered."),
+    Column(
+        "achieved_rate_per_s",
+        _F64,
+        "1/s",
+        "The asked rate x the time between the quartiles of the schedule over that of the answers x the share answered.",
+    ),
     Column("pacing_error_p50_s", _F64, "s", "Sent less scheduled, median over the run's requests."),
     Column("pacing_error_p90_s", _F64, "s", "Sent less scheduled, 90th percentile."),
     Column("pacing_error_p99_s", _F64, "s", "Sent less scheduled, 99th percentile."),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from llem_ray.core.backend import RequestRecord
 from llem_ray.core.units import NS_PER_S
 from llem_ray.workloads.latency import Distribution, distribution
@@ -12,26 +14,46 @@ from llem_ray.workloads.latency import Distribution, distribution
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pacing:
-    """Rates in 1/s, each (n - 1) over the time from the first to the last; None for fewer than two."""
+    """Rates in 1/s; None for fewer than two requests."""
 
     asked_rate_per_s: float | None
-    """By the times the schedule wanted."""
+    """By the times the schedule wanted: (n - 1) over the time from the first to the last."""
     sent_rate_per_s: float | None
+    """The same of the times of sending."""
     achieved_rate_per_s: float | None
-    """Of answers. From the first to the last one, so that neither the wait for the first nor the end of a run counts: an engine
-    that keeps up answers at the rate it is asked at, however long each answer takes."""
+    """Of answers: the asked rate x the time in which the middle half of them was due over that in which it came, x the share of
+    requests that were answered. An engine that keeps up answers at the rate it is asked at, however long each answer takes; a
+    few long ones at the end of a run do not change that. Of requests that were due at once: as the others."""
     error_s: Distribution | None
     """Sent less scheduled, s."""
 
 
 def pacing(records: Sequence[RequestRecord]) -> Pacing:
     """The pace of a run, over all its requests."""
+    asked_rate_per_s = _rate(record.scheduled_ns for record in records)
     return Pacing(
-        asked_rate_per_s=_rate(record.scheduled_ns for record in records),
+        asked_rate_per_s=asked_rate_per_s,
         sent_rate_per_s=_rate(record.sent_ns for record in records),
-        achieved_rate_per_s=_rate(record.token_times_ns[-1] for record in records if record.token_times_ns),
+        achieved_rate_per_s=_achieved_rate(records, asked_rate_per_s),
         error_s=distribution((record.sent_ns - record.scheduled_ns) / NS_PER_S for record in records),
     )
+
+
+def _achieved_rate(records: Sequence[RequestRecord], asked_rate_per_s: float | None) -> float | None:
+    answered = [record for record in records if record.token_times_ns]
+    due_ns = _middle_half_ns([record.scheduled_ns for record in answered])
+    if asked_rate_per_s is None or not due_ns:
+        return _rate(record.token_times_ns[-1] for record in answered)
+    came_ns = _middle_half_ns([record.token_times_ns[-1] for record in answered])
+    return asked_rate_per_s * len(answered) / len(records) * due_ns / came_ns if came_ns else None
+
+
+def _middle_half_ns(stamps_ns: Sequence[int]) -> float:
+    """Time between the quartiles, ns; 0 without any."""
+    if not stamps_ns:
+        return 0.0
+    first, third = np.percentile(np.asarray(stamps_ns, np.int64) - min(stamps_ns), [25, 75])
+    return float(third - first)
 
 
 def _rate(stamps_ns: Iterable[int]) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from llem_ray.execution.rows import attempt_row, request_rows
 from llem_ray.planning.plan import make_plan
 from llem_ray.testing.backend import FakeBackend
 from llem_ray.testing.clock import VirtualClock
+from llem_ray.workloads.pacing import pacing
 
 SWEEP = """
 schema_version: 1
@@ -260,6 +262,25 @@ def test_a_rate_that_is_kept_is_not_flagged(tmp_path: Path) -> None:
 
 def test_long_answers_are_no_overload(tmp_path: Path) -> None:
     assert flags_of(tmp_path, paced(service_s=30.0)) == {}
+
+
+def test_answers_of_many_lengths_are_no_overload(tmp_path: Path) -> None:
+    """The last answers of a run may be long ones: that the engine is still busy then does not mean that it fell behind."""
+    draws = Random(5)
+    requests = [answered(i, [i + draws.expovariate(0.05)], sent_s=float(i), scheduled_s=float(i)) for i in range(400)]
+    assert max(record.token_times_ns[-1] for record in requests) > ns_from_s(450.0)
+    assert flags_of(tmp_path, requests) == {}
+
+
+def test_requests_without_an_answer_are_missing_in_the_rate_of_answers() -> None:
+    requests = [*paced(), answered(10, [], sent_s=10.0, scheduled_s=10.0), answered(11, [], sent_s=11.0, scheduled_s=11.0)]
+    assert pacing(requests).achieved_rate_per_s == pytest.approx(10 / 12)
+
+
+def test_of_requests_that_are_due_at_once_the_rate_of_answers_is_that_between_the_first_and_the_last() -> None:
+    requests = [answered(i, [2.0 + i], sent_s=0.0) for i in range(5)]
+    assert (pacing(requests).asked_rate_per_s, pacing(requests).achieved_rate_per_s) == (None, pytest.approx(1.0))
+    assert pacing(requests[:1]).achieved_rate_per_s is None
 
 
 def test_a_rate_that_cannot_be_reached_is_flagged(tmp_path: Path) -> None:
