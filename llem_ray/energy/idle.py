@@ -27,6 +27,8 @@ class NetEnergy:
     energy_j: float | None
     u_j: float | None
     reason: str | None = None
+    idle_u_j: float | None = None
+    """What of ``u_j`` comes from the idle power."""
 
 
 def idle_baseline(
@@ -150,15 +152,25 @@ def net_energy(reading: EnergyReading, baseline: Baseline | None, window: Window
     net_j = reading.energy_j - baseline.power_w * width_s
     if reading.u_j is None or baseline.u_w is None:
         return NetEnergy(net_j, None)
-    return NetEnergy(net_j, float(np.hypot(reading.u_j, width_s * baseline.u_w)))
+    idle_u_j = width_s * baseline.u_w
+    return NetEnergy(net_j, float(np.hypot(reading.u_j, idle_u_j)), idle_u_j=idle_u_j)
 
 
-def sum_net(parts: Sequence[NetEnergy]) -> NetEnergy:
-    """Sum over devices; None with the first reason when a part is missing. Baselines of different devices are independent."""
+def sum_net(parts: Sequence[NetEnergy], energy_u_j: float | None) -> NetEnergy:
+    """Sum over devices; None with the first reason when a part is missing.
+
+    Baselines of different devices are independent; their energies are not, since a node's clock and the counters' lag are common.
+
+    Args:
+        parts: Of each device.
+        energy_u_j: One sigma of the sum of their energies.
+    """
     missing = next((part for part in parts if part.energy_j is None), None)
     if not parts or missing is not None:
         return NetEnergy(None, None, missing.reason if missing else "no device")
     net_j = sum(part.energy_j for part in parts if part.energy_j is not None)
-    known_j = [part.u_j for part in parts if part.u_j is not None]
-    u_j = float(np.sqrt(sum(u**2 for u in known_j))) if len(known_j) == len(parts) else None
-    return NetEnergy(float(net_j), u_j)
+    known_j = [part.idle_u_j for part in parts if part.idle_u_j is not None]
+    if energy_u_j is None or len(known_j) < len(parts):
+        return NetEnergy(float(net_j), None)
+    idle_u_j = float(np.hypot.reduce(known_j))
+    return NetEnergy(float(net_j), float(np.hypot(energy_u_j, idle_u_j)), idle_u_j=idle_u_j)

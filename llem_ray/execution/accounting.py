@@ -99,7 +99,7 @@ class Accounts:
         valid = total.energy_j is not None and not any(item.severity == "invalid" for item in flags)
         row = _total_columns(total, held, gang, window.duration_s)
         row |= flag_columns(flags) | device_columns([*held, *context]) | {"power_valid": valid}
-        row |= _host_columns([*held, *context]) | _net_columns(gang, held, window)
+        row |= _host_columns([*held, *context]) | _net_columns(gang, held, window, total.u_j)
         energy_j = total.energy_j if valid else None
         row |= _per_token(energy_j, *tokens, counts.succeeded)
         row |= self._phase_columns(gang, outcome, held, valid=valid)
@@ -343,10 +343,11 @@ def _flags(readings: Iterable[EnergyReading]) -> Iterable[Flag]:
         yield from reading.flags
 
 
-def _net_columns(gang: GangRecord, held: Sequence[EnergyReading], window: Window) -> Row:
+def _net_columns(gang: GangRecord, held: Sequence[EnergyReading], window: Window, energy_u_j: float | None) -> Row:
     """Energy above the idle power of the gang's devices with the model loaded; never without the gross beside it."""
     idle_w = _sum_power(gang.resident, gang.devices)
-    net = sum_net([net_energy(reading, gang.resident.get((reading.node, reading.device_uuid)), window) for reading in held])
+    parts = [net_energy(reading, gang.resident.get((reading.node, reading.device_uuid)), window) for reading in held]
+    net = sum_net(parts, energy_u_j)
     return {
         "bare_idle_power_w": _sum_power(gang.bare, gang.devices),
         "idle_power_w": idle_w,

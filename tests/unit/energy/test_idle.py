@@ -118,6 +118,10 @@ def test_net_needs_a_baseline_of_its_own_device(case):
 
 
 def test_sum_of_net():
-    assert sum_net([NetEnergy(10.0, 3.0), NetEnergy(-4.0, 4.0)]) == NetEnergy(6.0, 5.0)
-    assert sum_net([NetEnergy(10.0, 3.0), NetEnergy(None, None, "why")]).reason == "why"
-    assert sum_net([]).energy_j is None
+    one, other = NetEnergy(10.0, 5.0, idle_u_j=3.0), NetEnergy(-4.0, 8.0, idle_u_j=4.0)
+    total = sum_net([one, other], 12.0)
+    assert (total.energy_j, total.u_j, total.idle_u_j) == (6.0, 13.0, 5.0)
+    assert sum_net([one, other], None).u_j is None
+    assert sum_net([one, NetEnergy(10.0, None)], 12.0) == NetEnergy(20.0, None)
+    assert sum_net([one, NetEnergy(None, None, "why")], 12.0).reason == "why"
+    assert sum_net([], None).energy_j is None
