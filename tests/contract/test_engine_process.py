@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +64,7 @@ class HangsAtClose(FakeBackend):
 
 class RaisesAtLoad(FakeBackend):
     def load(self):
+        print("the core of the engine says why")
         raise ZeroDivisionError("of the engine's own")
 
 class WritesGarbage(FakeBackend):
@@ -383,6 +385,14 @@ class TestFailures:
             make("RaisesAtLoad").load()
         assert caught.value.__cause__ is not None
         assert "odd_engines.py" in caught.value.__cause__.__notes__[0]
+
+    def test_a_load_that_fails_tells_the_end_of_the_log(self, make: Make) -> None:
+        """Engines start processes of their own, which write down why there."""
+        with pytest.raises(LoadError) as caught:
+            make("RaisesAtLoad").load()
+        told = "".join(traceback.format_exception(caught.value))
+        assert "the core of the engine says why" in told
+        assert ".log:" in told
 
     @pytest.mark.parametrize("kind", ["out_of_memory", "nan", "generation"])
     def test_errors_of_a_trial_leave_it_usable(self, make: Make, kind: str) -> None:

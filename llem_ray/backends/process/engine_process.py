@@ -313,6 +313,8 @@ class EngineProcess:
         if error is None:
             error = RemoteError(": ".join(str(item) for item in report.args))
         error.add_note(f"In the engine's process:\n{report.traceback}")
+        if self._doing == "load" and (words := self._last_words()) is not None:
+            error.add_note(words)  # engines start processes of their own, which write down there why they failed
         return error
 
     def reject(self, what: str) -> EngineDied:
