@@ -21,7 +21,7 @@ EFFICIENCY_COLUMNS: Final = (
 )  # fmt: skip
 """Columns of ``trials`` that the table is made from."""
 
-_TOKEN_METHOD: Final = "phase_token_regression"
+_MIXED: Final = "phase_token_regression"
 _MILLION: Final = 1e6
 
 
@@ -84,7 +84,7 @@ def efficiency_table(
     lines = []
     if methods:
         lines.append(f"Prefill by prompt tokens, decode by output tokens, told apart by {', '.join(methods)}.")
-        shared = ", and with steps that mix both what all their tokens share" if _TOKEN_METHOD in methods else ""
+        shared = ", and with steps that mix both what all their tokens share" if _MIXED in methods else ""
         lines.append(f"rest %: of the energy, in neither of them: the time between steps{shared}.")
     if "carbon_g_per_million_output_tokens" in shown or "cost_per_million_output_tokens" in shown:
         paid = f", cost in {', '.join(currencies)}" if currencies else ""
