@@ -54,8 +54,10 @@ _HEADINGS: Final[Mapping[str, tuple[str, float]]] = {
 
 
 def mean_efficiency(rows: Iterable[Row]) -> dict[str, float | None]:
-    """Means over a cell's completed trials; a value that no trial has is None."""
+    """Means over a cell's completed trials; a value that no trial has is None, and so are costs in several currencies."""
     rows = list(rows)
+    if len({row.get("currency") for row in rows if row.get("energy_cost") is not None}) > 1:
+        rows = [{**row, "energy_cost": None} for row in rows]
     found = {name: [value for row in rows if (value := read(row)) is not None] for name, read in _VALUES.items()}
     return {name: fmean(values) if values else None for name, values in found.items()}
 

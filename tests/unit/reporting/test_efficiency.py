@@ -56,6 +56,15 @@ def test_values_are_means_over_trials() -> None:
     assert cell.efficiency["mfu"] is None
 
 
+def test_costs_in_several_currencies_have_no_mean() -> None:
+    """A run may be resumed with other inputs of footprint."""
+    rows = [row(1, 0, **FOOTPRINT), row(1, 1, **FOOTPRINT | {"currency": "USD"}), row(8, 0, **FOOTPRINT), row(8, 1)]
+    mixed, one = summarise_run("run", rows).cells
+    assert mixed.efficiency["cost_per_million_output_tokens"] is None
+    assert mixed.efficiency["carbon_g_per_million_output_tokens"] == pytest.approx(100.0)
+    assert one.efficiency["cost_per_million_output_tokens"] == pytest.approx(0.05)
+
+
 def test_all_of_it_fits_80_columns() -> None:
     text = render([row(1, 0, **PHASES, **WORK, **FOOTPRINT), row(8, 0)])
     for shown in ("0.0500", "0.500", "42.0", "1.50", "100", "0.05", "phase_time_regression", "cost in EUR"):
