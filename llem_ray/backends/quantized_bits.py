@@ -20,7 +20,8 @@ def weight_bits(config: Mapping[str, Any], model: ModelSpec) -> tuple[str | None
     """
     own = config.get("quantization_config")
     stored: Mapping[str, Any] = own if isinstance(own, Mapping) else {}
-    method = model.quantization or (str(stored.get("quant_method", "unnamed")) if stored else None)
+    named = stored.get("quant_method", "unnamed")
+    method = model.quantization or (str(getattr(named, "value", named)) if stored else None)  # transformers makes it an enum
     if method is None:
         return None, None
     for name in ("bits", "w_bit"):

@@ -68,7 +68,7 @@ def _peak(gang: GangRecord, report: LoadReport | None) -> float | str:
     """Dense peak of the gang's GPUs together, FLOP/s; a text says why it is not known."""
     if not gang.group.gpus or report is None or report.device != "cuda":
         return "the model did not run on GPUs"
-    if is_quantised(gang.group.experiment):
+    if is_quantised(gang.group.experiment) or "quantization" in report.notes:
         return "the number format of a quantised model's products is not known"
     total = 0.0
     for item in gang.devices:
@@ -80,7 +80,7 @@ def _peak(gang: GangRecord, report: LoadReport | None) -> float | str:
 
 
 def is_quantised(experiment: Experiment) -> bool:
-    """The sweep asks for quantised weights; a checkpoint that is quantised already is not noticed."""
+    """The sweep asks for quantised weights. Of a checkpoint that is quantised already the engine's notes tell."""
     arguments: Mapping[str, Any] = experiment.engine.engine_args
     named = (name for name, value in arguments.items() if value)
     return experiment.model.quantization is not None or any(

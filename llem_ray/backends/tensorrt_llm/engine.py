@@ -23,6 +23,7 @@ from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.flop_formula import flop_model
 from llem_ray.backends.model_config import UNLIMITED_CONTEXT_TOKENS, first_line, known_parameters, load_error
 from llem_ray.backends.model_source import ModelSource, model_commit
+from llem_ray.backends.quantized_bits import weight_bits
 from llem_ray.backends.tensorrt_llm import workers
 from llem_ray.backends.tensorrt_llm.arguments import cache_arguments, own_args, reads_stats, sampling_arguments
 from llem_ray.backends.tensorrt_llm.iteration_stats import steps_of
@@ -300,6 +301,9 @@ def _notes(engine: Engine, config: BackendConfig, prepared: Prepared, tokenizer_
         "steps": "from the engine's statistics, read after each run" if reads_stats(config) else "none: iteration_stats is off",
         "numerics": "NaN and Inf logits are not detected by this engine",
     }
+    method, _ = weight_bits(prepared.model_config.to_dict(), config.model)  # a checkpoint may be quantised already
+    if method is not None:
+        notes["quantization"] = method
     if prepared.source.random:
         notes["weights"] = "TensorRT-LLM's dummy weights: joules don't compare with other engines' or real weights"
     return notes

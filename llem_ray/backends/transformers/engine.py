@@ -25,6 +25,7 @@ from llem_ray.backends.model_config import (
     read_model_config,
 )
 from llem_ray.backends.model_source import ModelSource, model_commit
+from llem_ray.backends.quantized_bits import weight_bits
 from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
 from llem_ray.backends.transformers.arguments import TransformersArgs, check_shape
 from llem_ray.backends.transformers.decoding import PaddedBatch, generate_batch
@@ -282,7 +283,7 @@ def load_engine(
         model_commit=model_commit(source, model_config),
         random_weights=source.random,
         special_token_ids=special_token_ids(tokenizer),
-        notes=_notes(model, source, origin) | _extras(args, config) | engine.notes(),
+        notes=_notes(model, source, origin) | _extras(args, config, model) | engine.notes(),
         flop_model=flop_model(model.config.get_text_config()),
     )
 
@@ -377,8 +378,11 @@ def _notes(model: Any, source: ModelSource, tokenizer_origin: str) -> dict[str, 
     }
 
 
-def _extras(args: TransformersArgs, config: BackendConfig) -> dict[str, str]:
+def _extras(args: TransformersArgs, config: BackendConfig, model: Any) -> dict[str, str]:
     extras: dict[str, str] = {}
+    method, _ = weight_bits(model.config.to_dict(), config.model)  # a checkpoint may be quantised already
+    if method is not None:
+        extras["quantization"] = method
     if config.model.quantization is not None:
         extras["bitsandbytes"] = version("bitsandbytes")
     if args.lora is not None:

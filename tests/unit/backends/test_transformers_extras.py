@@ -110,9 +110,10 @@ def test_a_checkpoint_of_four_bits_is_not_taken_for_a_wide_one(tmp_path: Path, m
             cache_dir=str(tmp_path / "cache"),
         )
     )
-    backend.load()
+    report = backend.load()
     monkeypatch.undo()
     try:
+        assert report.notes["quantization"] == "bitsandbytes"
         assert [len(row) for row in tokens_of(backend)] == [8, 8, 8]
     finally:
         backend.close()

@@ -351,6 +351,13 @@ class TestFlops:
         row = columns(changed, metered(served, served), completed(None))
         assert "quantised" in row["null_reasons"]["mfu"]
 
+    def test_nor_of_a_checkpoint_that_is_quantised_already(self, plan: Plan) -> None:
+        served = batches(3)
+        report = replace(REPORT, notes={**REPORT.notes, "quantization": "fp8"})
+        row = columns(plan, metered(served, served), completed(None), report)
+        assert row["mfu"] is None
+        assert "quantised" in row["null_reasons"]["mfu"]
+
     def test_peaks_are_named_with_their_source(self) -> None:
         assert all(peak.source.startswith("https://www.nvidia.com/") for peak in PEAKS.values())
         assert peak_flops_per_s("NVIDIA A100 80GB PCIe", "bfloat16") == 312e12
