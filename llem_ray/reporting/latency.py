@@ -24,8 +24,8 @@ def latency_table(summary: RunSummary) -> RenderableType | None:
     with_goodput = any(cell.latency["goodput_req_s"] is not None for cell in cells)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left", title_style="bold")
     table.title = "latency, median / 99th percentile, and rates"
-    table.add_column("cell", overflow="fold", min_width=10)
-    headings = ["TTFT ms", "TPOT ms", "E2E s", "req/s", "all tok/s", *(["good\nreq/s"] if with_goodput else [])]
+    table.add_column("cell", overflow="fold", min_width=12)
+    headings = ["TTFT ms", "TPOT ms", "E2E s", "req/s", "all tok/s", *(["good req/s"] if with_goodput else [])]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
@@ -45,7 +45,7 @@ def _row(cell: CellSummary, *, with_goodput: bool) -> list[Text]:
     found = cell.latency
     goodput = format_value(found["goodput_req_s"], 3)
     if found["slo_attainment"] is not None:
-        goodput += f"\n({found['slo_attainment']:.0%})"
+        goodput += f" ({found['slo_attainment']:.0%})"
     return [
         Text(cell.label),
         Text(_pair(cell, "ttft_s", _MS)),

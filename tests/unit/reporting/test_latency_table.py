@@ -60,24 +60,10 @@ def test_goodput_failures_and_what_is_missing() -> None:
     good = {"goodput_req_s": 10.0, "slo_attainment": 0.8, "failed_requests": 3}
     text = render([row(4, 0, **good), row(8, 0, tpot_s_p50=None, tpot_s_p99=None, goodput_req_s=None, slo_attainment=0.0)])
     assert max(map(len, text.splitlines())) <= 80
-    lines = [line.rstrip() for line in text.splitlines()]
-    assert [line.split()[-1] for line in lines if line.endswith(("10.0", "(80%)", "(0%)"))] == ["10.0", "(80%)", "(0%)"]
+    assert "10.0 (80%)" in text
+    assert "- (0%)" in text
     assert "-/-" in text
     assert "adj_*" in text
-
-
-def test_wide_values_are_not_cut_off_at_80_columns() -> None:
-    wide = {
-        "ttft_s_p50": 0.00407, "ttft_s_p99": 0.00439, "tpot_s_p50": 0.0204, "tpot_s_p99": 0.00413, "e2e_latency_s_p50": 0.00407,
-        "e2e_latency_s_p99": 0.00439, "request_throughput_req_s": 967.0, "total_token_throughput_tok_s": 8706.0,
-        "goodput_req_s": 967.0, "slo_attainment": 1.0, "settings": json.dumps({"a": "some-long-name", "b": "another-long-name"}),
-    }  # fmt: skip
-    text = render([row(4, 0, **wide), row(8, 0, **wide | {"settings": json.dumps({"a": 1, "b": 2})})])
-    assert max(map(len, text.splitlines())) <= 80
-    assert "0.00407/0.00439" in text
-    assert "8706" in text
-    assert text.count("(100%)") == 2
-    assert text.count("req/s") == 2
 
 
 def test_nothing_where_no_trial_has_latencies() -> None:
