@@ -56,6 +56,17 @@ class TestNumbers:
         assert find_outliers([1.0] * 6) == ()
         assert coefficient_of_variation([1.0]) is None
 
+    @pytest.mark.parametrize("n", [5, 6, 7, 8, 10, 12, 20, 30, 60])
+    def test_where_nothing_is_wrong_hardly_any_cell_has_an_outlier(self, n: int) -> None:
+        draws = np.random.default_rng(n).normal(1.0, 0.02, (1500, n))
+        assert np.mean([len(find_outliers(list(row))) > 0 for row in draws]) <= 0.03
+
+    @pytest.mark.parametrize(("n", "off"), [(5, 1.8), (10, 1.3), (30, 1.2)])
+    def test_a_repeat_that_something_happened_to_is_found(self, n: int, off: float) -> None:
+        draws = np.random.default_rng(n).normal(1.0, 0.02, (200, n))
+        draws[:, 2] = off
+        assert np.mean([find_outliers(list(row)) == (2,) for row in draws]) >= 0.9
+
 
 class TestVerdict:
     def test_nothing_is_known_before_the_first_ones_are_there(self) -> None:
