@@ -21,6 +21,8 @@ OUTLIER_VALUES: Final = 5
 OUTLIER_Z: Final = 3.5
 ENERGY_METRICS: Final = frozenset({"joules_per_output_token", "joules_per_total_token"})
 MAD_TO_SD: Final = 0.6745
+NOT_REACHED: Final = "window_not_reached"
+"""Reason of a row whose window is another than the one that was asked for."""
 
 Ended = Literal["target", "repeats", "budget"]
 
@@ -36,8 +38,13 @@ class Repeat:
 
 
 def metric_value(row: Mapping[str, Any], metric: str) -> float | None:
-    """A target's metric in a row of ``trials``; None where the trial failed, or the metric's energy is not valid."""
-    if row.get("status") == "failed" or (metric in ENERGY_METRICS and not row.get("power_valid")):
+    """A target's metric in a row of ``trials``.
+
+    None where the trial failed, where it does not have the window that was asked for, or where the metric's energy is not valid.
+    """
+    if row.get("status") == "failed" or NOT_REACHED in (row.get("invalid_reasons") or ()):
+        return None
+    if metric in ENERGY_METRICS and not row.get("power_valid"):
         return None
     value: float | None = row.get(metric)
     return value

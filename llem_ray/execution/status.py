@@ -71,17 +71,17 @@ def read_status(rundir: RunDirectory, planned: Mapping[str, str] | None = None) 
     )
 
 
-def planned_target(rundir: RunDirectory) -> tuple[StoppingSpec, int | None]:
-    """The run's target and what a cell gets at most; no target before the plan is written down.
+def planned_target(rundir: RunDirectory) -> tuple[StoppingSpec, int | None, int | None]:
+    """The run's target, what a cell gets at most, and the number of cells; no target before the plan is written down.
 
     Raises:
         ResultsError: The plan is damaged.
     """
     if not rundir.has_json("plan"):
-        return StoppingSpec(), None
+        return StoppingSpec(), None, None
     plan = rundir.read_json("plan")
     try:
-        return StoppingSpec(**plan.get("stopping", {})), int(plan["repeats"])
+        return StoppingSpec(**plan.get("stopping", {})), int(plan["repeats"]), len(plan["cells"])
     except (KeyError, TypeError, ValueError) as error:
         raise ResultsError(f"the plan of {rundir.path} is damaged: {type(error).__name__}: {error}") from error
 

@@ -12,7 +12,7 @@ from llem_ray.results.journal import JournalState
 from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import RunDirectory
 
-RESULT_COLUMNS: Final = ("trial_id", "cell_id", "repeat", "attempt", "status", "power_valid", "window_s")
+RESULT_COLUMNS: Final = ("trial_id", "cell_id", "repeat", "attempt", "status", "power_valid", "invalid_reasons", "window_s")
 
 
 class Stopping:
@@ -53,8 +53,8 @@ class Stopping:
     def ask(self, trial: Trial) -> Literal["run", "skip", "wait"]:
         """Whether a trial is to be run; ``wait`` while results of its cell's earlier repeats may still settle that.
 
-        Later repeats do not matter: a trial that is asked about again, as another one of its cell was retried, gets the same answer
-        to the same results.
+        Later repeats do not matter: a trial that is asked about again, as another one of its cell was retried, gets the same
+        answer to the same results.
         """
         if not self.has_target or trial.repeat < self._spec.first:
             return "run"

@@ -23,7 +23,7 @@ PERCENTILES: Final = (50, 90, 95, 99)
 
 
 def requests_needed(percentile: float) -> int:
-    """Requests that an interval of this percentile takes: 100, and 10 beyond it. 100 for p50 and p90, 200 for p95, 1000 for p99."""
+    """Requests that an interval of this percentile takes: 100, and 10 beyond it, so 200 for p95 and 1000 for p99."""
     beyond = min(percentile, 100 - percentile) / 100
     return max(MIN_REQUESTS, ceil(round(MIN_BEYOND / beyond, 9)))
 
