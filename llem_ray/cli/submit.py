@@ -253,7 +253,7 @@ def _report(rundir: RunDirectory, plan: Plan, result: RunResult | None, require_
         EnergyGateError: A trial lacks a valid energy although ``require_energy`` asks for it.
     """
     rows = read_table(rundir.path, "trials").to_pylist()
-    summary = read_summary(rundir, rows, (plan.stopping, plan.repeats, len({trial.cell.cell_id for trial in plan.trials})))
+    summary = read_summary(rundir, rows)
     Console().print(run_table(summary, rundir.path))
     if result is not None and result.interrupted:
         click.echo(f"interrupted with {count_noun(result.left, 'trial')} left; submit the same sweep again to resume", err=True)

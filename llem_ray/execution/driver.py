@@ -272,8 +272,8 @@ class RunDriver:
 
     def _progress_event(self) -> ProgressEvent:
         book, plan = self._book, self._plan
-        total = len(plan.trials)
-        settled = book.settled()
+        settled, not_needed = book.settled()
+        total = len(plan.trials) - not_needed
         watts, estimated = self._meter.latest_power_w()
         j_per_token, j_estimated = book.mean_j_per_token()
         return ProgressEvent(
@@ -286,6 +286,7 @@ class RunDriver:
             j_per_token=j_per_token,
             j_per_token_estimated=j_estimated,
             eta_s=book.eta_s(total - settled),
+            at_most=book.stopping.has_target,
         )
 
     def _phase(self) -> str:

@@ -47,7 +47,8 @@ def _latencies(cells: Sequence[CellSummary]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left", title_style="bold")
     table.title = "latency"
     table.add_column("cell", overflow="fold", min_width=12)
-    for heading in ("", "median", "99th percentile"):
+    table.add_column("", no_wrap=True)
+    for heading in ("median", "99th percentile"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         lines = [_line(cell, name, metric) for name, metric in _METRICS]
@@ -95,7 +96,8 @@ def _readings(cells: Sequence[CellSummary]) -> list[str]:
     kinds = {between.kind for cell in cells for between in cell.intervals.values() if between is not None}
     lines = []
     if kinds - {"bootstrap"}:
-        lines.append("± is half the width of the 95 % t-interval of the mean over a cell's repeats.")
+        by_target = ", of the target's metric of the interval by its rule" if "stein" in kinds else ""
+        lines.append(f"± is half the width of the 95 % t-interval of the mean over a cell's repeats{by_target}.")
     if "bootstrap" in kinds:
         lines.append("In brackets: 95 % bootstrap interval of a single repeat, over its requests.")
     return lines

@@ -230,7 +230,7 @@ def _resolved(summary: RunSummary) -> list[Text]:
 
 
 def _percent(share: float) -> str:
-    return f"{format_value(100 * share, 3)} %"
+    return f"{100 * share:.3g} %"
 
 
 def _device_kind(kind: str, count: int) -> str:
