@@ -39,7 +39,7 @@ def latency_table(summary: RunSummary) -> RenderableType | None:
     lines += _readings(cells)
     if sum(cell.latency["failed_requests"] or 0 for cell in cells):
         lines.append("Some requests failed: adj_* in the dataset count them as infinitely late.")
-    return Group(_latencies(cells), Text(""), _rates(cells), *(Text(line, style="dim") for line in lines))
+    return Group(_latencies(cells), _rates(cells), *(Text(line, style="dim") for line in lines))
 
 
 def _latencies(cells: Sequence[CellSummary]) -> Table:
