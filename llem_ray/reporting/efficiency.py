@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llem_ray.reporting.labels import NARROW, Label
 from llem_ray.reporting.numbers import format_value
 
 Row = Mapping[str, Any]
@@ -41,12 +42,12 @@ _VALUES: Final[Mapping[str, Callable[[Row], float | None]]] = {
     "cost_per_million_output_tokens": _per("energy_cost", "output_tokens", _MILLION),
 }
 _HEADINGS: Final[Mapping[str, tuple[str, float]]] = {
-    "prefill_joules_per_prompt_token": ("prefill J/tok", 1.0),
-    "decode_joules_per_output_token": ("decode J/tok", 1.0),
+    "prefill_joules_per_prompt_token": ("prefill\nJ/tok", 1.0),
+    "decode_joules_per_output_token": ("decode\nJ/tok", 1.0),
     "mfu": ("MFU %", 100.0),
     "joules_per_flop": ("pJ/FLOP", 1e12),
-    "carbon_g_per_million_output_tokens": ("gCO2/Mtok", 1.0),
-    "cost_per_million_output_tokens": ("cost/Mtok", 1.0),
+    "carbon_g_per_million_output_tokens": ("gCO2\n/Mtok", 1.0),
+    "cost_per_million_output_tokens": ("cost\n/Mtok", 1.0),
 }
 
 
@@ -72,12 +73,12 @@ def efficiency_table(
         return None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left", title_style="bold")
     table.title = "efficiency"
-    table.add_column("cell", overflow="fold", min_width=12)
+    table.add_column("cell", min_width=NARROW)
     for name in shown:
         table.add_column(_HEADINGS[name][0], justify="right", no_wrap=True)
     for label, values in cells:
         scaled = ((values[name], _HEADINGS[name][1]) for name in shown)
-        table.add_row(Text(label), *(Text(format_value(None if value is None else value * scale, 3)) for value, scale in scaled))
+        table.add_row(Label(label), *(Text(format_value(None if value is None else value * scale, 3)) for value, scale in scaled))
     lines = []
     if methods:
         lines.append(f"Prefill by prompt tokens, decode by output tokens, told apart by {', '.join(methods)}.")

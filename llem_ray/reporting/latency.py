@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llem_ray.reporting.intervals import Between
+from llem_ray.reporting.labels import NARROW, Label
 from llem_ray.reporting.numbers import format_uncertain, format_value
 from llem_ray.reporting.summary import LATENCY_COLUMNS, CellSummary, RunSummary
 
@@ -46,13 +47,13 @@ def _latencies(cells: Sequence[CellSummary]) -> Table:
     """One block of lines for a cell, so that its label has room."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left", title_style="bold")
     table.title = "latency"
-    table.add_column("cell", overflow="fold", min_width=12)
+    table.add_column("cell", min_width=NARROW)
     table.add_column("", no_wrap=True)
     for heading in ("median", "99th percentile"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         lines = [_line(cell, name, metric) for name, metric in _METRICS]
-        table.add_row(Text(cell.label), *(Text("\n".join(column)) for column in zip(*lines, strict=True)))
+        table.add_row(Label(cell.label), *(Text("\n".join(column)) for column in zip(*lines, strict=True)))
     return table
 
 
@@ -68,7 +69,7 @@ def _rates(cells: Sequence[CellSummary]) -> Table:
     with_slo = any(cell.latency["slo_attainment"] is not None for cell in cells)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left", title_style="bold")
     table.title = "rates"
-    table.add_column("cell", overflow="fold", min_width=12)
+    table.add_column("cell", min_width=NARROW)
     for heading in (*(heading for heading, _ in shown), *(["in SLO"] if with_slo else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
@@ -76,7 +77,7 @@ def _rates(cells: Sequence[CellSummary]) -> Table:
         attained = cell.latency["slo_attainment"]
         if with_slo:
             values.append("-" if attained is None else f"{attained:.0%}")
-        table.add_row(Text(cell.label), *map(Text, values))
+        table.add_row(Label(cell.label), *map(Text, values))
     return table
 
 

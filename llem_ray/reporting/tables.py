@@ -15,6 +15,7 @@ from rich.text import Text
 from llem_ray.energy.stopping import NOT_REACHED
 from llem_ray.energy.validity import REASONS
 from llem_ray.reporting.efficiency import efficiency_table
+from llem_ray.reporting.labels import NARROW, Label
 from llem_ray.reporting.latency import latency_table
 from llem_ray.reporting.numbers import MISSING, count_noun, format_bytes, format_energy, format_uncertain, format_value
 from llem_ray.reporting.summary import CellSummary, RunSummary
@@ -51,7 +52,7 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
     marks = _marks(summary.cells)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=_title(summary), title_justify="left")
     table.title_style = "bold"
-    table.add_column("cell", overflow="fold", min_width=12)
+    table.add_column("cell", min_width=NARROW)
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("J/output token", justify="right", overflow="fold", min_width=16)
     if has_totals := any(cell.joules_per_total_token is not None for cell in summary.cells):
@@ -60,7 +61,7 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
     table.add_column("tok/s", justify="right", no_wrap=True)
     table.add_column("window s", justify="right", no_wrap=True)
     rows = [_cells(cell, marks, has_totals) for cell in summary.cells]
-    table.add_column("", no_wrap=True, min_width=max(len(row[-1]) for row in rows))
+    table.add_column("", no_wrap=True, min_width=max(len(_marked(cell, marks)) for cell in summary.cells))
     for row in rows:
         table.add_row(*row)
     loads = [Text(load.text()) for load in summary.loads]
@@ -84,7 +85,7 @@ def _title(summary: RunSummary) -> str:
     return escape(f"{summary.name}{what}: " + ", ".join(parts))
 
 
-def _cells(cell: CellSummary, marks: dict[str, str], has_totals: bool) -> list[Text]:
+def _cells(cell: CellSummary, marks: dict[str, str], has_totals: bool) -> list[Label | Text]:
     n = str(cell.trials) if cell.valid == cell.trials else f"{cell.valid}/{cell.trials}"
     estimated = cell.est_power_w if cell.power_w is None else None
     power = format_value(cell.power_w) if estimated is None else f"est. {format_value(estimated, 3)}"
@@ -93,9 +94,9 @@ def _cells(cell: CellSummary, marks: dict[str, str], has_totals: bool) -> list[T
         power,
         format_value(cell.output_throughput_tok_s),
         format_value(cell.window_s, 3),
-        "".join(sorted({marks[code] for code in _codes(cell)} - {EVERYWHERE})),
+        _marked(cell, marks),
     )
-    return [Text(cell.label), Text(n), _joules(cell), *map(Text, numbers)]
+    return [Label(cell.label), Text(n), _joules(cell), *map(Text, numbers)]
 
 
 def _joules(cell: CellSummary) -> Text:
@@ -124,6 +125,10 @@ def _marks(cells: Sequence[CellSummary]) -> dict[str, str]:
     letters = [*ascii_lowercase, *(f"({number})" for number in range(1, len(codes) + 1))]
     rest = [code for code in codes if code not in everywhere]
     return dict.fromkeys(everywhere, EVERYWHERE) | dict(zip(rest, letters, strict=False))
+
+
+def _marked(cell: CellSummary, marks: dict[str, str]) -> str:
+    return "".join(sorted({marks[code] for code in _codes(cell)} - {EVERYWHERE}))
 
 
 def _legend(summary: RunSummary, marks: dict[str, str]) -> list[Text]:
@@ -193,7 +198,7 @@ def _plus_minus(summary: RunSummary) -> list[Text]:
     varied = [(cell.variation, cell.label) for cell in summary.cells if cell.variation is not None]
     if varied:
         least, (most, where) = min(varied)[0], max(varied)
-        span = f"{least:.2%}" if len(varied) == 1 else f"{least:.2%} to {most:.2%}, most in {where}"
+        span = _percent(least) if len(varied) == 1 else f"{_percent(least)} to {_percent(most)}, most in {where}"
         lines.append(Text(f"It varies between repeats by {span} (standard deviation over mean)."))
     return lines
 
