@@ -45,6 +45,21 @@ class Between:
     """As in ``Uncertain``; ``bootstrap``: 95 % interval of a single repeat's percentile over its requests."""
 
 
+def mean_interval(values: Sequence[float], sigma: float | None) -> Uncertain | None:
+    """95 % t-interval of the mean over repeats; of a single one twice its own sigma. None without values, or a sigma of one.
+
+    Args:
+        values: One per repeat.
+        sigma: Of a single value.
+    """
+    interval = t_interval(values)
+    if interval is None or (interval.half_width is None and sigma is None):
+        return None
+    if interval.half_width is not None:
+        return Uncertain(mean=interval.mean, half_width=interval.half_width, n=interval.n, kind="t95")
+    return Uncertain(mean=interval.mean, half_width=None if sigma is None else 2 * sigma, n=1, kind="U")
+
+
 def joules_interval(known: Sequence[Row], target: StoppingSpec | None) -> Uncertain | None:
     """Of J per output token.
 

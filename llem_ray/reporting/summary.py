@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from llem_ray.core.spec import StoppingSpec
 from llem_ray.energy.stopping import NOT_REACHED, coefficient_of_variation, find_outliers
-from llem_ray.reporting.efficiency import EFFICIENCY_COLUMNS, mean_efficiency
+from llem_ray.reporting.efficiency import EFFICIENCY_COLUMNS, efficiency_intervals, mean_efficiency
 from llem_ray.reporting.intervals import (
     INTERVAL_COLUMNS,
     LATENCIES,
@@ -66,7 +66,7 @@ class CellSummary:
     variation: float | None
     """Standard deviation over mean of J per output token of the valid repeats."""
     outliers: tuple[str, ...]
-    """Valid trials whose J per output token is far from the others'. They are part of every mean."""
+    """Trials whose J per output token, or output tokens per second, is far from the others'. They are part of every mean."""
     resolution: Resolution | None
     """None where the run has no target."""
     joules_per_total_token: float | None
@@ -80,6 +80,8 @@ class CellSummary:
     output_throughput_tok_s: float | None
     efficiency: Mapping[str, float | None]
     """Energy by phase and token, MFU, J/FLOP, carbon and cost: means over completed trials."""
+    efficiency_intervals: Mapping[str, Uncertain | None]
+    """Their intervals; of a single repeat those of prefill and decode alone, twice the sigma of the fit."""
     latency: Mapping[str, float | None]
     """Columns of ``LATENCY_COLUMNS``, means over the completed trials."""
     intervals: Mapping[str, Between | None]
@@ -123,6 +125,8 @@ class RunSummary:
     """Reason code -> an example of what was seen."""
     phase_methods: tuple[str, ...]
     """How prefill and decode were told apart."""
+    phase_residual_rel: float | None
+    """What the worst fit left over of a tick's energy."""
     currencies: tuple[str, ...]
     """Of the costs."""
     stopping: StoppingSpec | None
@@ -180,9 +184,10 @@ def summarise_run(
         waste_energy_j=_sum(row.get("waste_energy_j") for row in rows),
         covers=_covers(rows),
         not_measured=_distinct(row.get("energy_not_measured") for row in rows),
-        sensor_rel=max((row["sensor_rel"] for row in rows if row.get("sensor_rel") is not None), default=None),
+        sensor_rel=_largest(rows, "sensor_rel"),
         details={code: seen for row in rows for code, seen in dict(row.get("reason_details") or {}).items()},
         phase_methods=_named(rows, "phase_method"),
+        phase_residual_rel=_largest(rows, "phase_residual_rel"),
         currencies=_named(rows, "currency"),
         stopping=target,
         resolution=None if target is None else run_resolution(found, planned_cells),
@@ -222,7 +227,7 @@ def _summarise_cell(
         failures=dict(Counter(row.get("failure_kind") or "unknown" for row in rows if row.get("status") == "failed")),
         joules_per_output_token=joules_interval(known, target),
         variation=coefficient_of_variation(joules),
-        outliers=tuple(known[index]["trial_id"] for index in find_outliers(joules)),
+        outliers=_outliers(known, counted),
         resolution=cell_resolution(rows, completed, target, repeats) if target is not None else None,
         joules_per_total_token=_mean(valid, "joules_per_total_token"),
         total_energy_j=_mean(valid, "total_energy_j"),
@@ -232,6 +237,7 @@ def _summarise_cell(
         window_s=_mean(counted, "window_s"),
         output_throughput_tok_s=_mean(counted, "output_throughput_tok_s"),
         efficiency=mean_efficiency(counted),
+        efficiency_intervals=efficiency_intervals(counted),
         latency={name: _mean(counted, name) for name in LATENCY_COLUMNS},
         intervals=serving_intervals(counted, target),
         missed_windows=tuple(missed),
@@ -243,6 +249,14 @@ def _summarise_cell(
         notes=_distinct(row.get("notes") for row in completed),
         energy_reason=next((row["energy_reason"] for row in unmeasured if row.get("energy_reason")), None),
     )
+
+
+def _outliers(known: Sequence[Row], counted: Sequence[Row]) -> tuple[str, ...]:
+    served = [row for row in counted if row.get("output_throughput_tok_s") is not None]
+    found = []
+    for rows, name in ((known, "joules_per_output_token"), (served, "output_throughput_tok_s")):
+        found += [rows[index]["trial_id"] for index in find_outliers([row[name] for row in rows])]
+    return tuple(dict.fromkeys(found))
 
 
 def _labeller(settings: Iterable[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
@@ -272,6 +286,10 @@ def _covers(rows: Iterable[Row]) -> dict[str, int]:
 
 def _named(rows: Iterable[Row], name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row[name] for row in rows if row.get(name)))
+
+
+def _largest(rows: Iterable[Row], name: str) -> float | None:
+    return max((row[name] for row in rows if row.get(name) is not None), default=None)
 
 
 def _mean(rows: Iterable[Row], name: str) -> float | None:

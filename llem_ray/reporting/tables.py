@@ -67,7 +67,10 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
     loads = [Text(load.text()) for load in summary.loads]
     latencies = latency_table(summary)
     efficiency = efficiency_table(
-        [(cell.label, cell.efficiency) for cell in summary.cells], summary.phase_methods, summary.currencies
+        [(cell.label, cell.efficiency, cell.efficiency_intervals) for cell in summary.cells],
+        summary.phase_methods,
+        summary.currencies,
+        summary.phase_residual_rel,
     )
     times = [part for table in (latencies, efficiency) if table is not None for part in (Text(""), table)]
     return Group(table, *_legend(summary, marks), *_reading(summary), *times, *loads, _where(summary, path))

@@ -150,6 +150,9 @@ def test_outliers_are_named_and_stay_in_the_mean() -> None:
     assert cell.outliers == ("a-r5",)
     assert cell.joules_per_output_token is not None
     assert cell.joules_per_output_token.mean == pytest.approx(sum(values) / 6)
+    slow = [row("a", n, **INVALID, output_throughput_tok_s=20.0 + value) for n, value in enumerate(values)]
+    (cell,) = summarise_run("run", slow).cells  # also where nothing measures energy
+    assert cell.outliers == ("a-r5",)
 
 
 def test_repeats_without_their_window_are_in_no_mean_and_are_named() -> None:
@@ -208,7 +211,7 @@ def test_the_summary_needs_no_other_columns() -> None:
     summarise_run(
         "run",
         [
-            Watched(row("a", 0, **dict.fromkeys(LATENCIES, 1.0))),
+            Watched(row("a", 0, **dict.fromkeys((*LATENCIES, "prefill_energy_j", "decode_energy_j"), 1.0))),
             Watched(row("b", 0, **INVALID, total_energy_j=None)),
             Watched(row("c", 0, **FAILED)),
         ],
