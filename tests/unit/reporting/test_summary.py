@@ -192,6 +192,9 @@ def test_latencies_and_rates_have_intervals_over_repeats_or_over_the_requests_of
     assert cell.intervals["output_throughput_tok_s"] is None
 
 
+FITTED = ("prefill_energy_j", "decode_energy_j", "prompt_tokens", "output_tokens")
+
+
 def test_the_summary_needs_no_other_columns() -> None:
     assert set(SUMMARY_COLUMNS) <= set(SCHEMAS["trials"].names)
     rows = [row("a", 0, ranks=[], est_energy_j=3.0), row("b", 0, **FAILED)]
@@ -211,7 +214,7 @@ def test_the_summary_needs_no_other_columns() -> None:
     summarise_run(
         "run",
         [
-            Watched(row("a", 0, **dict.fromkeys((*LATENCIES, "prefill_energy_j", "decode_energy_j"), 1.0))),
+            Watched(row("a", 0, **dict.fromkeys((*LATENCIES, *FITTED), 1.0))),
             Watched(row("b", 0, **INVALID, total_energy_j=None)),
             Watched(row("c", 0, **FAILED)),
         ],
