@@ -12,7 +12,7 @@ from rich.text import Text
 
 from llem_ray.reporting.intervals import Between
 from llem_ray.reporting.labels import NARROW, Label
-from llem_ray.reporting.numbers import format_uncertain, format_value
+from llem_ray.reporting.numbers import count_noun, format_uncertain, format_value
 from llem_ray.reporting.summary import LATENCY_COLUMNS, CellSummary, RunSummary
 
 KNOWN: Final = "output_throughput_tok_s"
@@ -101,4 +101,8 @@ def _readings(cells: Sequence[CellSummary]) -> list[str]:
         lines.append(f"± is half the width of the 95 % t-interval of the mean over a cell's repeats{by_target}.")
     if "bootstrap" in kinds:
         lines.append("In brackets: 95 % bootstrap interval of a single repeat, over its requests.")
+    reasons = list(dict.fromkeys(cell.interval_reason for cell in cells if cell.interval_reason))
+    if reasons:
+        others = f"; {count_noun(len(reasons) - 1, 'other reason')} in latency_interval_reason" if len(reasons) > 1 else ""
+        lines.append(f"No interval of a single repeat: {reasons[0]}{others}.")
     return lines

@@ -31,7 +31,7 @@ LATENCY_COLUMNS: Final = (*LATENCIES, *RATES, "slo_attainment", "failed_requests
 """Columns of ``trials`` that the tables of latencies and rates show."""
 
 SUMMARY_COLUMNS: Final = (
-    *INTERVAL_COLUMNS, "slo_attainment", "failed_requests", *EFFICIENCY_COLUMNS,
+    *INTERVAL_COLUMNS, "latency_interval_reason", "slo_attainment", "failed_requests", *EFFICIENCY_COLUMNS,
     "cell_id", "trial_id", "repeat", "status", "failure_kind", "settings", "model", "backend", "window_s",
     "window_rule", "run_s", "run_joules_per_output_token", "total_energy_j", "energy_uncertainty_j",
     "sensor_rel", "energy_covers", "energy_not_measured", "energy_reason",
@@ -86,6 +86,8 @@ class CellSummary:
     """Columns of ``LATENCY_COLUMNS``, means over the completed trials."""
     intervals: Mapping[str, Between | None]
     """Intervals of latency percentiles and rates, by column."""
+    interval_reason: str | None
+    """Why percentiles of a single repeat have no interval."""
     missed_windows: tuple[str, ...]
     """Completed trials that do not have the window that was asked for: their numbers are of whole runs. They are in no mean,
     unless the cell has no others."""
@@ -240,6 +242,7 @@ def _summarise_cell(
         efficiency_intervals=efficiency_intervals(counted),
         latency={name: _mean(counted, name) for name in LATENCY_COLUMNS},
         intervals=serving_intervals(counted, target),
+        interval_reason=counted[0].get("latency_interval_reason") if len(counted) == 1 else None,
         missed_windows=tuple(missed),
         window_rule=next((row["window_rule"] for row in completed if row.get("window_rule")), None),
         run_s=_mean(counted, "run_s"),

@@ -71,6 +71,12 @@ def test_a_single_repeat_shows_the_bootstrap_interval() -> None:
     assert "12.2" in text
 
 
+def test_a_single_repeat_without_an_interval_says_why() -> None:
+    why = {"latency_interval_reason": "60 requests, p50 takes 100"}
+    assert "No interval of a single repeat: 60 requests, p50 takes 100." in render([row(4, 0, **why)])
+    assert "No interval" not in render([row(4, 0, **why), row(4, 1, **why)])
+
+
 def test_goodput_failures_and_what_is_missing() -> None:
     good = {"goodput_req_s": 10.0, "slo_attainment": 0.8, "failed_requests": 3}
     text = render([row(4, 0, **good), row(8, 0, tpot_s_p50=None, tpot_s_p99=None, goodput_req_s=0.0, slo_attainment=0.0)])
