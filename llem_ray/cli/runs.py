@@ -20,7 +20,7 @@ from llem_ray.cli.sweeps import ADDRESS, AS_JSON, RESULTS_DIR, TOKEN_FILE
 from llem_ray.core.errors import ResultsError
 from llem_ray.execution.ray.address import parse_address, prepare_environment
 from llem_ray.execution.ray.jobs import RunJobs
-from llem_ray.execution.status import RunStatus, planned_trials, read_status
+from llem_ray.execution.status import RunStatus, read_planned, read_status
 from llem_ray.reporting.numbers import count_noun
 from llem_ray.reporting.tables import run_table
 from llem_ray.results.export import EXPORT_FORMATS, ExportFormat, export_run
@@ -68,7 +68,7 @@ def watch(run: str, results_dir: Path, address: str | None, token_file: Path | N
         watch_job(jobs, run)
         return
     directory = find_run(results_dir, run)
-    planned = planned_trials(directory)
+    planned = read_planned(directory)
     seen = ""
     while True:
         found = read_status(directory, planned)
@@ -187,7 +187,8 @@ def _jobs(address: str | None, token_file: Path | None) -> RunJobs | None:
 
 def _status_line(found: RunStatus) -> str:
     state = "running" if found.running else "unfinished" if found.left else "finished"
-    parts = [f"{found.name}: {state}", f"{found.done} of {count_noun(found.total, 'trial')} done"]
+    limit = "at most " if found.at_most else ""
+    parts = [f"{found.name}: {state}", f"{found.done} of {limit}{count_noun(found.total, 'trial')} done"]
     if found.failed:
         parts.append(f"{found.failed} failed")
     if found.measuring is not None:

@@ -34,6 +34,7 @@ from llem_ray.execution.ray.address import Address, parse_address, prepare_envir
 from llem_ray.execution.ray.choice import make_executor
 from llem_ray.execution.ray.connect import probe_cluster
 from llem_ray.execution.ray.jobs import RunJobs
+from llem_ray.execution.stopping import known_so_far
 from llem_ray.planning.serialise import plan_to_dict
 from llem_ray.power.sources import count_gpus
 from llem_ray.reporting.numbers import count_noun
@@ -205,7 +206,8 @@ def _is_settled(rundir: RunDirectory, plan: Plan, retry_failed: bool) -> bool:
         return False
     state = settled_state(rundir)
     if retry_failed:
-        return all(trial.trial_id in state.done or trial.trial_id in state.not_needed for trial in plan.trials)
+        state.given_up.clear()
+    known_so_far(plan, rundir, state)
     return all(state.is_settled(trial.trial_id) for trial in plan.trials)
 
 
@@ -251,7 +253,7 @@ def _report(rundir: RunDirectory, plan: Plan, result: RunResult | None, require_
         EnergyGateError: A trial lacks a valid energy although ``require_energy`` asks for it.
     """
     rows = read_table(rundir.path, "trials").to_pylist()
-    summary = read_summary(rundir, rows, (plan.stopping, plan.repeats))
+    summary = read_summary(rundir, rows)
     Console().print(run_table(summary, rundir.path))
     if result is not None and result.interrupted:
         click.echo(f"interrupted with {count_noun(result.left, 'trial')} left; submit the same sweep again to resume", err=True)

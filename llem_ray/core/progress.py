@@ -13,6 +13,7 @@ class ProgressEvent:
     trial: int
     """Trials settled so far, plus one while another runs."""
     total: int
+    """Trials of the run, without those that turned out to be not needed."""
     phase: str
     label: str
     """The running trial's settings, short."""
@@ -25,6 +26,8 @@ class ProgressEvent:
     j_per_token_estimated: bool = False
     """``j_per_token`` is an estimate."""
     eta_s: float | None = None
+    at_most: bool = False
+    """Further trials may turn out to be not needed: ``total`` and ``eta_s`` are limits."""
 
 
 class Progress(Protocol):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from math import floor, sqrt
 from statistics import fmean, median, stdev
 from typing import Any, Final, Literal
@@ -20,6 +21,8 @@ OUTLIER_Z: Final = {5: 13.1, 6: 8.4, 8: 6.8, 10: 5.8, 15: 5.2, 20: 4.7, 30: 4.4,
 """Values, at least -> modified z-score that their largest exceeds in 2 % of normal samples, by simulation."""
 ENERGY_METRICS: Final = frozenset({"joules_per_output_token", "joules_per_total_token"})
 MAD_TO_SD: Final = 0.6745
+NOT_REACHED: Final = "window_not_reached"
+"""Reason of a row whose window is another than the one that was asked for."""
 
 Ended = Literal["target", "repeats", "budget"]
 
@@ -35,8 +38,13 @@ class Repeat:
 
 
 def metric_value(row: Mapping[str, Any], metric: str) -> float | None:
-    """A target's metric in a row of ``trials``; None where the trial failed, or the metric's energy is not valid."""
-    if row.get("status") == "failed" or (metric in ENERGY_METRICS and not row.get("power_valid")):
+    """A target's metric in a row of ``trials``.
+
+    None where the trial failed, where it does not have the window that was asked for, or where the metric's energy is not valid.
+    """
+    if row.get("status") == "failed" or NOT_REACHED in (row.get("invalid_reasons") or ()):
+        return None
+    if metric in ENERGY_METRICS and not row.get("power_valid"):
         return None
     value: float | None = row.get(metric)
     return value
@@ -52,26 +60,55 @@ class Verdict:
     """Why the cell gets no further repeats; None where it does."""
 
 
-def judge(repeats: Sequence[Repeat], spec: StoppingSpec) -> Verdict:
+def judge(repeats: Mapping[int, Repeat], spec: StoppingSpec) -> Verdict:
     """Whether a cell has enough repeats.
 
     N = max(n0, floor((t s0 / h)^2) + 1), with s0 the standard deviation of the first n0 values, t the quantile of Student's
     distribution with n0 - 1 degrees of freedom, and h the target: ``half_width_rel`` of the mean of the first n0. Stein's rule is
     exact for an h that is fixed beforehand; taking the mean of the first values for it costs little (a test simulates it).
 
+    The first n0 are the first by their numbers, whichever end first: while one before them is missing N is not known. Results
+    beyond a gap count as values all the same.
+
     Args:
-        repeats: Those that have ended, in their order; some may have no value.
+        repeats: Number of a repeat, from 0, to what it gave, of those that have ended; some may have no value.
         spec: The target.
     """
-    values = [repeat.value for repeat in repeats if repeat.value is not None]
-    needed = repeats_needed(values, spec)
+    values = values_in_order(repeats)
+    needed = repeats_needed(values_in_order(_before_gap(repeats)), spec)
     if needed is not None and len(values) >= needed:
         return Verdict(needed=needed, ended="target")
-    spent_s = sum(repeat.window_s for repeat in repeats)
+    spent_s = sum(repeat.window_s for repeat in repeats.values())
     next_s = spent_s / len(repeats) if repeats else 0.0
     # The first repeats are needed for any interval at all.
     over = spec.budget_s is not None and len(repeats) >= spec.first and spent_s + next_s > spec.budget_s
     return Verdict(needed=needed, ended="budget" if over else None)
+
+
+def is_surely_needed(repeats: Mapping[int, Repeat], missing: int, spec: StoppingSpec) -> bool:
+    """Whether a cell needs one more repeat whatever those give that have not ended yet.
+
+    Args:
+        repeats: Those that have ended; ``judge`` does not end the cell by them.
+        missing: How many have begun or are to begin before it, and have not ended.
+        spec: The target.
+    """
+    enough = judge(repeats, spec).needed or spec.first
+    if len(values_in_order(repeats)) + missing >= enough:
+        return False
+    if spec.budget_s is None:
+        return True
+    windows_s = [repeat.window_s for repeat in repeats.values()]
+    return sum(windows_s) + (missing + 1) * max(windows_s, default=0.0) <= spec.budget_s
+
+
+def values_in_order(repeats: Mapping[int, Repeat]) -> list[float]:
+    """Values of the repeats that have one, by their numbers."""
+    return [value for number in sorted(repeats) if (value := repeats[number].value) is not None]
+
+
+def _before_gap(repeats: Mapping[int, Repeat]) -> Mapping[int, Repeat]:
+    return {number: repeats[number] for number in takewhile(repeats.__contains__, count())}
 
 
 def repeats_needed(values: Sequence[float], spec: StoppingSpec) -> int | None:

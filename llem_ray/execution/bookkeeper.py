@@ -180,10 +180,10 @@ class Bookkeeper:
         if self._error is not None:
             raise self._error
 
-    def settled(self) -> int:
-        """Trials that are done, given up or not needed, earlier sessions included."""
+    def settled(self) -> tuple[int, int]:
+        """Trials that are done or given up, and those that are not needed, earlier sessions included."""
         with self._lock:
-            return len(self._state.done) + len(self._state.given_up) + len(self._state.not_needed)
+            return len(self._state.done) + len(self._state.given_up), len(self._state.not_needed)
 
     def mean_j_per_token(self) -> tuple[float | None, bool]:
         """Mean J per output token of this session's valid trials; of their estimates (True) where none is valid."""

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Phase
@@ -29,12 +28,12 @@ from llem_ray.execution.meter import Meter
 from llem_ray.execution.policy import FailurePolicy
 from llem_ray.execution.records import AttemptEnded, SpansAdded
 from llem_ray.execution.spans import Timeline
-from llem_ray.execution.stopping import RESULT_COLUMNS, Stopping
+from llem_ray.execution.stopping import known_so_far
 from llem_ray.execution.waits import Waits
 from llem_ray.power.host import host_id
 from llem_ray.results.environment import describe_environment, record_session
 from llem_ray.results.journal import Journal, JournalEvent
-from llem_ray.results.reader import read_table, settled_state
+from llem_ray.results.reader import settled_state
 from llem_ray.results.rows import node_row
 from llem_ray.results.rundir import RunDirectory
 from llem_ray.results.writer import DatasetWriter
@@ -130,7 +129,7 @@ class RunDriver:
             self._state.given_up.clear()
         with Journal.open(self._rundir.journal_path) as journal:
             self._writer = DatasetWriter(self._rundir)
-            stopping = Stopping(self._plan, self._earlier_rows(), self._state.given_up)
+            stopping = known_so_far(self._plan, self._rundir, self._state)
             self._book = Bookkeeper(
                 self._plan, self._meter, journal, self._writer, self._state, self._clock, self._options.begin_ns, stopping
             )
@@ -152,14 +151,6 @@ class RunDriver:
             interrupted=interrupted,
             stopped=stopped,
         )
-
-    def _earlier_rows(self) -> list[dict[str, Any]]:
-        """What earlier sessions found, each trial's last attempt last; not needed where every cell gets as many repeats."""
-        if self._plan.stopping.half_width_rel is None:
-            return []
-        columns = [*RESULT_COLUMNS, self._plan.stopping.metric]
-        rows = read_table(self._rundir.path, "trials", columns=columns).to_pylist()
-        return sorted(rows, key=lambda row: row["attempt"])
 
     def _run_session(self, journal: Journal) -> tuple[bool, str | None]:
         """Start everything, run the groups, end everything. Returns whether the user stopped it, and why it gave up."""
@@ -281,8 +272,8 @@ class RunDriver:
 
     def _progress_event(self) -> ProgressEvent:
         book, plan = self._book, self._plan
-        total = len(plan.trials)
-        settled = book.settled()
+        settled, not_needed = book.settled()
+        total = len(plan.trials) - not_needed
         watts, estimated = self._meter.latest_power_w()
         j_per_token, j_estimated = book.mean_j_per_token()
         return ProgressEvent(
@@ -295,6 +286,7 @@ class RunDriver:
             j_per_token=j_per_token,
             j_per_token_estimated=j_estimated,
             eta_s=book.eta_s(total - settled),
+            at_most=book.stopping.has_target,
         )
 
     def _phase(self) -> str:

@@ -65,24 +65,26 @@ def load_columns(done: Completed, load: LoadSpec) -> Row:
 def goodput_columns(done: Completed, slo: SloSpec, power_w: float | None) -> Row:
     """Requests that keep the limits that are asked for; nothing without any.
 
+    Where requests were made and none keeps them, 0 is what was measured, also where none succeeded and no duration is defined.
+
     Args:
         done: The trial.
         slo: The limits.
         power_w: Mean power of everything that the energy covers; None where the energy is not valid.
     """
     limits = limits_of(slo)
-    requests = requests_inside(done)
-    if limits is None or not requests:
+    if limits is None or not done.requests:
         return {}
+    requests = requests_inside(done)
     good, rates = count_good(requests, limits), throughput(requests)
     length_s = done.window.duration_s if is_part(done) else None if rates is None else rates.duration_s
-    goodput = good / length_s if length_s else None
+    goodput = good / length_s if length_s else 0.0 if not good else None
     return {
         "slo_ttft_ms": limits.ttft_ms,
         "slo_tpot_ms": limits.tpot_ms,
         "slo_e2e_ms": limits.e2e_ms,
         "goodput_req_s": goodput,
-        "slo_attainment": good / len(requests),
+        "slo_attainment": good / len(requests) if requests else None,
         "goodput_per_watt": goodput / power_w if goodput is not None and power_w else None,
     }
 

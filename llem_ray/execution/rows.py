@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
+from llem_ray.core.backend import RequestRecord
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.energy.request_share import BY_PHASES, PhaseParts, share_energy
 from llem_ray.execution.load_rows import counts_of, is_part, load_columns, requests_inside
 from llem_ray.execution.records import AttemptEnded
 from llem_ray.execution.window_tokens import request_parts
 from llem_ray.results import rows as columns
-from llem_ray.results.trial_columns import ADJUSTED_METRICS
+from llem_ray.results.trial_columns import ADJUSTED_METRICS, INTERVAL_METRICS
 from llem_ray.workloads import latency
+from llem_ray.workloads.percentile_intervals import percentile_intervals, why_no_interval
 
 Row = dict[str, Any]
 
@@ -24,6 +26,10 @@ _PER_REQUEST = {
     "e2e_from_schedule_s": latency.e2e_from_schedule_s,
     "normalized_tpot_s": latency.normalized_tpot_s,
 }
+
+
+IN_BATCHES: Final = "requests of a batch are answered together: they are not independent of each other"
+"""Why there is no bootstrap over them."""
 
 
 def attempt_row(ended: AttemptEnded) -> Row:
@@ -50,7 +56,31 @@ def attempt_row(ended: AttemptEnded) -> Row:
     )
     row |= columns.length_columns(requests_inside(outcome))
     row |= load_columns(outcome, ended.trial.experiment.workload.load)
-    return row | latency_columns(outcome, ended.group.experiment.engine.world_size if ended.group.gpus else 0)
+    workload = ended.trial.experiment.workload
+    row |= latency_columns(outcome, ended.group.experiment.engine.world_size if ended.group.gpus else 0)
+    alone = workload.load.online or workload.batch_size == 1
+    return row | latency_interval_columns(requests_inside(outcome), workload.seed, alone=alone)
+
+
+def latency_interval_columns(requests: Sequence[RequestRecord], seed: int, *, alone: bool) -> Row:
+    """How sure the latency percentiles are, or why that is not known.
+
+    Args:
+        requests: Those of the window.
+        seed: Of the bootstrap.
+        alone: Requests are answered one by one.
+    """
+    done = list(filter(latency.succeeded, requests))
+    row: Row = {}
+    lacking: dict[str, list[str]] = {}
+    for metric in INTERVAL_METRICS:
+        values = [value for request in done if (value := _PER_REQUEST[metric](request)) is not None]
+        row |= columns.interval_columns(metric, percentile_intervals(values, seed) if alone else {})
+        reason = why_no_interval(len(values)) if alone else IN_BATCHES
+        if values and reason is not None:
+            lacking.setdefault(reason, []).append(metric)
+    reasons = list(lacking) if len(lacking) < 2 else [f"{', '.join(metrics)}: {reason}" for reason, metrics in lacking.items()]
+    return row | {"latency_interval_reason": "; ".join(reasons) or None}
 
 
 def latency_columns(done: Completed, gpus: int) -> Row:
@@ -82,6 +112,9 @@ def latency_columns(done: Completed, gpus: int) -> Row:
             "request_throughput_req_s": rates.request_throughput_req_s,
             "throughput_per_gpu_tok_s": rates.throughput_per_gpu_tok_s,
         }
+    elif requests and not done_well:  # nothing in whatever time
+        row |= {"output_throughput_tok_s": 0.0, "total_token_throughput_tok_s": 0.0, "request_throughput_req_s": 0.0}
+        row["throughput_per_gpu_tok_s"] = 0.0 if gpus else None
     return row
 
 

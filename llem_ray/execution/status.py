@@ -25,6 +25,8 @@ class RunStatus:
     """Trials that failed for good."""
     left: int
     """Trials that are still to do, those that run now included."""
+    at_most: bool
+    """Of those that are left some may turn out to be not needed."""
     running: bool
     """Some process works on it."""
     measuring: str | None
@@ -39,17 +41,31 @@ class RunStatus:
         return asdict(self)
 
 
-def read_status(rundir: RunDirectory, planned: Mapping[str, str] | None = None) -> RunStatus:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """What a run's plan says of its trials."""
+
+    trials: Mapping[str, str]
+    """Trial -> its settings and repeat."""
+    stopping: StoppingSpec
+    """The run's target."""
+    repeats: int | None
+    """What a cell gets at most; None before the plan is written down."""
+    cells: int
+
+
+def read_status(rundir: RunDirectory, planned: Planned | None = None) -> RunStatus:
     """The run's status now. Takes no lock.
 
     Args:
         rundir: The run.
-        planned: What ``planned_trials`` gave for it, to look at a run again and again.
+        planned: What ``read_planned`` gave for it, to look at a run again and again.
 
     Raises:
         ResultsError: The directory is damaged.
     """
-    trials = planned or planned_trials(rundir)
+    planned = planned if planned is not None and planned.trials else read_planned(rundir)
+    trials = planned.trials
     running, holder = rundir.is_locked(), rundir.holder()
     # While a run goes on its journal is up to date; of a killed one, the rows that are there count as well.
     state = rundir.replay() if running else settled_state(rundir)
@@ -57,13 +73,15 @@ def read_status(rundir: RunDirectory, planned: Mapping[str, str] | None = None) 
     failed = len(trials.keys() & state.given_up.keys())
     total = len(trials) - len(trials.keys() & state.not_needed)
     open_trials = [trial_id for trial_id in state.open_attempts if trial_id in trials]
+    left = total - done - failed
     return RunStatus(
         name=rundir.name,
         path=str(rundir.path),
         total=total,
         done=done,
         failed=failed,
-        left=total - done - failed,
+        left=left,
+        at_most=left > 0 and planned.stopping.half_width_rel is not None,
         running=running,
         measuring=trials[open_trials[-1]] if running and open_trials else None,
         pid=holder[0] if holder else None,
@@ -71,38 +89,25 @@ def read_status(rundir: RunDirectory, planned: Mapping[str, str] | None = None) 
     )
 
 
-def planned_target(rundir: RunDirectory) -> tuple[StoppingSpec, int | None]:
-    """The run's target and what a cell gets at most; no target before the plan is written down.
+def read_planned(rundir: RunDirectory) -> Planned:
+    """What a run's plan says; no trials and no target before it is written down.
 
     Raises:
         ResultsError: The plan is damaged.
     """
     if not rundir.has_json("plan"):
-        return StoppingSpec(), None
-    plan = rundir.read_json("plan")
-    try:
-        return StoppingSpec(**plan.get("stopping", {})), int(plan["repeats"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultsError(f"the plan of {rundir.path} is damaged: {type(error).__name__}: {error}") from error
-
-
-def planned_trials(rundir: RunDirectory) -> dict[str, str]:
-    """Trial -> its settings and repeat, of every trial of the plan; none before the plan is written down.
-
-    Raises:
-        ResultsError: The plan is damaged.
-    """
-    if not rundir.has_json("plan"):
-        return {}
+        return Planned(trials={}, stopping=StoppingSpec(), repeats=None, cells=0)
     plan = rundir.read_json("plan")
     try:
         labels = {cell_id: _label(cell["settings"]) for cell_id, cell in plan["cells"].items()}
-        return {
+        trials = {
             trial["trial_id"]: f"{labels[trial['cell_id']]} repeat={trial['repeat']}".strip()
             for group in plan["groups"]
             for trial in group["trials"]
         }
-    except (KeyError, TypeError, AttributeError) as error:
+        stopping = StoppingSpec(**plan.get("stopping", {}))
+        return Planned(trials=trials, stopping=stopping, repeats=int(plan["repeats"]), cells=len(labels))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise ResultsError(f"{rundir.path / 'plan.json'} is not a plan: {problem}", "it was changed from outside") from error
 

@@ -1,62 +1,108 @@
-"""The table of latencies and rates that ``show`` prints below the energies."""
+"""The tables of latencies and of rates that ``show`` prints below the energies."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llem_ray.reporting.numbers import format_value
-from llem_ray.reporting.summary import CellSummary, RunSummary
+from llem_ray.reporting.intervals import Between
+from llem_ray.reporting.labels import NARROW, Label
+from llem_ray.reporting.numbers import count_noun, format_uncertain, format_value
+from llem_ray.reporting.summary import LATENCY_COLUMNS, CellSummary, RunSummary
 
-_MS = 1000.0
+KNOWN: Final = "output_throughput_tok_s"
+"""What the table of energies has shown already."""
+LONG_S: Final = 10.0
+"""Latencies from here on are shown in s."""
+_METRICS: Final = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("E2E", "e2e_latency_s"))
+_RATES: Final = (
+    ("req/s", "request_throughput_req_s"),
+    ("tok/s", "output_throughput_tok_s"),
+    ("all tok/s", "total_token_throughput_tok_s"),
+    ("good req/s", "goodput_req_s"),
+)
 
 
 def latency_table(summary: RunSummary) -> RenderableType | None:
-    """Median and 99th percentile of TTFT, TPOT and end-to-end latency, and rates; None where no trial has any.
+    """Median and 99th percentile of TTFT, TPOT and end-to-end latency, and rates, with intervals; None where no trial has any.
 
-    Percentiles are of a trial's successful requests, averaged over a cell's completed trials.
+    Percentiles are of a trial's successful requests, averaged over a cell's trials.
     """
-    cells = [cell for cell in summary.cells if any(value is not None for value in cell.latency.values())]
+    cells = [cell for cell in summary.cells if any(cell.latency[name] is not None for name in LATENCY_COLUMNS if name != KNOWN)]
     if not cells:
         return None
-    with_goodput = any(cell.latency["goodput_req_s"] is not None for cell in cells)
+    lines = ["Of successful requests; the mean over a cell's completed trials. all tok/s counts prompts and outputs."]
+    lines += _readings(cells)
+    if sum(cell.latency["failed_requests"] or 0 for cell in cells):
+        lines.append("Some requests failed: adj_* in the dataset count them as infinitely late.")
+    return Group(_latencies(cells), _rates(cells), *(Text(line, style="dim") for line in lines))
+
+
+def _latencies(cells: Sequence[CellSummary]) -> Table:
+    """One block of lines for a cell, so that its label has room."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left", title_style="bold")
-    table.title = "latency, median / 99th percentile, and rates"
-    table.add_column("cell", overflow="fold", min_width=12)
-    headings = ["TTFT ms", "TPOT ms", "E2E s", "req/s", "all tok/s", *(["good req/s"] if with_goodput else [])]
-    for heading in headings:
+    table.title = "latency"
+    table.add_column("cell", min_width=NARROW)
+    table.add_column("", no_wrap=True)
+    for heading in ("median", "99th percentile"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
-        table.add_row(*_row(cell, with_goodput=with_goodput))
-    lines = [
-        Text(
-            "Of successful requests; the mean over a cell's completed trials. all tok/s counts prompts and outputs.", style="dim"
-        )
-    ]
-    failed = sum(cell.latency["failed_requests"] or 0 for cell in cells)
-    if failed:
-        lines.append(Text("Some requests failed: adj_* in the dataset count them as infinitely late.", style="dim"))
-    return Group(table, *lines)
+        lines = [_line(cell, name, metric) for name, metric in _METRICS]
+        table.add_row(Label(cell.label), *(Text("\n".join(column)) for column in zip(*lines, strict=True)))
+    return table
 
 
-def _row(cell: CellSummary, *, with_goodput: bool) -> list[Text]:
-    found = cell.latency
-    goodput = format_value(found["goodput_req_s"], 3)
-    if found["slo_attainment"] is not None:
-        goodput += f" ({found['slo_attainment']:.0%})"
-    return [
-        Text(cell.label),
-        Text(_pair(cell, "ttft_s", _MS)),
-        Text(_pair(cell, "tpot_s", _MS)),
-        Text(_pair(cell, "e2e_latency_s", 1.0)),
-        Text(format_value(found["request_throughput_req_s"], 3)),
-        Text(format_value(found["total_token_throughput_tok_s"], 3)),
-        *([Text(goodput)] if with_goodput else []),
-    ]
+def _line(cell: CellSummary, name: str, metric: str) -> tuple[str, str, str]:
+    columns = [f"{metric}_{statistic}" for statistic in ("p50", "p99")]
+    scale, unit = (1.0, "s") if (cell.latency[columns[-1]] or 0.0) >= LONG_S else (1000.0, "ms")
+    median, late = (_value(cell.latency[column], cell.intervals[column], scale) for column in columns)
+    return f"{name} {unit}", median, late
 
 
-def _pair(cell: CellSummary, metric: str, scale: float) -> str:
-    values = (cell.latency[f"{metric}_{statistic}"] for statistic in ("p50", "p99"))
-    return "/".join(format_value(None if value is None else value * scale, 3) for value in values)
+def _rates(cells: Sequence[CellSummary]) -> Table:
+    shown = [(heading, name) for heading, name in _RATES if any(cell.latency[name] is not None for cell in cells)]
+    with_slo = any(cell.latency["slo_attainment"] is not None for cell in cells)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left", title_style="bold")
+    table.title = "rates"
+    table.add_column("cell", min_width=NARROW)
+    for heading in (*(heading for heading, _ in shown), *(["in SLO"] if with_slo else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for cell in cells:
+        values = [_value(cell.latency[name], cell.intervals[name], 1.0) for _, name in shown]
+        attained = cell.latency["slo_attainment"]
+        if with_slo:
+            values.append("-" if attained is None else f"{attained:.0%}")
+        table.add_row(Label(cell.label), *map(Text, values))
+    return table
+
+
+def _value(value: float | None, between: Between | None, scale: float) -> str:
+    """``52.1 ±1.2`` over repeats, ``52.1 (50.4-54.0)`` of a single one."""
+    if value is None or between is None:
+        return format_value(None if value is None else value * scale, 3)
+    if between.kind == "bootstrap":
+        low, high = (format_value(end * scale, 3) for end in (between.low, between.high))
+        return f"{format_value(value * scale, 3)} ({low}-{high})"
+    half_width = (between.high - between.low) / 2 * scale
+    return format_uncertain(value * scale, half_width) if half_width > 0 else format_value(value * scale, 3)
+
+
+def _readings(cells: Sequence[CellSummary]) -> list[str]:
+    """What the intervals are."""
+    kinds = {between.kind for cell in cells for between in cell.intervals.values() if between is not None}
+    lines = []
+    if kinds - {"bootstrap"}:
+        by_target = ", of the target's metric of the interval by its rule" if "stein" in kinds else ""
+        lines.append(f"± is half the width of the 95 % t-interval of the mean over a cell's repeats{by_target}.")
+    if "bootstrap" in kinds:
+        lines.append("In brackets: 95 % bootstrap interval of a single repeat, over its requests.")
+    reasons = list(dict.fromkeys(cell.interval_reason for cell in cells if cell.interval_reason))
+    if reasons:
+        others = f"; {count_noun(len(reasons) - 1, 'other reason')} in latency_interval_reason" if len(reasons) > 1 else ""
+        lines.append(f"No interval of a single repeat: {reasons[0]}{others}.")
+    return lines

@@ -7,7 +7,7 @@ from typing import Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichBar
 
 from llem_ray.core.progress import Progress, ProgressEvent
@@ -30,8 +30,13 @@ def describe_event(event: ProgressEvent) -> str:
     if event.j_per_token is not None:
         parts.append(("est. " if event.j_per_token_estimated else "") + f"{format_value(event.j_per_token, 3)} J/token")
     if event.eta_s is not None:
-        parts.append(f"{format_duration(event.eta_s)} left")
+        parts.append(f"{'at most ' if event.at_most else ''}{format_duration(event.eta_s)} left")
     return ", ".join(parts)
+
+
+def count_event(event: ProgressEvent) -> str:
+    """``3/24``; ``3 of at most 24`` where further trials may turn out to be not needed."""
+    return f"{event.trial} of at most {event.total}" if event.at_most else f"{event.trial}/{event.total}"
 
 
 class LiveProgress:
@@ -41,14 +46,14 @@ class LiveProgress:
 
     def __init__(self, console: Console) -> None:
         columns = (
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[phase]}", style="bold"),
             TextColumn("{task.fields[label]}"),
             TextColumn("{task.fields[facts]}", style="cyan"),
         )
         self._bar = RichBar(*columns, console=console, transient=True, refresh_per_second=4)
-        self._task = self._bar.add_task("run", total=None, phase="starting", label="", facts="")
+        self._task = self._bar.add_task("run", total=None, count="", phase="starting", label="", facts="")
 
     def update(self, event: ProgressEvent) -> None:
         """Show the event."""
@@ -56,6 +61,7 @@ class LiveProgress:
             self._task,
             completed=event.trial,
             total=event.total,
+            count=count_event(event),
             phase=escape(event.phase),
             label=escape(event.label),
             facts=describe_event(event),
@@ -88,7 +94,7 @@ class PlainProgress:
         if key == self._shown:
             return
         self._shown = key
-        text = f"trial {event.trial}/{event.total}: {event.phase}"
+        text = f"trial {count_event(event)}: {event.phase}"
         text += "".join(f", {part}" for part in (event.label, describe_event(event)) if part)
         self.message(text)
 

@@ -6,37 +6,34 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from operator import itemgetter
 from statistics import fmean
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from llem_ray.core.spec import StoppingSpec
-from llem_ray.energy.metrics import t_interval
-from llem_ray.energy.stopping import (
-    Ended,
-    Repeat,
-    coefficient_of_variation,
-    find_outliers,
-    judge,
-    metric_value,
-    stein_interval,
+from llem_ray.energy.stopping import NOT_REACHED, coefficient_of_variation, find_outliers
+from llem_ray.reporting.efficiency import EFFICIENCY_COLUMNS, efficiency_intervals, mean_efficiency
+from llem_ray.reporting.intervals import (
+    INTERVAL_COLUMNS,
+    LATENCIES,
+    RATES,
+    Between,
+    Uncertain,
+    joules_interval,
+    serving_intervals,
 )
-from llem_ray.reporting.efficiency import EFFICIENCY_COLUMNS, mean_efficiency
 from llem_ray.reporting.loads import LoadSummary, summarise_loads
 from llem_ray.reporting.numbers import format_setting
+from llem_ray.reporting.resolution import Resolution, RunResolution, cell_resolution, run_resolution
 
 Row = Mapping[str, Any]
 
-LATENCY_COLUMNS: Final = (
-    "ttft_s_p50", "ttft_s_p99", "tpot_s_p50", "tpot_s_p99", "e2e_latency_s_p50", "e2e_latency_s_p99", "request_throughput_req_s",
-    "total_token_throughput_tok_s", "goodput_req_s", "slo_attainment", "failed_requests",
-)  # fmt: skip
-"""Columns of ``trials`` that the table of latencies is made from."""
+LATENCY_COLUMNS: Final = (*LATENCIES, *RATES, "slo_attainment", "failed_requests")
+"""Columns of ``trials`` that the tables of latencies and rates show."""
 
 SUMMARY_COLUMNS: Final = (
-    *LATENCY_COLUMNS, *EFFICIENCY_COLUMNS,
+    *INTERVAL_COLUMNS, "latency_interval_reason", "slo_attainment", "failed_requests", *EFFICIENCY_COLUMNS,
     "cell_id", "trial_id", "repeat", "status", "failure_kind", "settings", "model", "backend", "window_s",
-    "window_rule", "run_s", "run_joules_per_output_token", "output_throughput_tok_s", "total_energy_j", "energy_uncertainty_j",
+    "window_rule", "run_s", "run_joules_per_output_token", "total_energy_j", "energy_uncertainty_j",
     "sensor_rel", "energy_covers", "energy_not_measured", "energy_reason",
     "waste_energy_j", "joules_per_output_token", "joules_per_total_token", "est_energy_j", "est_joules_per_output_token",
     "power_valid", "invalid_reasons", "flags", "notes", "reason_details",
@@ -45,35 +42,11 @@ SUMMARY_COLUMNS: Final = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Uncertain:
-    """A mean with the half-width of its interval."""
-
-    mean: float
-    half_width: float | None
-    n: int
-    """Values in the mean."""
-    kind: Literal["t95", "stein", "U"]
-    """``t95``: 95 % interval of the mean over repeats; ``stein``: that of the target's rule, at its level; ``U``: twice the
-    sampling uncertainty of a single repeat."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resolution:
-    """How far a cell is from the run's target."""
-
-    metric: str
-    mean: float | None
-    half_width_rel: float | None
-    """Half of the interval's width over the mean; None while there are too few values."""
-    ended: Ended | None
-    """What ended the cell's repeats: the target was reached, or the repeats or the budget are used up; None: it goes on."""
-    more: int | None
-    """Further repeats that the target would take; None where that is not known, 0 when it is reached."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class CellSummary:
-    """All attempts at all repeats of one cell. Means are over its completed trials; of energy, over the valid ones."""
+    """All attempts at all repeats of one cell.
+
+    Means are over its completed trials that have the window that was asked for; of energy, over the valid ones.
+    """
 
     cell_id: str
     label: str
@@ -93,7 +66,7 @@ class CellSummary:
     variation: float | None
     """Standard deviation over mean of J per output token of the valid repeats."""
     outliers: tuple[str, ...]
-    """Valid trials whose J per output token is far from the others'. They are part of every mean."""
+    """Trials whose J per output token, or output tokens per second, is far from the others'. They are part of every mean."""
     resolution: Resolution | None
     """None where the run has no target."""
     joules_per_total_token: float | None
@@ -107,8 +80,17 @@ class CellSummary:
     output_throughput_tok_s: float | None
     efficiency: Mapping[str, float | None]
     """Energy by phase and token, MFU, J/FLOP, carbon and cost: means over completed trials."""
+    efficiency_intervals: Mapping[str, Uncertain | None]
+    """Their intervals; of a single repeat those of prefill and decode alone, twice the sigma of the fit."""
     latency: Mapping[str, float | None]
     """Columns of ``LATENCY_COLUMNS``, means over the completed trials."""
+    intervals: Mapping[str, Between | None]
+    """Intervals of latency percentiles and rates, by column."""
+    interval_reason: str | None
+    """Why percentiles of a single repeat have no interval."""
+    missed_windows: tuple[str, ...]
+    """Completed trials that do not have the window that was asked for: their numbers are of whole runs. They are in no mean,
+    unless the cell has no others."""
     window_rule: str | None
     """Which part of their runs the windows are."""
     run_s: float | None
@@ -145,10 +127,14 @@ class RunSummary:
     """Reason code -> an example of what was seen."""
     phase_methods: tuple[str, ...]
     """How prefill and decode were told apart."""
+    phase_residual_rel: float | None
+    """What the worst fit left over of a tick's energy."""
     currencies: tuple[str, ...]
     """Of the costs."""
     stopping: StoppingSpec | None
     """The run's target; None where it has none."""
+    resolution: RunResolution | None
+    """Which cells reached it, and how many repeats the others lack; None without a target."""
     loads: tuple[LoadSummary, ...] = ()
     """Where the time to the first token went, by engine."""
     dataset_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -165,6 +151,7 @@ def summarise_run(
     *,
     stopping: StoppingSpec | None = None,
     repeats: int | None = None,
+    planned_cells: int | None = None,
     loads: Iterable[Row] = (),
     dataset_bytes: Mapping[str, int] | None = None,
 ) -> RunSummary:
@@ -175,6 +162,7 @@ def summarise_run(
         rows: Rows of ``trials``: all attempts, in the order they were written.
         stopping: The run's target.
         repeats: What a cell gets at most.
+        planned_cells: Cells of the plan.
         loads: Rows of ``loads``.
         dataset_bytes: Part of the dataset -> its size on disk.
     """
@@ -186,6 +174,7 @@ def summarise_run(
     settings = {cell_id: json.loads(cell_rows[0].get("settings") or "{}") for cell_id, cell_rows in by_cell.items()}
     label = _labeller(settings.values())
     cells = tuple(_summarise_cell(cell_id, settings[cell_id], label, by_cell[cell_id], target, repeats) for cell_id in by_cell)
+    found = {cell.cell_id: cell.resolution for cell in cells if cell.resolution is not None}
     return RunSummary(
         name=name,
         cells=cells,
@@ -197,11 +186,13 @@ def summarise_run(
         waste_energy_j=_sum(row.get("waste_energy_j") for row in rows),
         covers=_covers(rows),
         not_measured=_distinct(row.get("energy_not_measured") for row in rows),
-        sensor_rel=max((row["sensor_rel"] for row in rows if row.get("sensor_rel") is not None), default=None),
+        sensor_rel=_largest(rows, "sensor_rel"),
         details={code: seen for row in rows for code, seen in dict(row.get("reason_details") or {}).items()},
         phase_methods=_named(rows, "phase_method"),
+        phase_residual_rel=_largest(rows, "phase_residual_rel"),
         currencies=_named(rows, "currency"),
         stopping=target,
+        resolution=None if target is None else run_resolution(found, planned_cells),
         loads=summarise_loads(loads),
         dataset_bytes=dict(dataset_bytes or {}),
     )
@@ -215,7 +206,10 @@ def _summarise_cell(
     target: StoppingSpec | None,
     repeats: int | None,
 ) -> CellSummary:
-    completed = list({row["trial_id"]: row for row in rows if row.get("status") != "failed"}.values())
+    last = {row["trial_id"]: row for row in rows if row.get("status") != "failed"}
+    completed = sorted(last.values(), key=lambda row: row.get("repeat") or 0)
+    missed = [row["trial_id"] for row in completed if NOT_REACHED in (row.get("invalid_reasons") or ())]
+    counted = [row for row in completed if row["trial_id"] not in missed] or completed
     tried = {row["trial_id"] for row in rows}
     valid = [row for row in completed if row.get("power_valid")]
     unmeasured = [row for row in completed if row.get("total_energy_j") is None]
@@ -233,21 +227,25 @@ def _summarise_cell(
         valid=len(valid),
         failed=len(tried) - len(completed),
         failures=dict(Counter(row.get("failure_kind") or "unknown" for row in rows if row.get("status") == "failed")),
-        joules_per_output_token=_joules_per_token(known, target),
+        joules_per_output_token=joules_interval(known, target),
         variation=coefficient_of_variation(joules),
-        outliers=tuple(known[index]["trial_id"] for index in find_outliers(joules)),
-        resolution=_resolution(rows, completed, target, repeats) if target is not None else None,
+        outliers=_outliers(known, counted),
+        resolution=cell_resolution(rows, completed, target, repeats) if target is not None else None,
         joules_per_total_token=_mean(valid, "joules_per_total_token"),
         total_energy_j=_mean(valid, "total_energy_j"),
         power_w=_mean_power(valid, "total_energy_j"),
         est_joules_per_output_token=_mean(unmeasured, "est_joules_per_output_token") if not valid else None,
         est_power_w=_mean_power(unmeasured, "est_energy_j") if not valid else None,
-        window_s=_mean(completed, "window_s"),
-        output_throughput_tok_s=_mean(completed, "output_throughput_tok_s"),
-        efficiency=mean_efficiency(completed),
-        latency={name: _mean(completed, name) for name in LATENCY_COLUMNS},
+        window_s=_mean(counted, "window_s"),
+        output_throughput_tok_s=_mean(counted, "output_throughput_tok_s"),
+        efficiency=mean_efficiency(counted),
+        efficiency_intervals=efficiency_intervals(counted),
+        latency={name: _mean(counted, name) for name in LATENCY_COLUMNS},
+        intervals=serving_intervals(counted, target),
+        interval_reason=counted[0].get("latency_interval_reason") if len(counted) == 1 else None,
+        missed_windows=tuple(missed),
         window_rule=next((row["window_rule"] for row in completed if row.get("window_rule")), None),
-        run_s=_mean(completed, "run_s"),
+        run_s=_mean(counted, "run_s"),
         run_joules_per_output_token=_mean(valid, "run_joules_per_output_token"),
         invalid_reasons=_distinct(row.get("invalid_reasons") for row in completed),
         flags=_distinct(row.get("flags") for row in completed),
@@ -256,44 +254,12 @@ def _summarise_cell(
     )
 
 
-def _resolution(rows: Sequence[Row], completed: Sequence[Row], target: StoppingSpec, repeats: int | None) -> Resolution:
-    """By the same rule that the run itself went by."""
-    done = {row["repeat"]: row for row in completed}
-    last = {row["repeat"]: done.get(row["repeat"], row) for row in rows}
-    ended = [
-        Repeat(value=metric_value(row, target.metric), window_s=row.get("window_s") or 0.0) for _, row in sorted(last.items())
-    ]
-    verdict = judge(ended, target)
-    values = [repeat.value for repeat in ended if repeat.value is not None]
-    interval = stein_interval(values, target) or t_interval(values, target.confidence)
-    half_width_rel = None
-    if interval is not None and interval.half_width is not None and interval.mean:
-        half_width_rel = interval.half_width / abs(interval.mean)
-    used_up = repeats is not None and len(last) >= repeats
-    return Resolution(
-        metric=target.metric,
-        mean=None if interval is None else interval.mean,
-        half_width_rel=half_width_rel,
-        ended=verdict.ended or ("repeats" if used_up else None),
-        more=None if verdict.needed is None else max(0, verdict.needed - len(values)),
-    )
-
-
-def _joules_per_token(known: Sequence[Row], target: StoppingSpec | None) -> Uncertain | None:
-    values = [row["joules_per_output_token"] for row in known]
-    if target is not None and target.metric == "joules_per_output_token":
-        stein = stein_interval([row["joules_per_output_token"] for row in sorted(known, key=itemgetter("repeat"))], target)
-        if stein is not None:
-            return Uncertain(mean=stein.mean, half_width=stein.half_width, n=stein.n, kind="stein")
-    interval = t_interval(values)
-    if interval is None:
-        return None
-    if interval.half_width is not None:
-        return Uncertain(mean=interval.mean, half_width=interval.half_width, n=interval.n, kind="t95")
-    row = known[0]
-    u_j, energy_j = row.get("energy_uncertainty_j"), row.get("total_energy_j")
-    relative = u_j / energy_j if u_j is not None and energy_j else None
-    return Uncertain(mean=interval.mean, half_width=None if relative is None else interval.mean * relative, n=1, kind="U")
+def _outliers(known: Sequence[Row], counted: Sequence[Row]) -> tuple[str, ...]:
+    served = [row for row in counted if row.get("output_throughput_tok_s") is not None]
+    found = []
+    for rows, name in ((known, "joules_per_output_token"), (served, "output_throughput_tok_s")):
+        found += [rows[index]["trial_id"] for index in find_outliers([row[name] for row in rows])]
+    return tuple(dict.fromkeys(found))
 
 
 def _labeller(settings: Iterable[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
@@ -323,6 +289,10 @@ def _covers(rows: Iterable[Row]) -> dict[str, int]:
 
 def _named(rows: Iterable[Row], name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row[name] for row in rows if row.get(name)))
+
+
+def _largest(rows: Iterable[Row], name: str) -> float | None:
+    return max((row[name] for row in rows if row.get(name) is not None), default=None)
 
 
 def _mean(rows: Iterable[Row], name: str) -> float | None:

@@ -118,6 +118,7 @@ class JournalState:
 
     def _apply_attempt(self, name: str, trial_id: str, attempt: int, record: Mapping[str, Any]) -> None:
         self.attempts[trial_id] = max(attempt, self.attempts.get(trial_id, 0))
+        self.not_needed.discard(trial_id)
         if name in {"leased", "measuring"}:
             self.open_attempts[trial_id] = attempt
             return

@@ -149,6 +149,15 @@ def adjusted_columns(metric: str, values: Mapping[str, float] | None) -> Row:
     return {f"adj_{metric}_{statistic}": None if values is None else values[statistic] for statistic in ADJUSTED_STATISTICS}
 
 
+def interval_columns(metric: str, ends: Mapping[int, tuple[float, float]]) -> Row:
+    """The columns ``<metric>_p50_lo``, ``<metric>_p50_hi`` and so on; a percentile that is not in ``ends`` is null."""
+    row: Row = {}
+    for statistic in ADJUSTED_STATISTICS:
+        low, high = ends.get(int(statistic.removeprefix("p")), (None, None))
+        row |= {f"{metric}_{statistic}_lo": low, f"{metric}_{statistic}_hi": high}
+    return row
+
+
 def flag_columns(flags: Iterable[Flag]) -> Row:
     """Reason codes by severity, each once, in the order seen, with what was seen."""
     codes: dict[Severity, dict[str, None]] = {"invalid": {}, "flag": {}, "note": {}}

@@ -273,6 +273,9 @@ ADJUSTED_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s")
 
 ADJUSTED_STATISTICS: Final = ("p50", "p90", "p95", "p99")
 
+INTERVAL_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s", "e2e_from_schedule_s")
+"""Latency metrics whose percentiles have intervals: ``<metric>_<percentile>_lo`` and ``_hi``. Each has one value per request."""
+
 _LATENCY = (
     *(
         Column(f"{metric}_{statistic}", _F64, "s", f"{definition}; {name} over the window's successful requests.")
@@ -289,6 +292,18 @@ _LATENCY = (
         for metric in ADJUSTED_METRICS
         for statistic in ADJUSTED_STATISTICS
     ),
+    *(
+        Column(
+            f"{metric}_{statistic}_{end}",
+            _F64,
+            "s",
+            f"{name} end of the 95 % bootstrap interval over requests.",
+        )
+        for metric in INTERVAL_METRICS
+        for statistic in ADJUSTED_STATISTICS
+        for end, name in (("lo", "Lower"), ("hi", "Upper"))
+    ),
+    Column("latency_interval_reason", _STR, "", "Why some or all percentiles have no interval."),
 )
 
 _GOODPUT = (

@@ -14,6 +14,7 @@ from llem_ray.energy.stopping import (
     Repeat,
     coefficient_of_variation,
     find_outliers,
+    is_surely_needed,
     judge,
     metric_value,
     repeats_needed,
@@ -24,8 +25,8 @@ TARGET = StoppingSpec(half_width_rel=0.02)
 CELLS = 2000
 
 
-def repeats(*values: float | None, window_s: float = 10.0) -> list[Repeat]:
-    return [Repeat(value=value, window_s=window_s) for value in values]
+def repeats(*values: float | None, window_s: float = 10.0) -> dict[int, Repeat]:
+    return {number: Repeat(value=value, window_s=window_s) for number, value in enumerate(values)}
 
 
 class TestNumbers:
@@ -76,6 +77,31 @@ class TestVerdict:
     def test_repeats_without_a_value_do_not_count(self) -> None:
         assert judge(repeats(1.0, None, 1.0, 1.0, 1.0), TARGET).ended is None
         assert judge(repeats(1.0, None, 1.0, 1.0, 1.0, 1.0), TARGET).ended == "target"
+
+    def test_the_first_ones_are_the_first_by_number_whichever_come_first(self) -> None:
+        """A repeat whose result is late is one of them: others must not take its place, or N would change when it comes."""
+        values = [1.0, 1.1, 0.9, 1.2, 1.0, 1.05, 1.0]
+        whole = repeats(*values)
+        late = {number: repeat for number, repeat in whole.items() if number != 2}
+        assert judge(late, TARGET).needed is None
+        assert judge(whole, TARGET).needed == judge(repeats(*values[:5]), TARGET).needed
+        beyond = repeats(*[2.0, 2.0, 2.0, 2.0, 2.01]) | {7: Repeat(value=2.0)}
+        assert judge(beyond, TARGET).ended == "target"
+
+    def test_a_repeat_is_surely_needed_while_all_that_is_missing_cannot_do(self) -> None:
+        noisy = repeats(1.0, 1.01, 0.99, 1.02, 0.98)
+        needed = judge(noisy, TARGET).needed
+        assert needed == 5
+        tight = StoppingSpec(half_width_rel=0.01)
+        needed = judge(noisy, tight).needed
+        assert needed == 20
+        assert is_surely_needed(noisy, 14, tight)
+        assert not is_surely_needed(noisy, 15, tight)
+        assert is_surely_needed(repeats(1.0, None, None), 3, tight)
+        assert not is_surely_needed(repeats(1.0, None, None), 4, tight)
+        limited = StoppingSpec(half_width_rel=0.01, budget_s=100.0)
+        assert is_surely_needed(noisy, 4, limited)
+        assert not is_surely_needed(noisy, 5, limited)
 
     def test_the_budget_ends_it_but_not_before_the_first_ones(self) -> None:
         spec = StoppingSpec(half_width_rel=0.001, budget_s=65.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,10 @@ from vllm_bench import PERCENTILES, calculate_metrics, output_of
 
 from llem_ray.core.backend import RequestRecord
 from llem_ray.core.energy import Window
-from llem_ray.core.outcome import Completed
+from llem_ray.core.outcome import Completed, OnlineRun
 from llem_ray.core.spec import SloSpec
 from llem_ray.execution.load_rows import goodput_columns
-from llem_ray.execution.rows import latency_columns
+from llem_ray.execution.rows import latency_columns, latency_interval_columns
 from llem_ray.results.schema import SCHEMAS
 
 MS = 1_000_000
@@ -114,8 +115,43 @@ def test_goodput_by_hand(slo: SloSpec, good: int) -> None:
 def test_no_limits_no_success_and_no_energy() -> None:
     assert goodput_columns(completed(SCRIPTED), SloSpec(), 50.0) == {}
     failed = goodput_columns(completed(SCRIPTED[3:]), SloSpec(ttft_ms=1), 50.0)
-    assert (failed["goodput_req_s"], failed["slo_attainment"], failed["goodput_per_watt"]) == (None, 0.0, None)
+    assert (failed["goodput_req_s"], failed["slo_attainment"], failed["goodput_per_watt"]) == (0.0, 0.0, 0.0)
+    assert goodput_columns(completed([]), SloSpec(ttft_ms=1), 50.0) == {}
+    none = latency_columns(completed(SCRIPTED[3:]), gpus=1)
+    assert none["request_throughput_req_s"] == none["output_throughput_tok_s"] == none["throughput_per_gpu_tok_s"] == 0.0
+    assert none.get("serving_s") is None
+    assert latency_columns(completed([]), gpus=0).get("request_throughput_req_s") is None
     assert goodput_columns(completed(SCRIPTED), SloSpec(ttft_ms=300), None)["goodput_per_watt"] is None
+
+
+def test_a_part_of_a_run_in_which_no_request_ends_has_a_goodput_of_0() -> None:
+    whole = Window(node="h", begin_ns=0, end_ns=2_000 * MS)
+    run = OnlineRun(whole=whole, rule="interval", concurrency=1, missed=None)
+    part = replace(completed(SCRIPTED), window=replace(whole, begin_ns=1_500 * MS), online=run)
+    found = goodput_columns(part, SloSpec(ttft_ms=300), None)
+    assert (found["goodput_req_s"], found["slo_attainment"], found["slo_ttft_ms"]) == (0.0, None, 300)
+
+
+def test_percentile_intervals_and_why_there_are_none() -> None:
+    """120 requests of which 20 have one token: no TPOT, and none of p95 and p99."""
+    many = [record([100 + number, 400 + number] if number < 100 else [100 + number], 0) for number in range(120)]
+    row = latency_interval_columns(many, 7, alone=True)
+    assert row == latency_interval_columns(list(reversed(many)), 7, alone=True)
+    assert row != latency_interval_columns(many, 8, alone=True)
+    median_s = latency_columns(completed(many), gpus=0)["ttft_s_p50"]
+    assert row["ttft_s_p50_lo"] < median_s < row["ttft_s_p50_hi"]
+    assert row["ttft_s_p95_lo"] is row["ttft_s_p99_hi"] is None
+    assert row["tpot_s_p50_lo"] == pytest.approx(0.3)
+    assert row["latency_interval_reason"].startswith("ttft_s, e2e_latency_s, e2e_from_schedule_s: 120 requests")
+    assert "tpot_s: 100 requests, p95 takes 200, p99 takes 1000" in row["latency_interval_reason"]
+    assert set(row) <= set(SCHEMAS["trials"].names)
+    few = latency_interval_columns(many[:60], 7, alone=True)
+    assert few["ttft_s_p50_lo"] is None
+    assert few["latency_interval_reason"] == "60 requests, p50 takes 100, p90 takes 100, p95 takes 200, p99 takes 1000"
+    together = latency_interval_columns(many, 7, alone=False)
+    assert together["ttft_s_p50_lo"] is None
+    assert "batch" in together["latency_interval_reason"]
+    assert latency_interval_columns([], 7, alone=True)["latency_interval_reason"] is None
 
 
 LIMITS_MS = {"ttft": 300.0, "tpot": 50.0, "e2el": 900.0}

@@ -179,3 +179,20 @@ def test_attempts_that_were_cut_short_do_not_use_up_the_retries(session: Session
     assert (result.completed, result.failed) == (5, 0)
     attempts = {row["attempt"]: row["failure_kind"] for row in session.rows() if row["trial_id"] == trials[0].trial_id}
     assert attempts == {3: "interrupted", 4: "hang", 5: None}
+
+
+def test_a_retried_repeat_opens_what_its_cell_did_not_need(session: Session) -> None:
+    """With another value among the first ones a cell may need more than it got: whether it does is asked again."""
+    target = "repeats: 8\nstopping: {half_width_rel: 0.9, metric: output_throughput_tok_s}"
+    failing = (
+        SWEEP.replace("[4, 5, 6, 7, 8]", "[4]").replace("repeats: 1", target).replace("min_window_s: 1", "min_window_s: 0.2")
+    )
+    failing = failing.replace("engine_args: {}", "engine_args: {fail: {kind: nan, once: struck}}").replace(
+        "measure: {", "measure: {max_attempts: 1, "
+    )
+    first = session.run(failing)
+    assert (first.completed, first.failed, first.left) == (5, 1, 0)
+    assert session.events().count("not_needed") == 2
+    again = session.run(failing, retry_failed=True)
+    assert (again.completed, again.failed, again.left) == (1, 0, 0)
+    assert session.events().count("not_needed") == 4

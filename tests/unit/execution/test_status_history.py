@@ -11,7 +11,7 @@ import pytest
 
 from llem_ray.core.errors import ResultsError
 from llem_ray.execution.history import find_past_run
-from llem_ray.execution.status import planned_trials, read_status
+from llem_ray.execution.status import read_planned, read_status
 from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import RunDirectory
 
@@ -64,6 +64,17 @@ def test_a_finished_run(run: RunDirectory) -> None:
     assert json.loads(json.dumps(found.as_dict()))["name"] == run.name
 
 
+def test_of_a_run_with_a_target_that_is_not_finished_the_count_is_a_limit(run: RunDirectory) -> None:
+    plan = run.read_json("plan")
+    assert not read_status(run).at_most
+    (run.path / "plan.json").write_text(json.dumps({**plan, "stopping": {"half_width_rel": 0.1}}))
+    assert not read_status(run).at_most
+    truncate_journal(run, "measuring")
+    shutil.rmtree(run.path / "trials")
+    found = read_status(run)
+    assert (found.at_most, found.total, found.done) == (True, 6, 0)
+
+
 def test_rows_count_although_the_journal_does_not_know_them(run: RunDirectory) -> None:
     truncate_journal(run, "measuring")
     assert (read_status(run).done, read_status(run).failed) == (4, 0)
@@ -76,7 +87,7 @@ def test_a_run_that_is_held_says_what_runs_now(run: RunDirectory) -> None:
         found = read_status(run)
         assert (found.running, found.pid, found.host) == (True, os.getpid(), os.uname().nodename)
         assert (found.done, found.left) == (0, 6)
-        assert found.measuring == planned_trials(run)[trial_id]
+        assert found.measuring == read_planned(run).trials[trial_id]
         assert found.measuring in {f"batch_size={size} repeat={repeat}" for size in (1, 2, 4) for repeat in (0, 1)}
 
 

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from llem_ray.reporting.efficiency import EFFICIENCY_COLUMNS, efficiency_table
+from llem_ray.reporting.intervals import Uncertain
 from llem_ray.reporting.summary import summarise_run
 from llem_ray.results.schema import SCHEMAS
 
@@ -40,7 +41,8 @@ FOOTPRINT = {"carbon_g": 0.02, "energy_cost": 0.00001, "currency": "EUR"}
 
 def render(rows: list[dict[str, Any]]) -> str:
     summary = summarise_run("run", rows)
-    table = efficiency_table([(cell.label, cell.efficiency) for cell in summary.cells], summary.phase_methods, summary.currencies)
+    cells = [(cell.label, cell.efficiency, cell.efficiency_intervals) for cell in summary.cells]
+    table = efficiency_table(cells, summary.phase_methods, summary.currencies, summary.phase_residual_rel)
     if table is None:
         return ""
     console = Console(file=io.StringIO(), width=80)
@@ -63,6 +65,23 @@ def test_costs_in_several_currencies_have_no_mean() -> None:
     assert mixed.efficiency["cost_per_million_output_tokens"] is None
     assert mixed.efficiency["carbon_g_per_million_output_tokens"] == pytest.approx(100.0)
     assert one.efficiency["cost_per_million_output_tokens"] == pytest.approx(0.05)
+
+
+def test_phases_have_intervals_over_repeats_or_by_the_fit_of_a_single_one() -> None:
+    fitted = {**PHASES, "prefill_energy_u_j": 2.0, "decode_energy_u_j": 5.0, "phase_residual_rel": 0.034}
+    (cell,) = summarise_run("run", [row(1, 0, **fitted)]).cells
+    single = cell.efficiency_intervals["prefill_joules_per_prompt_token"]
+    assert single == Uncertain(mean=pytest.approx(0.05), half_width=pytest.approx(0.004), n=1, kind="U")
+    text = " ".join(render([row(1, 0, **fitted)]).split())
+    assert "0.0500 ±0.0040 0.500 ±0.050" in text
+    assert "which leaves up to 3.4 % of a tick's energy" in text
+    assert "± of prefill and decode is 2 sigma of the fit of a single repeat." in text
+    rows = [row(1, n, **{**fitted, "decode_energy_j": energy_j}) for n, energy_j in enumerate((100.0, 104.0, 108.0))]
+    (cell,) = summarise_run("run", rows).cells
+    # per output token 0.50, 0.52, 0.54: 4.302653 x 0.02 / sqrt(3)
+    spread = cell.efficiency_intervals["decode_joules_per_output_token"]
+    assert spread == Uncertain(mean=pytest.approx(0.52), half_width=pytest.approx(0.0496827, rel=1e-5), n=3, kind="t95")
+    assert "0.520 ±0.050" in render(rows)
 
 
 def test_all_of_it_fits_80_columns() -> None:

@@ -38,6 +38,17 @@ def test_without_a_terminal_a_line_is_printed_when_the_trial_or_phase_changes() 
     ]
 
 
+def test_a_run_with_a_target_says_that_its_count_is_a_limit() -> None:
+    target = console(terminal=False)
+    with open_progress(target) as view:
+        view.update(event(2, at_most=True, eta_s=75.0))
+    assert printed(target) == "trial 2 of at most 3: trial, batch_size=[2], at most 1 min 15 s left\n"
+    live = console(terminal=True)
+    with open_progress(live) as view:
+        view.update(event(2, at_most=True))
+    assert "2 of at most 3" in printed(live)
+
+
 def test_in_a_terminal_one_line_is_kept_up_to_date_and_messages_stay() -> None:
     target = console(terminal=True)
     with open_progress(target) as view:

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from llem_ray.core.spec import StoppingSpec
-from llem_ray.reporting.summary import SUMMARY_COLUMNS, Uncertain, summarise_run
+from llem_ray.reporting.intervals import LATENCIES, Between, Uncertain
+from llem_ray.reporting.resolution import RunResolution
+from llem_ray.reporting.summary import SUMMARY_COLUMNS, summarise_run
 from llem_ray.results.schema import SCHEMAS
 
 
@@ -124,7 +126,12 @@ def test_cells_are_told_apart_by_whether_they_reached_the_target() -> None:
     # s0 = 0.0079057, t(0.975, 4) = 2.776445: (2.776445 x 0.0079057 / 0.005)^2 = 19.3, so 20 in all
     assert (b.ended, b.more) == ("repeats", 15)
     assert b.half_width_rel == pytest.approx(2.776445 * 0.00790569 / 5**0.5 / 0.5, rel=1e-5)
-    assert (c.ended, c.more, c.half_width_rel) == (None, None, None)
+    assert (c.ended, c.more, c.more_at_least, c.half_width_rel) == (None, 5, True, None)
+    found = summary.resolution
+    assert found == RunResolution(cells=3, resolved=("a",), unresolved=("b", "c"), not_begun=0, more=20)
+    wider = summarise_run("run", rows, stopping=target, repeats=5, planned_cells=7).resolution
+    assert wider is not None
+    assert (wider.cells, wider.not_begun) == (7, 4)
     assert summary.cells[1].variation == pytest.approx(0.00790569 / 0.5, rel=1e-5)
     shown = summary.cells[1].joules_per_output_token
     assert shown is not None
@@ -143,6 +150,49 @@ def test_outliers_are_named_and_stay_in_the_mean() -> None:
     assert cell.outliers == ("a-r5",)
     assert cell.joules_per_output_token is not None
     assert cell.joules_per_output_token.mean == pytest.approx(sum(values) / 6)
+    slow = [row("a", n, **INVALID, output_throughput_tok_s=20.0 + value) for n, value in enumerate(values)]
+    (cell,) = summarise_run("run", slow).cells  # also where nothing measures energy
+    assert cell.outliers == ("a-r5",)
+
+
+def test_repeats_without_their_window_are_in_no_mean_and_are_named() -> None:
+    """Their numbers are of whole runs: filling up and running empty included."""
+    missed = {
+        **INVALID,
+        "invalid_reasons": ["window_not_reached"],
+        "output_throughput_tok_s": 8.0,
+        "ttft_s_p50": 9.0,
+        "window_s": 2,
+    }
+    rows = [row("a", 0, ttft_s_p50=1.0), row("a", 1, **missed), row("a", 2, ttft_s_p50=2.0)]
+    (cell,) = summarise_run("run", rows).cells
+    assert cell.missed_windows == ("a-r1",)
+    assert (cell.output_throughput_tok_s, cell.window_s, cell.latency["ttft_s_p50"]) == (20.0, 10.0, 1.5)
+    assert (cell.completed, cell.valid) == (3, 2)
+    (cell,) = summarise_run("run", rows[1:2]).cells
+    assert (cell.missed_windows, cell.output_throughput_tok_s) == (("a-r1",), 8.0)
+    target = StoppingSpec(half_width_rel=0.5, metric="output_throughput_tok_s")
+    (cell,) = summarise_run("run", [row("a", n, **missed) for n in range(6)], stopping=target, repeats=6).cells
+    assert cell.resolution is not None
+    assert (cell.resolution.ended, cell.resolution.mean) == ("repeats", None)
+
+
+def test_latencies_and_rates_have_intervals_over_repeats_or_over_the_requests_of_one() -> None:
+    values = (0.50, 0.52, 0.54)
+    rows = [row("a", n, ttft_s_p50=value, ttft_s_p50_lo=0.1, ttft_s_p50_hi=0.9) for n, value in enumerate(values)]
+    (cell,) = summarise_run("run", rows).cells
+    # s = 0.02, t(0.975, 2) = 4.302653: 4.302653 x 0.02 / sqrt(3)
+    low, high = 0.52 - 0.0496827, 0.52 + 0.0496827
+    expected = Between(low=pytest.approx(low), high=pytest.approx(high), n=3, kind="t95")
+    assert cell.intervals["ttft_s_p50"] == expected
+    assert cell.intervals["output_throughput_tok_s"] == Between(low=20.0, high=20.0, n=3, kind="t95")
+    assert cell.intervals["tpot_s_p50"] is None
+    (cell,) = summarise_run("run", rows[:1]).cells
+    assert cell.intervals["ttft_s_p50"] == Between(low=0.1, high=0.9, n=1, kind="bootstrap")
+    assert cell.intervals["output_throughput_tok_s"] is None
+
+
+FITTED = ("prefill_energy_j", "decode_energy_j", "prompt_tokens", "output_tokens")
 
 
 def test_the_summary_needs_no_other_columns() -> None:
@@ -163,7 +213,11 @@ def test_the_summary_needs_no_other_columns() -> None:
 
     summarise_run(
         "run",
-        [Watched(row("a", 0)), Watched(row("b", 0, **INVALID, total_energy_j=None)), Watched(row("c", 0, **FAILED))],
+        [
+            Watched(row("a", 0, **dict.fromkeys((*LATENCIES, *FITTED), 1.0))),
+            Watched(row("b", 0, **INVALID, total_energy_j=None)),
+            Watched(row("c", 0, **FAILED)),
+        ],
         stopping=StoppingSpec(half_width_rel=0.02),
     )
     assert used == set(SUMMARY_COLUMNS)

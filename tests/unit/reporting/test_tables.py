@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from llem_ray.core.plan import Estimate, LoadGroup, Plan, Trial
-from llem_ray.core.spec import Cell, DroppedCell, EngineSpec, Experiment, MeasureSpec, ModelSpec, WorkloadSpec
+from llem_ray.core.spec import Cell, DroppedCell, EngineSpec, Experiment, MeasureSpec, ModelSpec, StoppingSpec, WorkloadSpec
+from llem_ray.reporting.labels import break_label
 from llem_ray.reporting.plan import plan_table
 from llem_ray.reporting.summary import summarise_run
 from llem_ray.reporting.tables import run_table
@@ -174,3 +175,61 @@ def test_a_window_that_was_not_reached_is_not_called_one_and_says_what_was_lacki
     text = render(run_table(summarise_run("demo", [missed]), Path("runs/demo")), 120)
     assert "steady_state, 10.0 of 10.0 s" not in text
     assert seen in text
+
+
+def repeats(cell: int, n: int, **more: Any) -> dict[str, Any]:
+    """The n-th repeat of a cell with a long label, all tables' columns filled."""
+    settings = {"engine.engine_args.attn_implementation": ("sdpa", "flash_attention_2")[cell], "model.dtype": ("a", "b")[cell]}
+    spread = 1 + 0.01 * n * (cell + 1)
+    efficiency = {"prefill_energy_j": 1.0, "decode_energy_j": 2.0, "prompt_tokens": 10, "output_tokens": 10, "mfu": 0.3}
+    served = {f"{name}_s_{at}": 0.0521 for name in ("ttft", "tpot", "e2e_latency") for at in ("p50", "p99")}
+    rates = {"request_throughput_req_s": 12.51, "total_token_throughput_tok_s": 2048.0, "goodput_req_s": 9.5}
+    return row(
+        cell,
+        trial_id=f"c{cell}-r{n}",
+        repeat=n,
+        settings=json.dumps(settings),
+        **{**efficiency, **served, **{name: value * spread for name, value in rates.items()}},
+        **{"slo_attainment": 0.87, "joules_per_flop": 3e-12, "carbon_g": 1.0, "energy_cost": 0.1, "currency": "EUR"},
+        **{"joules_per_output_token": 0.4213 * spread, **more},
+    )
+
+
+STUDY = [*(repeats(0, n) for n in range(5)), *(repeats(1, n) for n in range(5))]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_no_table_tears_a_setting_apart(width: int) -> None:
+    text = render(run_table(summarise_run("demo", STUDY), Path("runs/demo")), width)
+    assert max(map(len, text.splitlines())) <= width
+    words = text.split()
+    for table in ("latency", "rates", "efficiency"):
+        assert table in words
+    broken = sum(word.startswith("flash_") and word != "flash_attention_2" for word in words)
+    assert broken == 0
+    assert words.count("dtype=b") == 5  # four tables, and where J/token varies most
+
+
+def test_a_label_breaks_where_it_can_be_read() -> None:
+    assert break_label("rate=8 attn_implementation=flash_attention_2", 20) == [
+        "rate=8",
+        "attn_implementation=",
+        "flash_attention_2",
+    ]
+    assert break_label("attn_implementation=sdpa x=1", 15) == ["attn_", "implementation=", "sdpa x=1"]
+    assert break_label("a" * 5, 2) == ["aa", "aa", "a"]
+
+
+def test_the_target_is_told_for_the_run_and_for_each_cell_that_lacks_it() -> None:
+    rows = [*STUDY, repeats(1, 5, **INVALID, invalid_reasons=["window_not_reached"])]
+    target = StoppingSpec(half_width_rel=0.03)
+    summary = summarise_run("demo", rows, stopping=target, repeats=6, planned_cells=3)
+    words = " ".join(render(run_table(summary, Path("runs/demo")), 80).split())
+    assert (
+        "Target ±3 % of joules_per_output_token at 95 % confidence: reached by 1 of 3 cells, 1 without a trial yet; "
+        "about 3 repeats more would do."
+    ) in words
+    assert "attn_implementation=flash_attention_2 dtype=b: ±3.78 %, all repeats are used up, about 3 repeats more" in words
+    assert "Without the window that was asked for, and in no mean: c1-r5." in words
+    assert "half the width of the 95 % interval of the mean over n repeats, by the target's rule" in words
+    assert "It varies between repeats by 1.55 % to 3.04 %, most in attn_implementation=flash_attention_2 dtype=b" in words
