@@ -296,9 +296,9 @@ class WarmupSpec:
     """Batches go on for at least so long, so that devices come up to temperature."""
     until_cv: Annotated[float, Gt(0)] | None = field(default=None, metadata=_ADDED)
     """Go on until step time and, where it is measured, the gang's power vary by at most this: standard deviation over mean of the
-    last 5 batches' step times, and of the power of the last 5 stretches of whole batches of at least 1 s."""
+    last 5 batches' step times, and of the power of the last 5 stretches of whole batches of at least 0.5 s."""
     max_batches: Annotated[int, Ge(1)] = field(default=50, metadata=_ADDED)
-    """Where `until_cv` gives up, and flags the trial; where power is looked at not before 5 s of it are known."""
+    """Where `until_cv` gives up, and flags the trial; where power is looked at not before 2.5 s of it are known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

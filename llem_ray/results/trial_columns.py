@@ -324,7 +324,7 @@ _PACE = (
         "warmup_power_cv",
         _F64,
         "1",
-        "The same of the gang's mean power over the last 5 stretches of at least 1 s, where measured.",
+        "The same of the gang's mean power over the last 5 stretches of at least 0.5 s, where measured.",
     ),
 )
 

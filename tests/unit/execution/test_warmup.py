@@ -119,10 +119,10 @@ def test_the_limit_waits_for_what_power_was_by_then() -> None:
 
 
 def test_the_limit_does_not_come_before_power_can_be_known() -> None:
-    """Five batches are over after 1.25 s; five stretches of 1 s end with batch 20."""
-    watcher = Watcher(lambda batch: 0.01 if batch == 20 else None)
+    """Five batches are over after 1.25 s; five stretches of 0.5 s end with batch 10."""
+    watcher = Watcher(lambda batch: 0.01 if batch == 10 else None)
     report = warmed(watcher.engine, watcher.talk, until_cv=0.05, max_batches=5)
-    assert (report.batches, report.end) == (24, "steady")
+    assert (report.batches, report.end) == (14, "steady")
 
 
 def test_power_that_is_never_told_ends_in_the_limit() -> None:
