@@ -222,7 +222,7 @@ def test_latencies_objectives_and_footprint_follow_from_the_requests(ran: Ran) -
 
 
 def test_show_prints_every_table(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["show", str(ran.folder)])
     shown = capsys.readouterr().out
     for words in ("J/output token", "steady_state", "TTFT ms", "good req/s", "gCO2/Mtok", "vllm:", "Target ±0.5", "Dataset:"):
