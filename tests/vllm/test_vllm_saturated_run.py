@@ -33,6 +33,7 @@ FIRST, TARGET, BUDGET_S = 5, 0.5, 6.0
 TTFT_MS, TPOT_MS = 200.0, 20.0
 T_QUANTILE = 2.7764451
 """Student's t, 4 degrees of freedom, 97.5 %."""
+WIDE = "140"
 SWEEP = f"""
 schema_version: 1
 name: saturated
@@ -84,7 +85,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     (folder / "sweep.yaml").write_text(SWEEP)
     command = [sys.executable, "-m", "llem_ray", "submit", str(folder / "sweep.yaml"), "--results", str(folder / "runs")]
     # One thread: many wait for each other where others use the cores too.
-    env = {**os.environ, **env, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **env, "OMP_NUM_THREADS": "1", "COLUMNS": WIDE}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     run = next((folder / "runs").iterdir())
@@ -156,6 +157,8 @@ def test_tokens_are_those_whose_times_lie_in_the_window(ran: Ran) -> None:
         times_ns = np.concatenate([one["token_times_ns"] for one in requests])
         inside = int(np.count_nonzero((times_ns > row["begin_ns"]) & (times_ns <= row["end_ns"])))
         assert 0 < inside == row["output_tokens"] < len(times_ns) == row["run_output_tokens"]
+        begun = [one for one in requests if row["begin_ns"] < one["first_token_ns"] <= row["end_ns"]]
+        assert row["prompt_tokens"] == sum(one["prompt_tokens"] for one in begun) < row["run_prompt_tokens"]
         assert row["output_throughput_tok_s"] == pytest.approx(inside / row["window_s"])
         assert row["joules_per_output_token"] == pytest.approx(row["total_energy_j"] / inside)
 
@@ -221,7 +224,8 @@ def test_latencies_objectives_and_footprint_follow_from_the_requests(ran: Ran) -
         assert (row["energy_cost"], row["currency"]) == (pytest.approx(row["total_energy_j"] / 3.6e6 * 0.3), "EUR")
 
 
-def test_show_prints_every_table(ran: Ran, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_every_table(ran: Ran, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", WIDE)
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["show", str(ran.folder)])
     shown = capsys.readouterr().out
