@@ -34,6 +34,7 @@ from llem_ray.execution.ray.address import Address, parse_address, prepare_envir
 from llem_ray.execution.ray.choice import make_executor
 from llem_ray.execution.ray.connect import probe_cluster
 from llem_ray.execution.ray.jobs import RunJobs
+from llem_ray.execution.ray.runtime import prepare_embedded
 from llem_ray.execution.stopping import known_so_far
 from llem_ray.planning.serialise import plan_to_dict
 from llem_ray.power.sources import count_gpus
@@ -168,6 +169,8 @@ def run_sweep(
     cache_dir = host_cache_dir()
     check_prompts(plan)
     if cluster is None:
+        if not inline:
+            prepare_embedded()
         check_plan(plan, gpus, str(cache_dir), alone=inline)
     if existing is None:
         rundir = RunDirectory.create(results_dir, plan.run_name, again=again, taken=target.taken_names() if again else ())

@@ -36,6 +36,8 @@ FailureKind = Literal[
     "interrupted",
     "internal",
 ]
+WarmupEnd = Literal["fixed", "steady", "limit"]
+"""As many batches as asked; step time and power were steady; the limit came first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +45,13 @@ class WarmupReport:
     """What ran before a window."""
 
     batches: int
+    end: WarmupEnd = "fixed"
     step_cv: float | None = None
     """Coefficient of variation of the last batches' step times; None where it was not asked for."""
-    steady: bool = True
-    """False where the limit came first."""
+    power_cv: float | None = None
+    """The same of the gang's power over the latest stretches of batches whose samples were there; None where it is not known."""
+    no_power: str | None = None
+    """Why nobody looked at power although it was asked for; None where somebody did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

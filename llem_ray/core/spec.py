@@ -41,7 +41,7 @@ MLPERF_MIN_S: Final = 600.0
 """Shortest run of MLPerf Inference (``min_duration`` of its load generator)."""
 
 CV_BATCHES: Final = 5
-"""Warm-up batches whose step times are compared."""
+"""Warm-up batches whose step times are compared, and stretches of them whose power is."""
 
 HASHED_IF_SET: Final = "hashed_if_set"
 
@@ -292,10 +292,13 @@ class WarmupSpec:
     batches: Annotated[int, Ge(0)] = 1
     """Batches run before each trial's window. Under an online load a batch is `concurrency` requests at once, 8 where the load
     names none."""
+    min_s: Annotated[float, Ge(0)] = field(default=0.0, metadata=_ADDED)
+    """Batches go on for at least so long, so that devices come up to temperature."""
     until_cv: Annotated[float, Gt(0)] | None = field(default=None, metadata=_ADDED)
-    """Go on until the step times of the last 5 batches vary by at most this: standard deviation over mean."""
+    """Go on until step time and, where it is measured, the gang's power vary by at most this: standard deviation over mean of the
+    last 5 batches' step times, and of the power of the last 5 stretches of whole batches of at least 0.5 s."""
     max_batches: Annotated[int, Ge(1)] = field(default=50, metadata=_ADDED)
-    """Where `until_cv` gives up, and flags the trial."""
+    """Where `until_cv` gives up, and flags the trial; where power is looked at not before 2.5 s of it are known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

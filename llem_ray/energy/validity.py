@@ -141,7 +141,7 @@ _TABLE: Final = (
     Reason(
         "warmup_not_steady",
         "flag",
-        "The step times of warm-up batches still varied by more than measure.warmup.until_cv at the limit.",
+        "Step time or power of the warm-up batches still varied by more than measure.warmup.until_cv at the limit.",
         "Raise measure.warmup.max_batches, or look for what disturbs the node.",
     ),
     Reason(
@@ -167,6 +167,12 @@ _TABLE: Final = (
         "note",
         "A steady state of fewer than 4 requests for each that runs at once: it is short against filling up and running empty.",
         "Send more requests (workload.requests).",
+    ),
+    Reason(
+        "warmup_without_power",
+        "note",
+        "Warm-up until steady went by step times alone: the gang's power is not measured.",
+        "Nothing, or choose a source that measures (measure.sources).",
     ),
     Reason("power_capped", "note", "The power limit held the clocks down for part of the window.", "Report the limit."),
     Reason(

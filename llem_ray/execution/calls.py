@@ -45,6 +45,28 @@ class TrialOrder:
     cooldown_s: float
     window: WindowSpec = field(default=WindowSpec())
     record_steps: bool = True
+    no_power: str | None = "nobody tells it"
+    """Why nobody will tell the gang's power while it warms up; None: somebody will, by ``Gang.tell_warmup``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PowerSeen:
+    """How steady a gang's power was in the stretches of its warm-up that end with one of its batches."""
+
+    batches: int
+    """Number of that batch, from 1."""
+    cv: float
+    """Coefficient of variation of the stretches' mean powers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmupProgress:
+    """How far a warm-up has come."""
+
+    marks: tuple[tuple[int, int], ...] = ()
+    """Batches that ran, and when that was, on the engine's host: the begin, and the ends of some of the latest batches."""
+    over: bool = False
+    """No more is to be told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +151,14 @@ class Gang(Protocol):
 
     def phase(self) -> str | None:
         """What the gang is doing now, or None when it does not answer at once."""
+        ...
+
+    def tell_warmup(self, trial_id: str, attempt: int, seen: PowerSeen | None) -> Call[WarmupProgress]:
+        """Tell an attempt that warms up what was seen of the gang's power. Answered at once, also by an engine that is busy.
+
+        Returns:
+            How far it is; nothing where the attempt has not begun.
+        """
         ...
 
     def close(self, timeout_s: float) -> None:

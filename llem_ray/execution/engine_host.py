@@ -29,11 +29,11 @@ from llem_ray.core.plan import LoadGroup
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WorkloadSpec
 from llem_ray.core.step_log import StepLog
 from llem_ray.core.units import ns_from_s
-from llem_ray.execution.calls import Leased, Loaded, TrialOrder
+from llem_ray.execution.calls import Leased, Loaded, PowerSeen, TrialOrder, WarmupProgress
 from llem_ray.execution.engines import make_backend, serves_online, worker_layout
 from llem_ray.execution.online import OnlineOrder, run_online
 from llem_ray.execution.spans import SpanLog
-from llem_ray.execution.warmup import warm_up
+from llem_ray.execution.warmup import WarmupTalk, warm_up
 from llem_ray.power.host import host_id
 from llem_ray.workloads.online import OnlineWork, build_online
 from llem_ray.workloads.prompts import batches, build_requests
@@ -88,6 +88,7 @@ class EngineHost:
         self._requests: dict[str, tuple[tuple[Request, ...], ...]] = {}
         self._online: dict[str, OnlineWork] = {}
         self._phase: str | None = None
+        self._talk: WarmupTalk | None = None
 
     def lease(self) -> Leased:
         """Where this host runs."""
@@ -135,6 +136,11 @@ class EngineHost:
     def phase(self) -> str | None:
         """What the host does now."""
         return self._phase
+
+    def tell_warmup(self, trial_id: str, attempt: int, seen: PowerSeen | None) -> WarmupProgress:
+        """Take what was seen of power while an attempt warms up; how far it is. May be called while ``run`` runs."""
+        talk = self._talk
+        return WarmupProgress() if talk is None else talk.tell(trial_id, attempt, seen)
 
     def close(self) -> None:
         """Unload the model."""
@@ -200,10 +206,15 @@ class EngineHost:
         work: Sequence[tuple[Request, ...]],
         schedule: LoadSchedule | None,
     ) -> WarmupReport | None:
-        report = None
-        if order.warmup.batches or order.warmup.until_cv is not None:
+        report, spec = None, order.warmup
+        if spec.batches or spec.min_s or spec.until_cv is not None:
             self._enter(spans, "warmup")
-            report = warm_up(order.warmup, work, lambda batch: backend.run(batch, order.experiment.sampling, schedule))
+            talk = self._talk = WarmupTalk(order.trial_id, order.attempt) if order.no_power is None else None
+            report = warm_up(spec, work, lambda batch: backend.run(batch, order.experiment.sampling, schedule), self._clock, talk)
+            if talk is not None:
+                talk.finish()
+            if spec.until_cv is not None:
+                report = replace(report, no_power=order.no_power)
         backend.reset()  # of an earlier trial too, where nothing warms up
         return report
 

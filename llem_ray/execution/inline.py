@@ -18,7 +18,19 @@ from typing import Any, Generic, ParamSpec, TypeVar
 from llem_ray.core.outcome import Outcome
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import SamplerInfo
-from llem_ray.execution.calls import Call, Fetched, Gang, Leased, Loaded, Node, Sampler, SamplerSettings, TrialOrder
+from llem_ray.execution.calls import (
+    Call,
+    Fetched,
+    Gang,
+    Leased,
+    Loaded,
+    Node,
+    PowerSeen,
+    Sampler,
+    SamplerSettings,
+    TrialOrder,
+    WarmupProgress,
+)
 from llem_ray.execution.engine_host import EngineHost
 from llem_ray.execution.sampler_host import SamplerHost
 from llem_ray.planning.packing import Seat
@@ -90,6 +102,12 @@ class InlineGang:
     def phase(self) -> str | None:
         """What the engine does now."""
         return self._host.phase()
+
+    def tell_warmup(self, trial_id: str, attempt: int, seen: PowerSeen | None) -> _Answer[WarmupProgress]:
+        """Tell the engine, on the caller's thread."""
+        future: Future[WarmupProgress] = Future()
+        future.set_result(self._host.tell_warmup(trial_id, attempt, seen))
+        return _Answer(future)
 
     def close(self, timeout_s: float) -> None:
         """Unload; a thread that does not come back within ``timeout_s`` is left behind."""

@@ -36,6 +36,7 @@ from llem_ray.execution.records import (
 )
 from llem_ray.execution.spans import Timeline
 from llem_ray.execution.waits import Waits
+from llem_ray.execution.warmup_power import WarmupWatch, why_no_power
 from llem_ray.planning.packing import Seat
 
 LOG = logging.getLogger(__name__)
@@ -270,13 +271,17 @@ class GangLane:
             cooldown_s=measure.cooldown_s,
             window=measure.window,
             record_steps=measure.record_steps,
+            no_power=why_no_power(self._record),
         )
+        watch = WarmupWatch(self._gang, self._record, order, run.meter)
         run.book.measuring(trial, attempt, self._record)
         run.gang = self._gang
         self._record.marks.note_order(run.clock.monotonic_ns())
         try:
             call = self._gang.run(order)
-            outcome = run.waits.answer(call, measure.trial_timeout_s, f"trial {trial.trial_id}", check=self._check_nodes)
+            outcome = run.waits.answer(
+                call, measure.trial_timeout_s, f"trial {trial.trial_id}", check=lambda: self._look_after(watch)
+            )
         except LlemRayError as error:
             outcome = self._failed(error)
         except Aborted:
@@ -284,6 +289,10 @@ class GangLane:
         finally:
             run.gang = None
         return outcome if isinstance(outcome, Completed) else replace(outcome, spans=())
+
+    def _look_after(self, watch: WarmupWatch) -> None:
+        self._check_nodes()
+        watch.look()
 
     def _check_nodes(self) -> None:
         self._run.fleet.raise_if_lost(self._seats)

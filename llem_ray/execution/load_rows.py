@@ -90,14 +90,19 @@ def goodput_columns(done: Completed, slo: SloSpec, power_w: float | None) -> Row
 
 
 def _warmup_columns(warmup: WarmupReport | None) -> Row:
-    return {"warmup_batches": warmup.batches if warmup else 0, "warmup_step_cv": warmup.step_cv if warmup else None}
+    if warmup is None:
+        return {"warmup_batches": 0}
+    return {
+        "warmup_batches": warmup.batches,
+        "warmup_end": warmup.end,
+        "warmup_step_cv": warmup.step_cv,
+        "warmup_power_cv": warmup.power_cv,
+    }
 
 
 def load_flags(done: Completed, load: LoadSpec, measure: MeasureSpec) -> Iterator[Flag]:
     """What is wrong with the warm-up, the window or the pace of a trial."""
-    if done.warmup is not None and not done.warmup.steady:
-        cv = "unknown" if done.warmup.step_cv is None else f"{done.warmup.step_cv:.2%}"
-        yield flag("warmup_not_steady", f"step times vary by {cv} after {done.warmup.batches} batches")
+    yield from _warmup_flags(done.warmup)
     online = done.online
     if online is None:
         return
@@ -109,6 +114,17 @@ def load_flags(done: Completed, load: LoadSpec, measure: MeasureSpec) -> Iterato
     if online.rule == "steady_state" and online.missed is None and many < 4 * online.concurrency:
         yield flag("few_requests", f"{many} requests with {online.concurrency} at once")
     yield from _pace_flags(done, load, measure)
+
+
+def _warmup_flags(warmup: WarmupReport | None) -> Iterator[Flag]:
+    if warmup is None:
+        return
+    if warmup.end == "limit":
+        cvs = ["unknown" if cv is None else f"{cv:.2%}" for cv in (warmup.step_cv, warmup.power_cv)]
+        power = "" if warmup.no_power is not None else f", power by {cvs[1]}"
+        yield flag("warmup_not_steady", f"step times vary by {cvs[0]}{power} after {warmup.batches} batches")
+    if warmup.no_power is not None:
+        yield flag("warmup_without_power", warmup.no_power)
 
 
 def _pace_flags(done: Completed, load: LoadSpec, measure: MeasureSpec) -> Iterator[Flag]:

@@ -343,7 +343,14 @@ _PACE = (
     Column("pacing_error_p99_s", _F64, "s", "Sent less scheduled, 99th percentile."),
     Column("pacing_error_max_s", _F64, "s", "Sent less scheduled, largest."),
     Column("warmup_batches", _I32, "", "Batches that ran before the window."),
+    Column("warmup_end", _STR, "", "Why they ended: `fixed` (as many as asked), `steady`, or `limit` (not steady by then)."),
     Column("warmup_step_cv", _F64, "1", "Coefficient of variation of the last 5 warm-up batches' step times, where asked for."),
+    Column(
+        "warmup_power_cv",
+        _F64,
+        "1",
+        "The same of the gang's mean power over the last 5 stretches of at least 0.5 s, where measured.",
+    ),
 )
 
 _LOAD = (

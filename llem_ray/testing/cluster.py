@@ -17,7 +17,16 @@ from typing import Any, Final, TypeVar
 from llem_ray.core.errors import EngineDied, LlemRayError
 from llem_ray.core.outcome import Completed, Outcome
 from llem_ray.core.plan import LoadGroup
-from llem_ray.execution.calls import Call, Leased, Loaded, Node, SamplerSettings, TrialOrder
+from llem_ray.execution.calls import (
+    Call,
+    Leased,
+    Loaded,
+    Node,
+    PowerSeen,
+    SamplerSettings,
+    TrialOrder,
+    WarmupProgress,
+)
 from llem_ray.execution.engine_host import EngineHost
 from llem_ray.planning.packing import Seat
 from llem_ray.testing.nodes import PretendCall, PretendHost, PretendNode, PretendSampler
@@ -53,6 +62,12 @@ class PretendGang:
     def phase(self) -> str | None:
         """What the engine does now."""
         return self._host.phase()
+
+    def tell_warmup(self, trial_id: str, attempt: int, seen: PowerSeen | None) -> PretendCall[WarmupProgress]:
+        """Tell the engine; its times are those of its host."""
+        call: PretendCall[WarmupProgress] = PretendCall()
+        call.answer(lambda: self._host.tell_warmup(trial_id, attempt, seen))
+        return call
 
     def close(self, timeout_s: float) -> None:
         """Unload; what is still unanswered then fails, and the thread is left behind."""

@@ -39,7 +39,7 @@ sweep:
   workload.output_tokens: [10, 20]
 repeats: 2
 footprint: {grid_gco2_per_kwh: 400, as_of: 2026-01-31}
-measure: {min_window_s: 5.5, idle_baseline_s: 2, sources: [nvml], gates: {min_coverage: 0.3}}
+measure: {min_window_s: 5.5, idle_baseline_s: 2, sources: [nvml], gates: {min_coverage: 0.3}, warmup: {until_cv: 0.2}}
 """
 
 
@@ -101,6 +101,18 @@ def test_known_phases_are_recovered_within_the_interval(run: tuple[Path, Scenari
         assert trial["flops_method"] == "parameters"
         assert dict(trial["null_reasons"])["mfu"] == "the model did not run on GPUs"
         assert trial["carbon_g"] == pytest.approx(trial["total_energy_j"] / 3.6e6 * 400)
+
+
+def test_warm_up_ends_with_steady_steps_and_power_of_the_leased_gpu(run: tuple[Path, Scenario, int]) -> None:
+    """Each batch draws the same, whether it is the first GPU's 500 and 300 W or the other's 120 W."""
+    path, _, _ = run
+    warmups_s = [row["duration_s"] for row in rows(path, "phases") if row["phase"] == "warmup"]
+    assert len(warmups_s) == 4
+    assert min(warmups_s) >= 3.5, "five stretches of a batch of 0.7 s"
+    for trial in rows(path, "trials"):
+        assert (trial["warmup_end"], trial["notes"]) == ("steady", [])
+        assert trial["warmup_step_cv"] <= 0.2
+        assert trial["warmup_power_cv"] <= 0.03
 
 
 def test_idle_and_net_energy_are_signed_and_there(run: tuple[Path, Scenario, int]) -> None:

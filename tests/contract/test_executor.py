@@ -16,7 +16,7 @@ from llem_ray.core.identity import cell_id
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.plan import LoadGroup, Trial
 from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec, WarmupSpec, WorkloadSpec
-from llem_ray.execution.calls import Executor, Gang, SamplerSettings, TrialOrder
+from llem_ray.execution.calls import Executor, Gang, PowerSeen, SamplerSettings, TrialOrder, WarmupProgress
 from llem_ray.execution.inline import InlineExecutor
 from llem_ray.execution.ray.executor import EmbeddedRayExecutor
 from llem_ray.planning.packing import Seat
@@ -127,6 +127,30 @@ def test_a_busy_engine_keeps_its_caller_waiting_but_not_its_phase(executor: Exec
         except TimeoutError:
             continue
     assert "measured" in seen
+    gang.close(5.0)
+
+
+def test_a_warm_up_goes_on_until_it_is_told_that_power_is_steady(executor: Executor, tmp_path: Path) -> None:
+    fake = group(decode_ms=20)
+    gang = open_gang(executor, fake, tmp_path)
+    gang.load().result(DEADLINE_S)
+    assert gang.tell_warmup("t-r0", 1, None).result(DEADLINE_S) == WarmupProgress()
+    asked = order(fake, warmup=WarmupSpec(until_cv=5.0, max_batches=10_000), no_power=None)
+    call = gang.run(asked)
+    progress, seen, deadline = WarmupProgress(), None, time.monotonic() + DEADLINE_S
+    while not progress.over and time.monotonic() < deadline:
+        progress = gang.tell_warmup("t-r0", 1, seen).result(DEADLINE_S)
+        assert seen is not None or not progress.over
+        if progress.marks and progress.marks[-1][0] > 12:
+            seen = PowerSeen(batches=progress.marks[-1][0], cv=0.25)
+        time.sleep(0.02)
+    outcome = call.result(DEADLINE_S)
+    assert isinstance(outcome, Completed)
+    assert outcome.warmup is not None
+    assert (outcome.warmup.end, outcome.warmup.power_cv) == ("steady", 0.25)
+    assert outcome.warmup.batches > 12
+    warmup = next(span for span in outcome.spans if span.phase == "warmup")
+    assert warmup.begin_ns <= progress.marks[0][1] < progress.marks[-1][1] <= warmup.end_ns
     gang.close(5.0)
 
 

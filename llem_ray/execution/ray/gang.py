@@ -11,7 +11,7 @@ from typing import Any, Final
 from llem_ray.core.backend import Rendezvous
 from llem_ray.core.errors import EngineDied
 from llem_ray.core.outcome import Outcome
-from llem_ray.execution.calls import Leased, Loaded, TrialOrder
+from llem_ray.execution.calls import Leased, Loaded, PowerSeen, TrialOrder, WarmupProgress
 from llem_ray.execution.ray.runtime import RayCall, RayCalls, answer_of, import_ray
 
 LOG_TAIL_BYTES: Final = 4000
@@ -74,6 +74,11 @@ class RayGang:
         except ray.exceptions.RayError:
             return None
         return answer
+
+    def tell_warmup(self, trial_id: str, attempt: int, seen: PowerSeen | None) -> RayCall[WarmupProgress]:
+        """Tell the leading actor, on its second lane."""
+        method = self._actors[0].tell_warmup.options(concurrency_group="watch")
+        return RayCall(method.remote(trial_id, attempt, seen), "warm-up")
 
     def close(self, timeout_s: float) -> None:
         """Unload, then kill the actors and give the GPUs back."""

@@ -33,13 +33,21 @@ def import_ray() -> Any:
     return ray
 
 
-def import_embedded() -> Any:
-    """Import Ray with the settings of an embedded one, and a token that is known to nobody else."""
+def prepare_embedded() -> None:
+    """The settings of an embedded Ray, and a token that is known to nobody else, unless Ray is imported already.
+
+    They are wanted before an engine is checked: vLLM imports Ray.
+    """
     if "ray" not in sys.modules:
         os.environ.update(EMBEDDED)
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         # Ray names GPUs by number; CUDA's own order is the fastest first, which is not NVML's.
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def import_embedded() -> Any:
+    """Import Ray with the settings of an embedded one."""
+    prepare_embedded()
     return import_ray()
 
 

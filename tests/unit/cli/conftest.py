@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -35,8 +36,12 @@ Command = Callable[..., Ended]
 
 
 @pytest.fixture
-def llem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs ``llem-ray`` in this process, in a folder of its own; terminals are 80 columns wide."""
+def llem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Runs ``llem-ray`` in this process, in a folder of its own; terminals are 80 columns wide.
+
+    What a command sets in the environment for Ray is gone with the test.
+    """
+    before = dict(os.environ)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("LLEM_RAY_RESULTS", raising=False)
@@ -50,7 +55,9 @@ def llem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         assert isinstance(code, int)
         return Ended(code, captured.out, captured.err)
 
-    return call
+    yield call
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

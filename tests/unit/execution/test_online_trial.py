@@ -294,11 +294,19 @@ def test_requests_that_were_not_sent_in_time_are_invalid(tmp_path: Path) -> None
 
 
 def test_a_short_run_and_a_restless_warm_up_are_flagged(tmp_path: Path) -> None:
-    flags = flags_of(tmp_path, paced(), warmup=WarmupReport(batches=50, step_cv=0.2, steady=False), window_s=4.0)
+    restless = WarmupReport(batches=50, end="limit", step_cv=0.2, power_cv=0.031)
+    flags = flags_of(tmp_path, paced(), warmup=restless, window_s=4.0)
     assert flags == {
-        "warmup_not_steady": "step times vary by 20.00% after 50 batches",
+        "warmup_not_steady": "step times vary by 20.00%, power by 3.10% after 50 batches",
         "below_min_window": "4.000 s, measure.min_window_s is 5 s",
     }
+
+
+def test_a_warm_up_without_power_is_noted(tmp_path: Path) -> None:
+    steady = WarmupReport(batches=5, end="steady", step_cv=0.01, no_power="nothing measures")
+    assert flags_of(tmp_path, paced(), warmup=steady) == {"warmup_without_power": "nothing measures"}
+    flags = flags_of(tmp_path, paced(), warmup=replace(steady, end="limit"))
+    assert flags["warmup_not_steady"] == "step times vary by 1.00% after 5 batches"
 
 
 def test_few_requests_for_their_concurrency_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

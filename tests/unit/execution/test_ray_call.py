@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llem_ray.core.errors import EngineDied
-from llem_ray.execution.ray.runtime import RayCall
+from llem_ray.execution.ray.runtime import EMBEDDED, RayCall, prepare_embedded
 from llem_ray.execution.ray.runtime import import_ray as _import_ray
 
 
@@ -59,3 +59,16 @@ def test_cuda_counts_gpus_as_nvml_does_unless_the_user_says_otherwise(chosen: st
     set_by_user = {} if chosen is None else {"CUDA_DEVICE_ORDER": chosen}
     said = subprocess.run([sys.executable, "-c", code], env=env | set_by_user, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == order
+
+
+def test_an_engine_that_imports_ray_finds_the_settings_of_an_embedded_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM does so when its arguments are checked, before Ray is started; from then on they stay as they are."""
+    monkeypatch.setattr(os, "environ", {"RAY_AUTH_MODE": "disabled"})
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    prepare_embedded()
+    settings = dict(os.environ)
+    assert settings.items() >= EMBEDDED.items()
+    assert len(settings["RAY_AUTH_TOKEN"]) == 64
+    monkeypatch.setitem(sys.modules, "ray", object())
+    prepare_embedded()
+    assert os.environ == settings
