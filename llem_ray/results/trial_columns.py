@@ -123,7 +123,20 @@ _COUNTS = (
     Column("window_rule", _STR, "", "Which part of the run the window is: `total`, `steady_state`, `mlperf` or `interval`."),
     Column("requests", _I64, "", "Requests that ended in the window, failed ones included."),
     Column("passes", _I32, "", "Times the workload was repeated to fill the window."),
-    Column("prompt_tokens", _I64, "tokens", "Prompt tokens counted from ids, of requests whose first token came in the window."),
+    Column(
+        "prompt_tokens",
+        _I64,
+        "tokens",
+        "Prompt tokens counted from ids, of requests whose first token came in the window, and of those that were sent in it and"
+        " gave none.",
+    ),
+    Column("failed_prompt_tokens", _I64, "tokens", "Those of prompt_tokens whose requests failed."),
+    Column(
+        "shared_prompt_tokens",
+        _I64,
+        "tokens",
+        "Those of prompt_tokens that an earlier request of the pass had, or got as its answer, by construction.",
+    ),
     Column("padded_tokens", _I64, "tokens", "Prompt lengths after padding, summed."),
     Column("output_tokens", _I64, "tokens", "Tokens delivered in the window, counted from ids."),
     Column("total_tokens", _I64, "tokens", "prompt_tokens + output_tokens."),
