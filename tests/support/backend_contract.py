@@ -190,7 +190,6 @@ class OnlineContract(LoadedEngine):
         del run
         self.served(loaded, requests_of(loaded, [4], [3]), LoadSchedule(max_in_flight=1))
 
-
     @pytest.mark.parametrize(
         "schedule", [LoadSchedule(), LoadSchedule(max_in_flight=1), LoadSchedule(send_at_ns=(0, 30_000_000))], ids=str
     )

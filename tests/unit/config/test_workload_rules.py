@@ -225,8 +225,7 @@ def test_the_resolved_sweep_of_an_older_release_is_read(load: Load) -> None:
     for added in (
         '"answer_column": null, "format": "column", "dataset": null, "config": null, "split": "train", "revision": null, '
         '"limit": null, "chat_template": false',
-        '"shared_prefix_tokens": 0, "prefix_groups": 1, "turns": 1, "turn_answers": "auto", '
-        '"think_time_s": 0.0, ',
+        '"shared_prefix_tokens": 0, "prefix_groups": 1, "turns": 1, "turn_answers": "auto", "think_time_s": 0.0, ',
     ):
         assert added in text
         text = text.replace(added, "").replace(", }", "}")
