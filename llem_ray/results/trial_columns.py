@@ -98,9 +98,17 @@ _EXPERIMENT = (
     Column("prompt_source", _STR, "", "Where prompts came from."),
     Column("batch_size", _I32, "", "Requests that ran together; null under an online load."),
     Column("load_pattern", _STR, "", "How requests reached the engine: `batch`, or the pattern of an online load."),
-    Column("rate_per_s", _F64, "1/s", "Request rate asked for; null where the pattern has none."),
+    Column("rate_per_s", _F64, "1/s", "Requests per s asked for, with turns conversations; null where the pattern has none."),
     Column("burstiness", _F64, "1", "Shape of the gamma distribution of gaps between arrivals; null but for `gamma`."),
-    Column("concurrency", _I32, "", "Requests kept in flight; null where the pattern has none, or the engine sets the limit."),
+    Column(
+        "concurrency",
+        _I32,
+        "",
+        "Requests kept in flight, with turns open conversations; null where the pattern has none, or the engine sets the limit.",
+    ),
+    Column("turns", _I32, "", "Requests of each conversation; 1 where there are none."),
+    Column("turn_answers", _STR, "", "Answers in later prompts: `known` or `generated`; null where there are none."),
+    Column("think_time_s", _F64, "s", "From an answer to when the next turn is due; null where there is none."),
     Column("trace", _STR, "", "Trace of arrivals that was replayed."),
     Column("input_tokens", _I64, "tokens", "Exact prompt length asked for; null for natural lengths and distributions."),
     Column("output_tokens_requested", _I64, "tokens", "Tokens asked for per request; null for distributions."),
@@ -323,9 +331,14 @@ _THROUGHPUT = (
 )
 
 _PACE = (
-    Column("asked_rate_per_s", _F64, "1/s", "(n - 1) / (last - first) of the times the schedule wanted."),
+    Column(
+        "asked_rate_per_s",
+        _F64,
+        "1/s",
+        "(n - 1) / (last - first) of the times the schedule wanted; with turns, those of first turns.",
+    ),
     Column("sent_rate_per_s", _F64, "1/s", "The same of the times requests were sent."),
-    Column("achieved_rate_per_s", _F64, "1/s", "The same of the times requests were answered."),
+    Column("achieved_rate_per_s", _F64, "1/s", "The same of the times requests, or whole conversations, were answered."),
     Column("pacing_error_p50_s", _F64, "s", "Sent less scheduled, median over the run's requests."),
     Column("pacing_error_p90_s", _F64, "s", "Sent less scheduled, 90th percentile."),
     Column("pacing_error_p99_s", _F64, "s", "Sent less scheduled, 99th percentile."),
