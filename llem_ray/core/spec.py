@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 try:
@@ -415,10 +416,11 @@ class MeasureSpec:
         return max(self.min_window_s, MLPERF_MIN_S) if self.window.rule == "mlperf" else self.min_window_s
 
     def least_run_s(self, workload: WorkloadSpec) -> float:
-        """How long a trial of the workload runs at least, s: an open loop lasts as long as its arrivals do."""
-        rate_per_s = workload.load.rate_per_s
-        arrivals_s = workload.conversations / rate_per_s if workload.conversations and rate_per_s else 0.0
-        return max(self.shortest_window_s, arrivals_s)
+        """How long a trial of the workload runs at least, s: arrivals of an open loop take their time, and so does thinking."""
+        load, many = workload.load, workload.conversations or 0
+        arrivals_s = many / load.rate_per_s if load.rate_per_s else 0.0
+        rounds = ceil(many / load.concurrency) if load.concurrency else 1
+        return max(self.shortest_window_s, arrivals_s + rounds * (workload.turns - 1) * workload.think_time_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
