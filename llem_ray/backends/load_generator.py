@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from llem_ray.core.backend import LoadSchedule, Request
 from llem_ray.core.clock import Clock, SystemClock
+from llem_ray.core.conversation import Histories
 from llem_ray.core.errors import GenerationError
 
 STOP_S: Final = 10.0
@@ -21,7 +24,8 @@ class Sent:
     """When a request went its way, ns of the host's monotonic clock."""
 
     scheduled_ns: int
-    """When the schedule wanted it sent; in a closed loop, when an earlier answer made room for it."""
+    """When the schedule wanted it sent; in a closed loop, when an earlier answer made room for it; of a later turn, when the
+    answer before it and the time to think had ended."""
     queued_ns: int
     """When the generator took it up."""
     sent_ns: int
@@ -31,10 +35,14 @@ class Sent:
 class LoadGenerator:
     """Paces requests by a schedule that was made beforehand; never waits for the engine but for its answers.
 
+    Requests that begin conversations are sent in their order, as the schedule says. One that follows another is sent as soon as
+    that has been answered and thought about; it holds its conversation's place in a closed loop meanwhile.
+
     Args:
-        requests: In the order they are sent.
+        requests: In the order they are sent, each after the one that it follows.
         schedule: When.
-        submit: Hands one request to the engine. Called in the generator's thread; it must not block.
+        submit: Hands one request to the engine. Called in the generator's thread; it must not block. The request is the one
+            given, or where it wants real answers a copy that holds them.
         clock: The host's.
     """
 
@@ -45,15 +53,17 @@ class LoadGenerator:
         submit: Callable[[Request], None],
         clock: Clock | None = None,
     ) -> None:
-        if schedule.send_at_ns is not None and len(schedule.send_at_ns) != len(requests):
-            raise GenerationError(f"a schedule of {len(schedule.send_at_ns)} times for {len(requests)} requests")
-        if schedule.max_in_flight is not None and schedule.max_in_flight < 1:
-            raise GenerationError("nothing may be in flight: max_in_flight must be 1 or more")
-        self._requests, self._schedule, self._submit = requests, schedule, submit
+        self._schedule, self._submit = schedule, submit
         self._clock = clock or SystemClock()
+        self._first = deque(request for request in requests if request.follows is None)
+        self._next = {request.follows: request for request in requests if request.follows is not None}
+        self._check_arguments(requests)
+        self._histories = Histories(requests)
+        self._due: list[tuple[int, int, Request]] = []
+        """Later turns whose time is known, the earliest first; the number keeps those of one time in order."""
         self._change = threading.Condition()
         self._sent: dict[str, Sent] = {}
-        self._in_flight = 0
+        self._begun = self._open = self._answered = 0
         self._room_since_ns = 0
         self._stopped = False
         self._error: BaseException | None = None
@@ -66,15 +76,28 @@ class LoadGenerator:
         self.begin_ns = self._room_since_ns = self._clock.monotonic_ns()
         self._thread.start()
 
-    def done(self, request_id: str) -> Sent:
+    def done(self, request_id: str, output_token_ids: Sequence[int] = (), ended_ns: int | None = None) -> Sent:
         """A request was answered. Called from any thread, once for each.
+
+        Args:
+            request_id: Which.
+            output_token_ids: Its answer.
+            ended_ns: When its last token was delivered; default: now.
 
         Returns:
             When it was sent.
         """
         with self._change:
-            self._in_flight -= 1
-            self._room_since_ns = self._clock.monotonic_ns()
+            now_ns = self._clock.monotonic_ns()
+            following = self._next.pop(request_id, None)
+            self._answered += 1
+            if following is None:
+                self._open -= 1
+                self._room_since_ns = now_ns
+            else:
+                self._histories.answer(request_id, output_token_ids)
+                due_ns = (now_ns if ended_ns is None else ended_ns) + following.think_ns
+                heapq.heappush(self._due, (due_ns, self._answered, following))
             self._change.notify_all()
             return self._sent[request_id]
 
@@ -102,15 +125,27 @@ class LoadGenerator:
         if self._thread.is_alive():
             self._thread.join(STOP_S)
 
+    def _check_arguments(self, requests: Sequence[Request]) -> None:
+        times_ns, limit = self._schedule.send_at_ns, self._schedule.max_in_flight
+        if times_ns is not None and len(times_ns) != len(self._first):
+            raise GenerationError(f"a schedule of {len(times_ns)} times for {len(self._first)} requests")
+        if limit is not None and limit < 1:
+            raise GenerationError("nothing may be in flight: max_in_flight must be 1 or more")
+        seen: set[str] = set()
+        for request in requests:
+            if request.follows is not None and request.follows not in seen:
+                raise GenerationError(f"request {request.request_id} follows {request.follows}, which does not come before it")
+            seen.add(request.request_id)
+        if len(self._first) + len(self._next) != len(requests):
+            raise GenerationError("two requests follow the same one")
+
     def _generate(self) -> None:
         try:
-            for index, request in enumerate(self._requests):
-                scheduled_ns = self._await_turn(index)
-                if scheduled_ns is None:
-                    return
+            while (turn := self._await_turn()) is not None:
+                request, scheduled_ns = turn
                 queued_ns = self._clock.monotonic_ns()
                 with self._change:
-                    self._in_flight += 1
+                    request = self._histories.ask(request)
                     self._sent[request.request_id] = Sent(
                         scheduled_ns=scheduled_ns, queued_ns=queued_ns, sent_ns=self._clock.monotonic_ns()
                     )
@@ -118,19 +153,38 @@ class LoadGenerator:
         except BaseException as error:  # noqa: BLE001 - raised again by check, in the thread that serves
             self._error = error
 
-    def _await_turn(self, index: int) -> int | None:
-        """Wait until this request may be sent; when the schedule wanted that, or None where it was stopped meanwhile."""
-        times_ns, limit = self._schedule.send_at_ns, self._schedule.max_in_flight
-        due_ns = self.begin_ns if times_ns is None else self.begin_ns + times_ns[index]
+    def _await_turn(self) -> tuple[Request, int] | None:
+        """Wait until a request may be sent; it, and when the schedule wanted that. None once all are sent, or when stopped."""
         with self._change:
-            while not self._stopped and (left_ns := due_ns - _SPIN_NS - self._clock.monotonic_ns()) > 0:
-                self._change.wait(left_ns / 1e9)
-            while not self._stopped and limit is not None and self._in_flight >= limit:
-                self._change.wait()
-            if self._stopped:
+            while not self._stopped and (self._first or self._next or self._due):
+                due_ns, scheduled_ns, later = self._earliest()
+                if due_ns is None:
+                    self._change.wait()
+                elif (left_ns := due_ns - _SPIN_NS - self._clock.monotonic_ns()) > 0:
+                    self._change.wait(left_ns / 1e9)
+                else:
+                    break
+            else:
                 return None
-            if times_ns is None:
-                return due_ns if limit is None else self._room_since_ns
+            request = heapq.heappop(self._due)[2] if later else self._begin()
         while self._clock.monotonic_ns() < due_ns:
             pass
-        return due_ns
+        return request, scheduled_ns
+
+    def _begin(self) -> Request:
+        self._begun += 1
+        self._open += 1
+        return self._first.popleft()
+
+    def _earliest(self) -> tuple[int | None, int, bool]:
+        """When the next request may be sent, or None where only an answer can tell; when that was wanted; is it a later turn?"""
+        times_ns, limit = self._schedule.send_at_ns, self._schedule.max_in_flight
+        first_ns: int | None = None
+        scheduled_ns = 0
+        if self._first and (limit is None or self._open < limit):
+            first_ns = scheduled_ns = self.begin_ns if times_ns is None else self.begin_ns + times_ns[self._begun]
+            if times_ns is None and limit is not None:
+                first_ns = scheduled_ns = self._room_since_ns
+        if self._due and (first_ns is None or self._due[0][0] < first_ns):
+            return self._due[0][0], self._due[0][0], True
+        return first_ns, scheduled_ns, False

@@ -16,6 +16,7 @@ import click
 
 from llem_ray import __version__
 from llem_ray.cli.output import INTERRUPTED, echo_json
+from llem_ray.cli.sweeps import tell_unseen
 from llem_ray.core.errors import PlacementError, ResultsError
 from llem_ray.core.spec import Sweep
 from llem_ray.execution.package import SWEEP_FILE, pack_sweep
@@ -75,6 +76,7 @@ def _start(
     flags: Mapping[str, bool],
     copy_to: str | None,
 ) -> RunJob:
+    tell_unseen(sweep)
     command = [*_remote_llem(), "run", SWEEP_FILE]
     command += [f"--{name.replace('_', '-')}" for name, is_set in flags.items() if is_set]
     if copy_to is not None:

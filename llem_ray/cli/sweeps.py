@@ -18,6 +18,7 @@ from llem_ray.core.plan import Plan
 from llem_ray.core.spec import Sweep
 from llem_ray.execution.history import find_past_run
 from llem_ray.execution.memory import group_memory, local_devices
+from llem_ray.execution.preflight import check_files
 from llem_ray.planning.plan import make_plan
 from llem_ray.planning.serialise import plan_to_dict
 from llem_ray.power.sources import count_gpus
@@ -55,6 +56,27 @@ def build_plan(sweep: Sweep, results_dir: Path, gpus: int | None) -> Plan:
     return make_plan(sweep, past_run=find_past_run(results_dir, sweep.name), gpus_available=gpus)
 
 
+def load_checked(path: Path, overrides: tuple[str, ...]) -> Sweep:
+    """A sweep whose prompts, lengths and traces were looked at, as far as they are on this machine; notes go to stderr.
+
+    Raises:
+        ConfigError: The sweep, or a file that it names, is wrong.
+    """
+    loaded = load_sweep(path, overrides=overrides)
+    tell_unseen(loaded)
+    return loaded
+
+
+def tell_unseen(sweep: Sweep) -> None:
+    """Check the files that a sweep names; what could not be looked at here goes to stderr.
+
+    Raises:
+        ConfigError: One is missing or wrong.
+    """
+    for note in check_files(sweep):
+        click.echo(f"note: {note}", err=True)
+
+
 @click.command()
 @click.argument("path", type=SWEEP, default=Path("sweep.yaml"))
 @click.option("--force", is_flag=True, help="Replace existing files.")
@@ -85,8 +107,8 @@ def _write(path: Path, text: str) -> None:
 @click.argument("sweep", type=SWEEP)
 @SET
 def validate(sweep: Path, overrides: tuple[str, ...]) -> None:
-    """Check SWEEP and say what it expands to."""
-    loaded = load_sweep(sweep, overrides=overrides)
+    """Check SWEEP and the files it names, and say what it expands to."""
+    loaded = load_checked(sweep, overrides)
     counted = f"{count_noun(len(loaded.cells), 'cell')} x {count_noun(loaded.repeats, 'repeat')}"
     dropped = f", {count_noun(len(loaded.dropped), 'cell')} dropped" if loaded.dropped else ""
     click.echo(f"{sweep}: valid: {counted} = {count_noun(len(loaded.cells) * loaded.repeats, 'trial')}{dropped}")
@@ -109,7 +131,7 @@ def plan(sweep: Path, overrides: tuple[str, ...], results_dir: Path, as_json: bo
     Trials in run order, model loads, GPUs and the memory each of them needs, cells dropped and why, and what it will take: known
     from an earlier run of a sweep of this name, or from `rates` in the file.
     """
-    made = build_plan(load_sweep(sweep, overrides=overrides), results_dir, count_gpus())
+    made = build_plan(load_checked(sweep, overrides), results_dir, count_gpus())
     devices = local_devices()
     memory = [group_memory(group, made.base_dir, devices) for group in made.groups]
     if as_json:

@@ -7,7 +7,17 @@ from math import ceil
 from typing import Any, Final
 
 from llem_ray.config.workload_rules import Broken, broken_workload
-from llem_ray.core.spec import CV_BATCHES, MLPERF_MIN_S, OPEN_LOOPS, EngineSpec, MeasureSpec, ModelSpec, WindowSpec, WorkloadSpec
+from llem_ray.core.spec import (
+    CV_BATCHES,
+    MLPERF_MIN_S,
+    OPEN_LOOPS,
+    EngineSpec,
+    LoadSpec,
+    MeasureSpec,
+    ModelSpec,
+    WindowSpec,
+    WorkloadSpec,
+)
 
 
 def implied(section: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -63,6 +73,7 @@ _OF_PATTERN: Final[Mapping[str, frozenset[str]]] = {
     "trace": frozenset({"trace"}),
 }
 """Field of a load -> the patterns that it belongs to."""
+_PLAIN: Final = LoadSpec()
 _OPTIONAL: Final = frozenset({("concurrency", "saturated")})
 
 
@@ -74,8 +85,9 @@ def _load(workload: WorkloadSpec) -> Broken | None:
             return Broken((*at, name), f"{name} has no meaning for the pattern {load.pattern}", f"it belongs to: {listed}")
         if value is None and load.pattern in patterns and (name, load.pattern) not in _OPTIONAL:
             return Broken((*at, "pattern"), f"the pattern {load.pattern} needs {name}", f"set workload.load.{name}")
-    if load.trace_speed != 1.0 and load.pattern != "trace":
-        return Broken((*at, "trace_speed"), f"trace_speed has no meaning for the pattern {load.pattern}", "it belongs to: trace")
+    for name in ("trace_speed", "trace_prefixes", "trace_max_input_tokens"):
+        if getattr(load, name) != getattr(_PLAIN, name) and load.pattern != "trace":
+            return Broken((*at, name), f"{name} has no meaning for the pattern {load.pattern}", "it belongs to: trace")
     return _online(workload) if load.online else None
 
 
@@ -84,9 +96,6 @@ def _online(workload: WorkloadSpec) -> Broken | None:
     if workload.batch_size != 1:
         hint = "leave it out: how many run together is for the engine, or workload.load.concurrency"
         return Broken(("workload", "batch_size"), f"batch_size has no meaning for the pattern {pattern}", hint)
-    if workload.turns > 1:
-        hint = "an online load sends requests without regard to earlier turns"
-        return Broken(("workload", "turns"), f"turns have no meaning for the pattern {pattern}", hint)
     if workload.requests is None and pattern != "trace":
         message = f"the pattern {pattern} needs a number of requests"
         return Broken(("workload", "load", "pattern"), message, "set workload.requests")
@@ -132,12 +141,13 @@ def _window_of(measure: MeasureSpec, workload: WorkloadSpec) -> Broken | None:
 
 def _long_enough(window: WindowSpec, rule: str, workload: WorkloadSpec) -> Broken | None:
     """Whether an open loop lasts as long as its window needs."""
-    rate_per_s, requests = workload.load.rate_per_s, workload.requests
+    rate_per_s, many = workload.load.rate_per_s, workload.conversations
     needs_s = {"mlperf": MLPERF_MIN_S, "interval": (window.start_s or 0.0) + (window.length_s or 0.0)}.get(rule, 0.0)
-    if rate_per_s is None or requests is None or requests / rate_per_s >= needs_s:
+    if rate_per_s is None or many is None or many / rate_per_s >= needs_s:
         return None
-    message = f"{requests} requests at {rate_per_s:g}/s last {requests / rate_per_s:g} s, the window needs {needs_s:g} s"
-    return Broken(("measure", "window", "rule"), message, f"set workload.requests to {ceil(needs_s * rate_per_s)} or more")
+    message = f"{_named(many, workload)} at {rate_per_s:g}/s last {many / rate_per_s:g} s, the window needs {needs_s:g} s"
+    least = ceil(needs_s * rate_per_s) * workload.turns
+    return Broken(("measure", "window", "rule"), message, f"set workload.requests to {least} or more")
 
 
 def _steady_state(workload: WorkloadSpec) -> Broken | None:
@@ -147,9 +157,13 @@ def _steady_state(workload: WorkloadSpec) -> Broken | None:
         return Broken(
             ("measure", "window", "rule"), f"steady_state is for saturated and closed loads, not for {load.pattern}", hint
         )
-    if many is not None and workload.requests is not None and workload.requests <= 2 * many + 1:
-        message = f"{workload.requests} requests with {many} in flight have no steady state: it takes {2 * many + 2} and more"
-        return Broken(
-            ("workload", "requests"), message, f"set workload.requests to {4 * many} or more, or measure.window.rule: total"
-        )
+    whole = workload.conversations
+    if many is not None and whole is not None and whole <= 2 * many + 1:
+        message = f"{_named(whole, workload)} with {many} in flight have no steady state: it takes {2 * many + 2} and more"
+        hint = f"set workload.requests to {4 * many * workload.turns} or more, or measure.window.rule: total"
+        return Broken(("workload", "requests"), message, hint)
     return None
+
+
+def _named(many: int, workload: WorkloadSpec) -> str:
+    return f"{many} {'requests' if workload.turns == 1 else f'conversations of {workload.turns} turns'}"

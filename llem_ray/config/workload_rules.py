@@ -57,7 +57,7 @@ def _prompts(prompts: PromptSpec) -> Iterator[Broken]:
         yield Broken((*path, "source"), "source: dataset needs workload.prompts.dataset")
     yield from _only_for(prompts, ("dataset",), ("dataset", "config", "split", "revision"))
     yield from _only_for(prompts, ("file", "dataset"), ("format", "answer_column"))
-    yield from _only_for(prompts, ("file", "dataset", "builtin"), ("limit", "chat_template"))
+    yield from _only_for(prompts, ("file", "dataset", "builtin"), ("limit",))
     if prompts.format == "sharegpt" and prompts.answer_column is not None:
         yield Broken((*path, "answer_column"), "format: sharegpt has answers of its own", "remove answer_column")
 
@@ -86,24 +86,33 @@ def _requests(workload: WorkloadSpec) -> Iterator[Broken]:
         allowed = "prompts with format: sharegpt or an answer_column"
         asked = ("workload", "output_tokens", "distribution")
         yield Broken(asked, "these prompts have no known answers", found="answer", allowed=allowed)
-    if prompts.chat_template and workload.input_tokens is not None:
-        hint = "remove input_tokens, or set workload.prompts.chat_template: false"
-        yield Broken(("workload", "input_tokens"), "a rendered chat keeps its natural length: it cannot be cut", hint)
-    if prompts.chat_template and workload.turns > 1:
-        found = f"turns: {workload.turns} with chat_template: true"
-        yield Broken(("workload", "turns"), "conversations of rendered chats are not supported", found=found, allowed="turns: 1")
     if workload.prefix_groups > 1 and workload.shared_prefix_tokens == 0:
         found = f"{workload.prefix_groups} groups of 0 shared tokens"
         yield Broken(("workload", "prefix_groups"), "groups need a prefix", "set workload.shared_prefix_tokens", found)
-    whole = workload.turns * workload.batch_size
+    yield from _turns(workload)
+
+
+def _turns(workload: WorkloadSpec) -> Iterator[Broken]:
+    online = workload.load.online
+    whole = workload.turns * (1 if online else workload.batch_size)
     if workload.turns > 1 and workload.requests is not None and workload.requests % whole:
-        allowed = f"a multiple of {whole}, turns x batch_size"
         yield Broken(
             ("workload", "requests"),
-            "conversations must be whole, and fill their batches",
+            "conversations must be whole" if online else "conversations must be whole, and fill their batches",
             found=str(workload.requests),
-            allowed=allowed,
+            allowed=f"a multiple of {whole}, {'turns' if online else 'turns x batch_size'}",
         )
+    if workload.turns > 1 and workload.load.pattern == "trace":
+        hint = "leave turns out; a Mooncake trace's hash_ids tell which prompts go on from others"
+        message = "each arrival of a trace is one request: conversations are in its prompts already"
+        yield Broken(("workload", "turns"), message, hint, found=str(workload.turns), allowed="1")
+    if workload.turns == 1 and workload.turn_answers != "auto":
+        message, hint = "turn_answers are those of conversations", "set workload.turns"
+        yield Broken(("workload", "turn_answers"), message, hint, found=workload.turn_answers, allowed="auto")
+    if workload.think_time_s and not (online and workload.turns > 1):
+        message = "think_time_s is between the turns of an online load"
+        hint = "set workload.turns and workload.load.pattern"
+        yield Broken(("workload", "think_time_s"), message, hint, found=f"{workload.think_time_s:g}", allowed="0")
 
 
 def _fields_of(lengths: LengthSpec, path: Path) -> Iterator[Broken]:

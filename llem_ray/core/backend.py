@@ -30,16 +30,33 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     max_new_tokens: int
     ignore_eos: bool = True
+    follows: str | None = None
+    """Id of the turn before in its conversation: this one is due when that one has been answered. None: it begins one."""
+    think_ns: int = 0
+    """How long after that answer it is due."""
+    new_prompt_tokens: int | None = None
+    """Set: only so many last tokens of the prompt are sent, after the prompt and the real answer of the turn before; the others
+    stand for these two and are no fewer. None: the prompt is sent as it is."""
+    conversation: int | None = None
+    """Number of its conversation in the pass, where there are several turns."""
+    turn: int | None = None
+    """Number of the turn in its conversation, from 0."""
+    shared_prompt_tokens: int = 0
+    """Leading prompt tokens that an earlier request of the pass has too, by construction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadSchedule:
-    """How the requests of a run reach the engine one by one, made before the run starts."""
+    """How the requests of a run reach the engine one by one, made before the run starts.
+
+    It counts conversations, by their first requests; a request that belongs to none is one. What follows in a conversation is
+    due when the turn before is answered.
+    """
 
     send_at_ns: tuple[int, ...] | None = None
-    """Open loop: when each request is due, ns after the start of the run, ascending. None: as soon as it may be sent."""
+    """Open loop: when each conversation is due, ns after the start of the run, ascending. None: as soon as it may begin."""
     max_in_flight: int | None = None
-    """Closed loop: requests sent and not yet answered, at most. None: any number."""
+    """Closed loop: conversations begun and not yet ended, at most. None: any number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +102,15 @@ class RequestRecord:
     accepted_tokens: int | None = None
     """Those of them that became output."""
     requested_tokens: int | None = None
-    """Output tokens that were asked for; filled in where the request was made, not by the engine."""
+    """Output tokens that were asked for; filled in where the request was made, not by the engine, as the fields below are."""
+    conversation: int | None = None
+    """Number of its conversation in its pass; None where there are no turns."""
+    turn: int | None = None
+    """Number of the turn in its conversation, from 0."""
+    last_turn: bool = True
+    """Its conversation ends with it."""
+    shared_prompt_tokens: int | None = None
+    """Leading prompt tokens that an earlier request of the pass had, or got as its answer, by construction."""
 
     @property
     def output_chunks(self) -> int:

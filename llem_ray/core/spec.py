@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 try:
@@ -33,6 +34,7 @@ SloPreset = Literal[
     "mlperf-deepseek-r1-interactive",
 ]
 WindowRule = Literal["auto", "total", "steady_state", "mlperf", "interval"]
+TurnAnswers = Literal["auto", "known", "generated"]
 
 OPEN_LOOPS: Final[frozenset[str]] = frozenset({"constant", "poisson", "gamma", "trace"})
 """Load patterns that send at times of their own, however many requests are in flight."""
@@ -141,7 +143,8 @@ class PromptSpec:
     limit: Annotated[int, Ge(1)] | None = field(default=None, metadata=_ADDED)
     """Prompts that are read, from the start of the source; None reads all."""
     chat_template: bool = field(default=False, metadata=_ADDED)
-    """Render each prompt as a user's message with the model's own chat template, up to where the answer begins."""
+    """Render each prompt as a user's message with the model's own chat template, up to where the answer begins. `input_tokens`
+    then counts the template's tokens too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,16 +184,22 @@ class LoadSpec:
     engine that serves: `saturated` at once, or so that `concurrency` are in flight; `closed` so that `concurrency` are in flight;
     `constant`, `poisson` and `gamma` at `rate_per_s`, however many are in flight; `trace` at recorded times."""
     rate_per_s: Annotated[float, Gt(0)] | None = None
-    """Requests per second (`constant`, `poisson`, `gamma`)."""
+    """Requests per second (`constant`, `poisson`, `gamma`); with `turns`, conversations that begin per second."""
     burstiness: Annotated[float, Gt(0)] | None = None
     """Shape of the gamma distribution of gaps between arrivals (`gamma`): 1 is Poisson, less is burstier, more is steadier."""
     concurrency: Annotated[int, Ge(1)] | None = None
-    """Requests in flight (`closed`, `saturated`); without it `saturated` leaves the limit to the engine."""
+    """Requests in flight (`closed`, `saturated`); with `turns`, conversations that are open. Without it `saturated` leaves the
+    limit to the engine."""
     trace: str | None = None
     """CSV or JSON Lines file of arrivals (`trace`), relative to the sweep file: `timestamp_s` with `input_tokens` and
     `output_tokens`, or the shape of Mooncake's or Azure's traces. Lengths in it go before those of the workload."""
     trace_speed: Annotated[float, Gt(0)] = 1.0
     """The trace is replayed this many times as fast."""
+    trace_prefixes: bool = field(default=True, metadata=_ADDED)
+    """Prompts share the blocks of 512 tokens that `hash_ids` of a Mooncake trace name; false makes each prompt its own."""
+    trace_max_input_tokens: Annotated[int, Ge(1)] | None = field(default=None, metadata=_ADDED)
+    """Longest prompt of the replay: where the trace has longer ones, all its prompts are shortened by one factor, and the
+    blocks they share with them."""
 
     @property
     def online(self) -> bool:
@@ -217,11 +226,16 @@ class WorkloadSpec:
     """Groups of requests, each with a prefix of its own; requests are dealt to them in turn."""
     turns: Annotated[int, Ge(1)] = field(default=1, metadata=_ADDED)
     """Turns of a conversation, each a request: its prompt is all that came before, answers included, and `input_tokens` new
-    ones. The answers in it are known in advance: random token ids, as many as the turn before generates."""
+    ones. Under an online load a turn is due when the one before is answered."""
+    turn_answers: TurnAnswers = field(default="auto", metadata=_ADDED)
+    """Answers in later prompts. `known`: random token ids, as many as the turn before generates, the same for every engine.
+    `generated`: what the engine did answer. `auto` is `known` in batches and `generated` under an online load."""
+    think_time_s: Annotated[float, Ge(0)] = field(default=0.0, metadata=_ADDED)
+    """How long after an answer the next turn of its conversation is due, s; online loads."""
     batch_size: Annotated[int, Ge(1)] = 1
     """Requests that run together."""
     requests: Annotated[int, Ge(1)] | None = None
-    """Distinct requests of one pass; default: one batch of each turn. The pass is repeated until
+    """Distinct requests of one pass, each turn one; default: one batch of each turn. The pass is repeated until
     `measure.min_window_s` is reached. Under an online load they are sent once; a trace's default is all of its arrivals."""
     ignore_eos: bool = True
     """Generate exactly `output_tokens`, whatever the model says: rows stay comparable."""
@@ -229,6 +243,16 @@ class WorkloadSpec:
     """Seed of lengths, of the choice and order of prompts, and of arrival times."""
     load: LoadSpec = field(default=LoadSpec(), metadata=_ADDED)
     """How requests reach the engine."""
+
+    @property
+    def generated_answers(self) -> bool:
+        """Later prompts hold what the engine did answer."""
+        return self.turn_answers == "generated" or (self.turn_answers == "auto" and self.load.online)
+
+    @property
+    def conversations(self) -> int | None:
+        """Whole conversations of one pass; None where `requests` is not given. A request without turns is one."""
+        return None if self.requests is None else self.requests // self.turns
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -395,10 +419,11 @@ class MeasureSpec:
         return max(self.min_window_s, MLPERF_MIN_S) if self.window.rule == "mlperf" else self.min_window_s
 
     def least_run_s(self, workload: WorkloadSpec) -> float:
-        """How long a trial of the workload runs at least, s: an open loop lasts as long as its arrivals do."""
-        rate_per_s = workload.load.rate_per_s
-        arrivals_s = workload.requests / rate_per_s if workload.requests and rate_per_s else 0.0
-        return max(self.shortest_window_s, arrivals_s)
+        """How long a trial of the workload runs at least, s: arrivals of an open loop take their time, and so does thinking."""
+        load, many = workload.load, workload.conversations or 0
+        arrivals_s = many / load.rate_per_s if load.rate_per_s else 0.0
+        rounds = ceil(many / load.concurrency) if load.concurrency else 1
+        return max(self.shortest_window_s, arrivals_s + rounds * (workload.turns - 1) * workload.think_time_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ from llem_ray.core.backend import (
     StepEvent,
 )
 from llem_ray.core.clock import Clock, SystemClock
+from llem_ray.core.conversation import Histories, completed_record
 from llem_ray.core.energy import Window
 from llem_ray.core.errors import ConfigError, GenerationError, LlemRayError, LoadError
 from llem_ray.core.outcome import Completed, Failed, Outcome, WarmupReport, failed_from
@@ -233,18 +234,19 @@ class EngineHost:
     ) -> tuple[tuple[RequestRecord, ...], int, int]:
         """Whole passes over the workload until the window is long enough; steps are told to ``log``."""
         requests: list[RequestRecord] = []
-        wanted = {request.request_id: request.max_new_tokens for batch in work for request in batch}
+        histories = Histories(request for batch in work for request in batch)
         steps = passes = 0
         while True:
             for batch in work:
-                for event in backend.run(batch, sampling):
+                asked = {request.request_id: histories.ask(request) for request in batch}
+                for event in backend.run(tuple(asked.values()), sampling):
                     if isinstance(event, StepEvent):
                         steps += 1
                         if log is not None:
                             log.add(event)
                     else:
-                        asked = wanted[event.request_id]
-                        requests.append(replace(event, request_id=f"{passes}-{event.request_id}", requested_tokens=asked))
+                        histories.answer(event.request_id, event.output_token_ids)
+                        requests.append(completed_record(event, asked[event.request_id], passes))
             passes += 1
             if self._clock.monotonic_ns() >= until_ns:
                 return tuple(requests), steps, passes

@@ -13,21 +13,21 @@ from llem_ray.energy.validity import flag
 from llem_ray.workloads.latency import succeeded, throughput
 from llem_ray.workloads.pacing import pacing
 from llem_ray.workloads.slo import count_good, limits_of
-from llem_ray.workloads.windows import Counts, count_all, count_inside, inside
+from llem_ray.workloads.windows import Counts, conversation_ends_ns, count_all, count_inside, inside
 
 Row = dict[str, Any]
 
 
 def counts_of(done: Completed) -> Counts:
-    """What happened in the measured window: all of it where batches ran."""
-    if done.online is None:
+    """What happened in the measured window: all of it where that is the whole run."""
+    if not is_part(done):
         return count_all(done.requests)
     return count_inside(done.requests, done.window.begin_ns, done.window.end_ns)
 
 
 def requests_inside(done: Completed) -> tuple[RequestRecord, ...]:
     """The requests that the window's latencies are of."""
-    return done.requests if done.online is None else inside(done.requests, done.window.begin_ns, done.window.end_ns)
+    return inside(done.requests, done.window.begin_ns, done.window.end_ns) if is_part(done) else done.requests
 
 
 def is_part(done: Completed) -> bool:
@@ -110,9 +110,10 @@ def load_flags(done: Completed, load: LoadSpec, measure: MeasureSpec) -> Iterato
         yield flag("window_not_reached", online.missed)
     elif done.window.duration_s < measure.shortest_window_s:
         yield flag("below_min_window", f"{done.window.duration_s:.3f} s, measure.min_window_s is {measure.min_window_s:g} s")
-    many = sum(map(succeeded, done.requests))
+    many = len(conversation_ends_ns(list(filter(succeeded, done.requests))))
     if online.rule == "steady_state" and online.missed is None and many < 4 * online.concurrency:
-        yield flag("few_requests", f"{many} requests with {online.concurrency} at once")
+        what = "requests" if all(record.turn is None for record in done.requests) else "conversations"
+        yield flag("few_requests", f"{many} {what} with {online.concurrency} at once")
     yield from _pace_flags(done, load, measure)
 
 

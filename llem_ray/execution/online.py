@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from llem_ray.core.backend import InferenceBackend, RequestRecord, StepEvent
 from llem_ray.core.clock import Clock
+from llem_ray.core.conversation import completed_record
 from llem_ray.core.energy import Window
 from llem_ray.core.outcome import OnlineRun
 from llem_ray.core.spec import LoadSpec, SamplingSpec, WindowSpec
@@ -57,15 +58,16 @@ def run_online(
     """
     records: list[RequestRecord] = []
     step_ends_ns: list[int] = []
-    wanted = {request.request_id: request.max_new_tokens for request in order.work.requests}
+    asked = {request.request_id: request for request in order.work.requests}
+    followed = {request.follows for request in order.work.requests}
     for event in backend.run(order.work.requests, order.sampling, order.work.schedule):
         if isinstance(event, StepEvent):
             step_ends_ns.append(event.end_ns)
             if log is not None:
                 log.add(event)
         else:
-            asked = wanted[event.request_id]
-            records.append(replace(event, request_id=f"{PASS}-{event.request_id}", requested_tokens=asked))
+            last_turn = event.request_id not in followed
+            records.append(completed_record(event, asked[event.request_id], PASS, last_turn=last_turn))
     end_ns = clock.monotonic_ns()
     chosen = choose_window(records, begin_ns, end_ns, order.window, order.load, order.min_window_s)
     return Ran(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from llem_ray.core.errors import ConfigError, PlacementError
+from llem_ray.core.errors import ConfigError, PlacementError, PluginError
 from llem_ray.core.plan import Plan
-from llem_ray.core.spec import WorkloadSpec
+from llem_ray.core.spec import Sweep, WorkloadSpec
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
 from llem_ray.execution.footprint import look_up_footprint
 from llem_ray.execution.memory import local_devices, require_memory
 from llem_ray.workloads.online import taken
-from llem_ray.workloads.sources import Sources
-from llem_ray.workloads.traces import Arrival
+from llem_ray.workloads.sources import Part, Sources
+from llem_ray.workloads.trace_blocks import blocks_of
+from llem_ray.workloads.traces import FIELD
 
 
 def check_prompts(plan: Plan) -> None:
@@ -30,7 +30,41 @@ def check_prompts(plan: Plan) -> None:
     sources = Sources(plan.base_dir)
     for workload in dict.fromkeys(trial.experiment.workload for trial in plan.trials):
         sources.read(workload)
-        _check_deadline(workload, taken(workload, sources.trace(workload.load.trace)), plan.measure.trial_timeout_s)
+        _check_trace(workload, sources, plan.measure.trial_timeout_s)
+
+
+def check_files(sweep: Sweep) -> tuple[str, ...]:
+    """Read all prompts, lengths and traces that lie on this host, as `validate` and `plan` do wherever they are called.
+
+    Data sets of the hub are not looked at, and a path that is absolute and not there may be there where the sweep will run.
+
+    Returns:
+        What could not be looked at here, and why.
+
+    Raises:
+        ConfigError: A file is missing or wrong, or a trace is too short or outlasts its trial's deadline.
+    """
+    sources, notes = Sources(sweep.base_dir), dict[str, None]()
+    for workload in dict.fromkeys(cell.experiment.workload for cell in sweep.cells):
+        unseen = [note for part in sources.parts(workload) if (note := _look_at(part)) is not None]
+        notes |= dict.fromkeys(filter(None, unseen))
+        if not any(note.startswith(FIELD) for note in unseen):
+            _check_trace(workload, sources, sweep.measure.trial_timeout_s)
+    return tuple(notes)
+
+
+def _look_at(part: Part) -> str | None:
+    """Read a part; a note where that cannot be done here, empty where nobody would expect it."""
+    if part.on_hub:
+        return ""
+    path = None if part.path is None else Path(part.path)
+    if path is not None and path.is_absolute() and not path.exists():
+        return f"{part.field}: {part.path} is not on this machine: it must be where the sweep runs"
+    try:
+        part.read()
+    except PluginError as error:
+        return f"{part.field}: {part.path} was not looked at: {error.message}; {error.hint}"
+    return None
 
 
 def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) -> None:
@@ -60,7 +94,9 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) ->
     require_memory(plan.groups, plan.base_dir, local_devices())
 
 
-def _check_deadline(workload: WorkloadSpec, arrivals: Sequence[Arrival], timeout_s: float) -> None:
+def _check_trace(workload: WorkloadSpec, sources: Sources, timeout_s: float) -> None:
+    arrivals = taken(workload, sources.trace(workload.load.trace))
+    blocks_of(arrivals, workload.load)
     lasts_s = (arrivals[-1].at_s - arrivals[0].at_s) / workload.load.trace_speed if arrivals else 0.0
     if lasts_s >= timeout_s:
         raise ConfigError(

@@ -16,6 +16,7 @@ from llem_ray.results import rows as columns
 from llem_ray.results.trial_columns import ADJUSTED_METRICS, INTERVAL_METRICS
 from llem_ray.workloads import latency
 from llem_ray.workloads.percentile_intervals import percentile_intervals, why_no_interval
+from llem_ray.workloads.windows import count_inside
 
 Row = dict[str, Any]
 
@@ -49,6 +50,8 @@ def attempt_row(ended: AttemptEnded) -> Row:
     row |= columns.count_columns(
         requests=counts.requests,
         prompt_tokens=counts.prompt_tokens,
+        failed_prompt_tokens=counts.failed_prompt_tokens,
+        shared_prompt_tokens=counts.shared_prompt_tokens,
         padded_tokens=counts.padded_tokens,
         output_tokens=counts.output_tokens,
         passes=outcome.passes,
@@ -119,8 +122,9 @@ def latency_columns(done: Completed, gpus: int) -> Row:
 
 
 def part_throughput(done: Completed, gpus: int) -> latency.Throughput:
-    """Rates within a window that is a part of a run: what happened inside, over its length."""
-    counts, length_s = counts_of(done), done.window.duration_s
+    """Rates within a window that is a part of a run: what happened inside to requests that succeeded, over its length."""
+    served = list(filter(latency.succeeded, done.requests))
+    counts, length_s = count_inside(served, done.window.begin_ns, done.window.end_ns), done.window.duration_s
     return latency.Throughput(
         duration_s=length_s,
         requests=counts.succeeded,

@@ -59,6 +59,9 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
         "rate_per_s": load.rate_per_s,
         "burstiness": load.burstiness,
         "concurrency": load.concurrency,
+        "turns": workload.turns,
+        "turn_answers": None if workload.turns == 1 else "generated" if workload.generated_answers else "known",
+        "think_time_s": workload.think_time_s if workload.turns > 1 and load.online else None,
         "trace": load.trace,
         "input_tokens": workload.input_tokens if isinstance(workload.input_tokens, int) else None,
         "output_tokens_requested": workload.output_tokens if isinstance(workload.output_tokens, int) else None,
@@ -100,12 +103,24 @@ def window_columns(window: Window) -> Row:
     return {"begin_ns": window.begin_ns, "end_ns": window.end_ns, "window_s": window.duration_s}
 
 
-def count_columns(*, requests: int, prompt_tokens: int, padded_tokens: int, output_tokens: int, passes: int, steps: int) -> Row:
+def count_columns(
+    *,
+    requests: int,
+    prompt_tokens: int,
+    padded_tokens: int,
+    output_tokens: int,
+    passes: int,
+    steps: int,
+    failed_prompt_tokens: int = 0,
+    shared_prompt_tokens: int | None = None,
+) -> Row:
     """Requests, tokens and steps of a window."""
     return {
         "requests": requests,
         "passes": passes,
         "prompt_tokens": prompt_tokens,
+        "failed_prompt_tokens": failed_prompt_tokens,
+        "shared_prompt_tokens": shared_prompt_tokens,
         "padded_tokens": padded_tokens,
         "output_tokens": output_tokens,
         "total_tokens": prompt_tokens + output_tokens,
@@ -251,8 +266,11 @@ def request_row(
         "trial_id": trial_id,
         "attempt": attempt,
         "request_id": record.request_id,
+        "conversation": record.conversation,
+        "turn": record.turn,
         "in_window": in_window,
         "prompt_tokens": record.prompt_tokens,
+        "shared_prompt_tokens": record.shared_prompt_tokens,
         "padded_tokens": record.padded_tokens,
         "output_tokens": record.output_tokens,
         "output_tokens_requested": record.requested_tokens,

@@ -28,7 +28,16 @@ _REQUESTS = (
     *_KEYS,
     Column("request_id", pa.string(), "", "Request within the trial: `<pass>-<index>`."),
     Column("in_window", pa.bool_(), "", "It ended in the measured window; others of an online run are here too."),
+    Column("conversation", pa.int64(), "", "Number of its conversation in the pass; null without `turns`."),
+    Column("turn", pa.int32(), "", "Number of its turn in the conversation, from 0; null without `turns`."),
     Column("prompt_tokens", pa.int64(), "tokens", "Prompt length counted from ids, padding not included."),
+    Column(
+        "shared_prompt_tokens",
+        pa.int64(),
+        "tokens",
+        "Leading prompt tokens that an earlier request of the pass had, or got as its answer, by construction: a shared prefix,"
+        " earlier turns, blocks of a trace.",
+    ),
     Column("padded_tokens", pa.int64(), "tokens", "Length the prompt was padded to."),
     Column("output_tokens", pa.int64(), "tokens", "Tokens generated, counted from ids."),
     Column("output_tokens_requested", pa.int64(), "tokens", "Tokens asked for."),

@@ -98,9 +98,17 @@ _EXPERIMENT = (
     Column("prompt_source", _STR, "", "Where prompts came from."),
     Column("batch_size", _I32, "", "Requests that ran together; null under an online load."),
     Column("load_pattern", _STR, "", "How requests reached the engine: `batch`, or the pattern of an online load."),
-    Column("rate_per_s", _F64, "1/s", "Request rate asked for; null where the pattern has none."),
+    Column("rate_per_s", _F64, "1/s", "Requests per s asked for, with turns conversations; null where the pattern has none."),
     Column("burstiness", _F64, "1", "Shape of the gamma distribution of gaps between arrivals; null but for `gamma`."),
-    Column("concurrency", _I32, "", "Requests kept in flight; null where the pattern has none, or the engine sets the limit."),
+    Column(
+        "concurrency",
+        _I32,
+        "",
+        "Requests kept in flight, with turns open conversations; null where the pattern has none, or the engine sets the limit.",
+    ),
+    Column("turns", _I32, "", "Requests of each conversation; 1 where there are none."),
+    Column("turn_answers", _STR, "", "Answers in later prompts: `known` or `generated`; null where there are none."),
+    Column("think_time_s", _F64, "s", "From an answer to when the next turn is due; null where there is none."),
     Column("trace", _STR, "", "Trace of arrivals that was replayed."),
     Column("input_tokens", _I64, "tokens", "Exact prompt length asked for; null for natural lengths and distributions."),
     Column("output_tokens_requested", _I64, "tokens", "Tokens asked for per request; null for distributions."),
@@ -123,7 +131,20 @@ _COUNTS = (
     Column("window_rule", _STR, "", "Which part of the run the window is: `total`, `steady_state`, `mlperf` or `interval`."),
     Column("requests", _I64, "", "Requests that ended in the window, failed ones included."),
     Column("passes", _I32, "", "Times the workload was repeated to fill the window."),
-    Column("prompt_tokens", _I64, "tokens", "Prompt tokens counted from ids, of requests whose first token came in the window."),
+    Column(
+        "prompt_tokens",
+        _I64,
+        "tokens",
+        "Prompt tokens counted from ids, of requests whose first token came in the window, and of those that were sent in it and"
+        " gave none.",
+    ),
+    Column("failed_prompt_tokens", _I64, "tokens", "Those of prompt_tokens whose requests failed."),
+    Column(
+        "shared_prompt_tokens",
+        _I64,
+        "tokens",
+        "Those of prompt_tokens that an earlier request of the pass had, or got as its answer, by construction.",
+    ),
     Column("padded_tokens", _I64, "tokens", "Prompt lengths after padding, summed."),
     Column("output_tokens", _I64, "tokens", "Tokens delivered in the window, counted from ids."),
     Column("total_tokens", _I64, "tokens", "prompt_tokens + output_tokens."),
@@ -330,7 +351,12 @@ _THROUGHPUT = (
 )
 
 _PACE = (
-    Column("asked_rate_per_s", _F64, "1/s", "(n - 1) / (last - first) of the times the schedule wanted."),
+    Column(
+        "asked_rate_per_s",
+        _F64,
+        "1/s",
+        "(n - 1) / (last - first) of the times the schedule wanted; with turns, those of first turns.",
+    ),
     Column("sent_rate_per_s", _F64, "1/s", "The same of the times requests were sent."),
     Column(
         "achieved_rate_per_s",

@@ -246,13 +246,14 @@ class FakeBackend:
                 )
                 for request, length, times in [row for row in running.values() if len(row[2]) == row[1]]:
                     del running[request.request_id]
-                    sent = generator.done(request.request_id)
+                    tokens = self._tokens(request, length, sampling)
+                    sent = generator.done(request.request_id, tokens, times[-1])
                     answered += 1
                     yield RequestRecord(
                         request_id=request.request_id,
                         prompt_tokens=len(request.prompt_token_ids),
                         padded_tokens=len(request.prompt_token_ids),
-                        output_token_ids=self._tokens(request, length, sampling),
+                        output_token_ids=tokens,
                         finish_reason="length" if fault is None else "stop",
                         scheduled_ns=sent.scheduled_ns,
                         queued_ns=sent.queued_ns,

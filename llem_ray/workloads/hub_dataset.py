@@ -83,6 +83,11 @@ def _saved(datasets: Any, spec: PromptSpec, name: str, path: Path) -> Any:
     return saved[spec.split]
 
 
+def is_local(name: str, base_dir: Path) -> bool:
+    """It is there as a file or folder, or could be nothing else."""
+    return (base_dir / Path(name).expanduser()).exists() or _is_path(name)
+
+
 def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix in _BUILDERS
 

@@ -11,8 +11,11 @@ from llem_ray.core.backend import LoadSchedule, Request
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.spec import WorkloadSpec
 from llem_ray.workloads.arrivals import make_schedule
+from llem_ray.workloads.chats import EncodeChats
 from llem_ray.workloads.prompt_files import PromptSet
-from llem_ray.workloads.prompts import NO_PROMPTS, Encode, EncodeChats, batches, build_requests
+from llem_ray.workloads.prompts import NO_PROMPTS, batches, build_requests
+from llem_ray.workloads.token_sources import Encode
+from llem_ray.workloads.trace_blocks import blocks_of, shortened
 from llem_ray.workloads.traces import FIELD, Arrival
 
 WARMUP_REQUESTS: Final = 8
@@ -56,7 +59,8 @@ def build_online(
     Raises:
         ConfigError: A request does not fit into the context, or the trace is too short.
     """
-    arrivals = taken(workload, trace)
+    recorded = taken(workload, trace)
+    arrivals = shortened(recorded, workload.load)
     count = len(arrivals) or workload.requests or 1
     _check_lengths(workload, arrivals, context_tokens)
     built = build_requests(
@@ -68,12 +72,13 @@ def build_online(
         special_token_ids=special_token_ids,
         encode_chats=encode_chats,
         lengths=[(arrival.input_tokens, arrival.output_tokens) for arrival in arrivals] or None,
+        blocks=blocks_of(recorded, workload.load) or None,
     )
     size = min(workload.load.concurrency or WARMUP_REQUESTS, count)
     return OnlineWork(
         requests=built,
-        schedule=make_schedule(workload.load, count, workload.seed, arrivals),
-        warmup=tuple(islice(batches(built, size), max(1, count // size))),
+        schedule=make_schedule(workload.load, count // workload.turns, workload.seed, arrivals),
+        warmup=tuple(islice(batches([_alone(request) for request in built], size), max(1, count // size))),
     )
 
 
@@ -90,6 +95,11 @@ def taken(workload: WorkloadSpec, trace: Sequence[Arrival]) -> tuple[Arrival, ..
         allowed = f"at most {len(trace)}, what the trace holds"
         raise ConfigError("the trace is too short", field="workload.requests", found=str(wanted), allowed=allowed)
     return tuple(trace[:wanted])
+
+
+def _alone(request: Request) -> Request:
+    """The request as it is sent while warming up: whatever is asked before it."""
+    return replace(request, follows=None, think_ns=0, new_prompt_tokens=None)
 
 
 def _check_lengths(workload: WorkloadSpec, arrivals: Sequence[Arrival], context_tokens: int) -> None:

@@ -14,7 +14,10 @@ from llem_ray.workloads.latency import Distribution, distribution
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pacing:
-    """Rates in 1/s; None for fewer than two requests."""
+    """Rates in 1/s; None for fewer than two.
+
+    They are those of conversations, by their first requests and their last answers; a request without turns is one.
+    """
 
     asked_rate_per_s: float | None
     """By the times the schedule wanted: (n - 1) over the time from the first to the last."""
@@ -25,27 +28,33 @@ class Pacing:
     requests that were answered. An engine that keeps up answers at the rate it is asked at, however long each answer takes; a
     few long ones at the end of a run do not change that. Of requests that were due at once: as the others."""
     error_s: Distribution | None
-    """Sent less scheduled, s."""
+    """Sent less scheduled, s, of every request."""
 
 
 def pacing(records: Sequence[RequestRecord]) -> Pacing:
     """The pace of a run, over all its requests."""
-    asked_rate_per_s = _rate(record.scheduled_ns for record in records)
+    first = [record for record in records if not record.turn]
+    asked_rate_per_s = _rate(record.scheduled_ns for record in first)
     return Pacing(
         asked_rate_per_s=asked_rate_per_s,
-        sent_rate_per_s=_rate(record.sent_ns for record in records),
-        achieved_rate_per_s=_achieved_rate(records, asked_rate_per_s),
+        sent_rate_per_s=_rate(record.sent_ns for record in first),
+        achieved_rate_per_s=_achieved_rate(records, first, asked_rate_per_s),
         error_s=distribution((record.sent_ns - record.scheduled_ns) / NS_PER_S for record in records),
     )
 
 
-def _achieved_rate(records: Sequence[RequestRecord], asked_rate_per_s: float | None) -> float | None:
-    answered = [record for record in records if record.token_times_ns]
-    due_ns = _middle_half_ns([record.scheduled_ns for record in answered])
+def _achieved_rate(
+    records: Sequence[RequestRecord], first: Sequence[RequestRecord], asked_rate_per_s: float | None
+) -> float | None:
+    answered = [record for record in records if record.last_turn and record.token_times_ns]
+    begun_ns = {record.conversation: record.scheduled_ns for record in first if record.turn is not None}
+    due_ns = _middle_half_ns(
+        [record.scheduled_ns if record.turn is None else begun_ns[record.conversation] for record in answered]
+    )
     if asked_rate_per_s is None or not due_ns:
         return _rate(record.token_times_ns[-1] for record in answered)
     came_ns = _middle_half_ns([record.token_times_ns[-1] for record in answered])
-    return asked_rate_per_s * len(answered) / len(records) * due_ns / came_ns if came_ns else None
+    return asked_rate_per_s * len(answered) / len(first) * due_ns / came_ns if came_ns else None
 
 
 def _middle_half_ns(stamps_ns: Sequence[int]) -> float:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import random
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterator, Sequence
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-from llem_ray.core.backend import ChatMessage, Request
+from llem_ray.core.backend import Request
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
+from llem_ray.workloads.chats import EncodeChats, Ids
+from llem_ray.workloads.conversations import make_requests, places_of
 from llem_ray.workloads.hub_dataset import read_dataset
 from llem_ray.workloads.lengths import draw_lengths
 from llem_ray.workloads.prompt_files import FIELD, PromptSet, read_prompt_file
+from llem_ray.workloads.token_sources import Encode, RandomIds, TokenSource, make_source
+from llem_ray.workloads.trace_blocks import Block, shared_tokens
 
-Encode = Callable[[Sequence[str]], list[list[int]]]
-EncodeChats = Callable[[Sequence[Sequence[ChatMessage]]], list[list[int]]]
-Ids = tuple[int, ...]
 GivenLengths = tuple[int | None, int | None]
 """Input and output tokens of one request; None leaves one of them to the workload."""
 
@@ -69,6 +65,7 @@ def build_requests(
     *,
     encode_chats: EncodeChats | None = None,
     lengths: Sequence[GivenLengths] | None = None,
+    blocks: Sequence[tuple[Block, ...] | None] | None = None,
 ) -> tuple[Request, ...]:
     """The distinct requests of one pass; ``request_id`` is the index as a decimal number.
 
@@ -78,7 +75,9 @@ def build_requests(
     so no two requests of one round share their beginning, their shared prefix apart.
 
     With ``turns`` requests come in blocks of ``batch_size`` conversations: the first turn of each, then the second of each, so
-    that no batch holds two turns of one conversation.
+    that no batch holds two turns of one conversation. Under an online load each conversation's turns follow one another.
+
+    With ``chat_template`` lengths count the template's tokens, which are kept whole: it is the message that is cut.
 
     Args:
         workload: Lengths, number of requests, seed. Distributions name no file any more, see ``load_lengths``.
@@ -90,6 +89,7 @@ def build_requests(
         encode_chats: The engine's chat template, see ``InferenceBackend.encode_chats``; None where it has none.
         lengths: Input and output tokens of each request, in place of the workload's own number of requests and lengths; a
             length that is None stays the workload's own.
+        blocks: Parts that each prompt consists of, in place of the source's prompts; None for a prompt without such parts.
 
     Raises:
         ConfigError: A prompt is empty, its ids are outside the vocabulary, it is too long for the context, an output has no
@@ -99,20 +99,20 @@ def build_requests(
     longest = workload.shared_prefix_tokens + max(tokens or 0 for tokens in inputs)
     if longest >= context_tokens:  # refused before anything of that size is made
         raise _too_long("a prompt", longest, _least_output(workload), context_tokens, _blamed(workload))
-    source = _source(workload, encode, encode_chats, vocab_size, prompts, special_token_ids)
-    bodies = source.bodies(inputs)
+    source = make_source(workload, encode, encode_chats, vocab_size, prompts, special_token_ids)
+    places = places_of(workload, len(inputs))
+    bodies = _bodies(workload, source, inputs, [place.turn for place in places], blocks)
     outputs = _output_lengths(workload, lengths, len(inputs), source)
     if max(outputs) >= context_tokens:
         raise _too_long("an answer", 1, max(outputs), context_tokens, "workload.output_tokens")
-    random_ids = _RandomIds(vocab_size, special_token_ids)
-    prompt_ids = _conversations(workload, bodies, outputs, source, random_ids)
-    for index, ids in enumerate(prompt_ids):
-        if len(ids) + outputs[index] > context_tokens:
-            raise _too_long(source.name_of(index), len(ids), outputs[index], context_tokens, _blamed(workload))
-    return tuple(
-        Request(request_id=str(index), prompt_token_ids=ids, max_new_tokens=new_tokens, ignore_eos=workload.ignore_eos)
-        for index, (ids, new_tokens) in enumerate(zip(prompt_ids, outputs, strict=True))
-    )
+    shared = [0] * len(inputs) if blocks is None else shared_tokens(blocks)
+    random_ids = RandomIds(vocab_size, special_token_ids)
+    requests = make_requests(workload, places, bodies, outputs, source, random_ids, shared)
+    for index, request in enumerate(requests):
+        tokens = len(request.prompt_token_ids)
+        if tokens + request.max_new_tokens > context_tokens:
+            raise _too_long(source.name_of(index), tokens, request.max_new_tokens, context_tokens, _blamed(workload))
+    return requests
 
 
 def batches(requests: Sequence[Request], batch_size: int) -> Iterator[tuple[Request, ...]]:
@@ -121,188 +121,41 @@ def batches(requests: Sequence[Request], batch_size: int) -> Iterator[tuple[Requ
         yield tuple(requests[start : start + batch_size])
 
 
-class _Source(Protocol):
-    """Where the tokens of prompts come from."""
-
-    def bodies(self, inputs: Sequence[int | None]) -> list[Ids]:
-        """What each request asks: as many tokens as given, or a prompt of its natural length for None."""
-        ...
-
-    def prefix(self, group: int, tokens: int) -> Ids:
-        """The first tokens of all prompts of a group."""
-        ...
-
-    def answer_lengths(self) -> list[int] | None:
-        """Tokens of the known answers to the bodies; None where there are none."""
-        ...
-
-    def name_of(self, request: int) -> str:
-        """What an error calls the prompt of a request."""
-        ...
-
-
-class _RandomIds:
-    """Token ids drawn at random, special ones left out."""
-
-    def __init__(self, vocab_size: int, special_token_ids: Collection[int]) -> None:
-        self._vocab_size = vocab_size
-        self._special = frozenset(special_token_ids)
-
-    @cached_property
-    def _allowed(self) -> list[int]:
-        return [index for index in range(self._vocab_size) if index not in self._special]
-
-    def draw(self, seed: str, tokens: int) -> Ids:
-        """``tokens`` ids that ``seed`` decides."""
-        if not self._allowed:
-            raise ConfigError(f"all {self._vocab_size} token ids of the model are special", field=f"{FIELD}.source")
-        draws, allowed = random.Random(seed), self._allowed  # noqa: S311 - not a secret
-        return tuple(allowed[int(draws.random() * len(allowed))] for _ in range(tokens))
-
-
-@dataclass(frozen=True)
-class _Synthetic:
-    """Prompts of random ids."""
-
-    seed: int
-    ids: _RandomIds
-
-    def bodies(self, inputs: Sequence[int | None]) -> list[Ids]:
-        return [self.ids.draw(f"{self.seed}/{index}", _needed(tokens)) for index, tokens in enumerate(inputs)]
-
-    def prefix(self, group: int, tokens: int) -> Ids:
-        return self.ids.draw(f"{self.seed}/prefix/{group}", tokens)
-
-    def answer_lengths(self) -> list[int] | None:
-        return None
-
-    def name_of(self, request: int) -> str:
-        return f"request {request}"
-
-
-class _Texts:
-    """Prompts of a text source, encoded when first asked for: a file may hold far more than a pass needs."""
-
-    def __init__(
-        self, prompts: PromptSet, encode: Encode, encode_plain: Encode, vocab_size: int, special: Collection[int], seed: int
-    ) -> None:
-        if not prompts.texts:
-            raise ConfigError("there are no prompts", field=FIELD, found="0 prompts", allowed="at least 1")
-        self._prompts = prompts
-        self._encode = encode
-        self._encode_plain = encode_plain
-        self._vocab_size = vocab_size
-        self._special = frozenset(special)
-        self._seed = seed
-        self._ids: dict[int, Ids] = {}
-        self._firsts: list[int] = []
-        self._order = _order(len(prompts.texts), str(seed))
-
-    def bodies(self, inputs: Sequence[int | None]) -> list[Ids]:
-        self._firsts = list(islice(self._order, len(inputs)))
-        self._fetch(self._firsts)
-        ahead = list(self._firsts)
-        return [
-            self._ids[self._firsts[start]] if tokens is None else self._packed(ahead, start, tokens, self._order)
-            for start, tokens in enumerate(inputs)
-        ]
-
-    def prefix(self, group: int, tokens: int) -> Ids:
-        return self._packed([], 0, tokens, _order(len(self._prompts.texts), f"{self._seed}/prefix/{group}"))
-
-    def answer_lengths(self) -> list[int] | None:
-        answers = self._prompts.answers
-        if answers is None:
-            return None
-        encoded = self._encode_plain([answers[index] for index in self._firsts])
-        return [sum(token not in self._special for token in ids) for ids in encoded]
-
-    def name_of(self, request: int) -> str:
-        return f"prompt {self._firsts[request]}"
-
-    def _packed(self, ahead: list[int], start: int, tokens: int, order: Iterator[int]) -> Ids:
-        """The prompts of ``ahead`` from ``start`` on, which ``order`` continues, cut to ``tokens``."""
-        ids: list[int] = []
-        while len(ids) < tokens:
-            if start == len(ahead):
-                ahead.append(next(order))
-            self._fetch([ahead[start]])
-            ids += self._ids[ahead[start]]
-            start += 1
-        return tuple(ids[:tokens])
-
-    def _fetch(self, indices: Sequence[int]) -> None:
-        """Encode several prompts in one call."""
-        texts = self._prompts.texts
-        wanted = [index for index in dict.fromkeys(indices) if index not in self._ids]
-        if not wanted:
-            return
-        for index, ids in zip(wanted, self._encode([texts[index] for index in wanted]), strict=True):
-            if not ids:
-                raise ConfigError(f"prompt {index} has no tokens", field=FIELD, found=repr(texts[index][:40]))
-            if max(ids) >= self._vocab_size:
-                raise ConfigError(
-                    f"prompt {index} has token id {max(ids)}, beyond the model's vocabulary of {self._vocab_size}",
-                    "does the tokenizer belong to the model?",
-                    field="model.tokenizer",
-                )
-            self._ids[index] = tuple(ids)
-
-
-def _source(
+def _bodies(
     workload: WorkloadSpec,
-    encode: Encode,
-    encode_chats: EncodeChats | None,
-    vocab_size: int,
-    prompts: PromptSet,
-    special: Collection[int],
-) -> _Source:
-    if workload.prompts.source == "synthetic":
-        return _Synthetic(workload.seed, _RandomIds(vocab_size, special))
-    encode_prompts = encode
-    if workload.prompts.chat_template:
-        if encode_chats is None:
-            raise ConfigError(
-                "this engine renders no chat templates", field=f"{FIELD}.chat_template", found="true", allowed="false"
-            )
-        render = encode_chats
-
-        def encode_prompts(texts: Sequence[str]) -> list[list[int]]:
-            return render([[ChatMessage(role="user", content=text)] for text in texts])
-
-    return _Texts(prompts, encode_prompts, encode, vocab_size, special, workload.seed)
-
-
-def _conversations(
-    workload: WorkloadSpec, bodies: Sequence[Ids], outputs: Sequence[int], source: _Source, random_ids: _RandomIds
+    source: TokenSource,
+    inputs: Sequence[int | None],
+    turns: Sequence[int],
+    blocks: Sequence[tuple[Block, ...] | None] | None,
 ) -> list[Ids]:
-    """Each request's prompt: prefix, earlier turns with their answers, and what is new."""
-    groups, tokens = workload.prefix_groups, workload.shared_prefix_tokens
-    prefixes = [source.prefix(group, tokens) for group in range(groups)] if tokens else [()] * groups
-    if workload.turns == 1:
-        return [prefixes[index % groups] + body if tokens else body for index, body in enumerate(bodies)]
-    size = workload.batch_size
-    prompts: list[Ids] = []
-    for index, body in enumerate(bodies):
-        block, within = divmod(index, size * workload.turns)
-        if within < size:
-            earlier = prefixes[(block * size + within) % groups]
-        else:
-            before = index - size
-            earlier = prompts[before] + random_ids.draw(f"{workload.seed}/answer/{before}", outputs[before])
-        prompts.append(earlier + body)
-    return prompts
+    """What each request adds to its conversation."""
+    if blocks is None or not any(blocks):
+        return source.bodies(inputs, turns)
+    _refuse_more_shared(workload)
+    bodies = source.bodies([1 if parts else tokens for tokens, parts in zip(inputs, blocks, strict=True)], turns)
+    made: dict[str, Ids] = {}
+    for index, parts in enumerate(blocks):
+        if parts:
+            bodies[index] = tuple(token for part in parts for token in _block(source, part, made))
+    return bodies
 
 
-def _needed(tokens: int | None) -> int:
-    if tokens is None:
+def _refuse_more_shared(workload: WorkloadSpec) -> None:
+    chats = workload.prompts.chat_template
+    if chats or workload.shared_prefix_tokens:
         raise ConfigError(
-            "synthetic prompts have no natural length",
-            field="workload.input_tokens",
-            found="nothing",
-            allowed="a number of tokens",
+            "the trace's hash_ids say what prompts begin with: nothing can go before",
+            "leave it out, or set workload.load.trace_prefixes: false",
+            field="workload.prompts.chat_template" if chats else "workload.shared_prefix_tokens",
+            found="true" if chats else str(workload.shared_prefix_tokens),
+            allowed="false" if chats else "0",
         )
-    return tokens
+
+
+def _block(source: TokenSource, block: Block, made: dict[str, Ids]) -> Ids:
+    if len(made.get(block.name, ())) < block.tokens:
+        made[block.name] = source.block(block.name, block.tokens)
+    return made[block.name][: block.tokens]
 
 
 def _input_lengths(workload: WorkloadSpec, lengths: Sequence[GivenLengths] | None) -> list[int | None]:
@@ -329,7 +182,7 @@ def _check_given(workload: WorkloadSpec, lengths: Sequence[GivenLengths]) -> Non
         raise ConfigError("given lengths are those of single requests", field="workload.turns", found=found, allowed=allowed)
 
 
-def _output_lengths(workload: WorkloadSpec, lengths: Sequence[GivenLengths] | None, count: int, source: _Source) -> list[int]:
+def _output_lengths(workload: WorkloadSpec, lengths: Sequence[GivenLengths] | None, count: int, source: TokenSource) -> list[int]:
     given = [None] * count if lengths is None else [tokens for _, tokens in lengths]
     if None not in given:
         return [tokens for tokens in given if tokens is not None]
@@ -341,15 +194,6 @@ def _output_lengths(workload: WorkloadSpec, lengths: Sequence[GivenLengths] | No
 
 def _least_output(workload: WorkloadSpec) -> int:
     return workload.output_tokens if isinstance(workload.output_tokens, int) else workload.output_tokens.min or 1
-
-
-def _order(count: int, seed: str) -> Iterator[int]:
-    """Endless rounds over all indices, each in its own order. By hash, so that no library update can change it."""
-    cycle = 0
-    while True:
-        keys = [(hashlib.sha256(f"{seed}/{cycle}/{index}".encode()).digest(), index) for index in range(count)]
-        yield from (index for _, index in sorted(keys))
-        cycle += 1
 
 
 def _blamed(workload: WorkloadSpec) -> str:

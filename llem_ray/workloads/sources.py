@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
+from llem_ray.workloads.hub_dataset import is_local
 from llem_ray.workloads.lengths import load_lengths
 from llem_ray.workloads.prompt_files import PromptSet
 from llem_ray.workloads.prompts import load_prompts
 from llem_ray.workloads.traces import Arrival, load_trace
 
 Lengths = TypeVar("Lengths", int | LengthSpec, int | LengthSpec | None)
+
+
+class Part(NamedTuple):
+    """One thing that a workload reads."""
+
+    field: str
+    path: str | None
+    """File or folder, as the sweep names it."""
+    read: Callable[[], object]
+    """Raises as ``Sources.read``."""
+    on_hub: bool = False
+    """A data set that may have to be fetched."""
 
 
 class Sources:
@@ -36,9 +51,27 @@ class Sources:
             ConfigError: A file or data set is missing or malformed.
             PluginError: The library that reads a data set is not installed.
         """
-        self.prompts(workload.prompts)
-        self.resolved(workload)
-        self.trace(workload.load.trace)
+        for part in self.parts(workload):
+            part.read()
+
+    def parts(self, workload: WorkloadSpec) -> Iterator[Part]:
+        """All that the workload names."""
+        prompts, trace = workload.prompts, workload.load.trace
+        if prompts.source == "file":
+            yield Part("workload.prompts.path", prompts.path, lambda: self.prompts(prompts))
+        elif prompts.source == "dataset":
+            on_hub = prompts.dataset is not None and not is_local(prompts.dataset, Path(self._base_dir))
+            yield Part(
+                "workload.prompts.dataset", None if on_hub else prompts.dataset, lambda: self.prompts(prompts), on_hub=on_hub
+            )
+        else:
+            yield Part("workload.prompts", None, lambda: self.prompts(prompts))
+        for name in ("input_tokens", "output_tokens"):
+            lengths, field = getattr(workload, name), f"workload.{name}"
+            if isinstance(lengths, LengthSpec) and lengths.path is not None:
+                yield Part(f"{field}.path", lengths.path, partial(self._resolved, lengths, field))
+        if trace is not None:
+            yield Part("workload.load.trace", trace, lambda: self.trace(trace))
 
     def prompts(self, spec: PromptSpec) -> PromptSet:
         """The prompts of a source. Raises as ``read``."""

@@ -28,6 +28,8 @@ class Arrival:
     output_tokens: int | None
     line: int
     """Of the file, from 1."""
+    hash_ids: tuple[int, ...] | None = None
+    """Ids of the blocks that its prompt consists of (Mooncake)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +54,6 @@ _SHAPES: Final = (
 
 def load_trace(path: str, base_dir: str | os.PathLike[str] = ".") -> tuple[Arrival, ...]:
     """The arrivals of a trace in order; its shape is recognised by its time column.
-
-    ``hash_ids`` of Mooncake traces, which tell of shared prefixes, are not used.
 
     Args:
         path: A ``.csv`` or ``.jsonl`` file.
@@ -99,7 +99,17 @@ def _arrival(shape: _Shape, row: Mapping[str, Any], file: Path, line: int) -> Ar
         input_tokens=_length(shape, shape.input, row, file, line),
         output_tokens=_length(shape, shape.output, row, file, line),
         line=line,
+        hash_ids=_hash_ids(row, file, line) if shape.name == "Mooncake" else None,
     )
+
+
+def _hash_ids(row: Mapping[str, Any], file: Path, line: int) -> tuple[int, ...] | None:
+    ids = row.get("hash_ids")
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not all(type(number) is int for number in ids):
+        raise _wrong(file, line, "hash_ids is not a list of block ids", repr(ids), "a list of whole numbers")
+    return tuple(ids)
 
 
 def _time_s(shape: _Shape, row: Mapping[str, Any], file: Path, line: int) -> float:

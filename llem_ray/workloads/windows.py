@@ -34,7 +34,11 @@ class Counts:
     """Requests that ended inside, failed ones included."""
     succeeded: int
     prompt_tokens: int
-    """Prompts of requests whose first token came inside."""
+    """Prompts of requests whose first token came inside; of one that gave none, if it was sent inside. Failed ones included."""
+    failed_prompt_tokens: int
+    """Those of them of requests that failed."""
+    shared_prompt_tokens: int | None
+    """Those of them that an earlier request has too; None where that is not known."""
     padded_tokens: int
     output_tokens: int
     """Tokens delivered inside."""
@@ -58,14 +62,16 @@ def steady_state(records: Sequence[RequestRecord], concurrency: int) -> tuple[in
     """ML.ENERGY's steady state of a saturated run: (t0, t1), or None where N <= 2 B + 1.
 
     With N requests that succeeded and B that run together: t0 is when B have returned a first token, t1 when N - B - 1 have
-    finished. Between them the engine is neither filling up nor running empty. (Benchmark of arXiv 2505.06371.)
+    finished. Between them the engine is neither filling up nor running empty. (Benchmark of arXiv 2505.06371.) Of conversations
+    N, and those that finished, are whole ones: no other takes the place of one that ends among the last B.
     """
     done = [record for record in records if succeeded(record)]
-    if concurrency < 1 or len(done) <= 2 * concurrency + 1:
+    lasts = conversation_ends_ns(done)
+    if concurrency < 1 or len(lasts) <= 2 * concurrency + 1:
         return None
     firsts = sorted(record.token_times_ns[0] for record in done)
-    lasts = sorted(record.token_times_ns[-1] for record in done)
-    return firsts[concurrency - 1], lasts[len(done) - concurrency - 2]
+    begin_ns, end_ns = firsts[concurrency - 1], lasts[len(lasts) - concurrency - 2]
+    return (begin_ns, end_ns) if begin_ns < end_ns else None
 
 
 def choose_window(
@@ -98,9 +104,10 @@ def choose_window(
 def _steady_or_why(records: Sequence[RequestRecord], concurrency: int, min_window_s: float) -> tuple[int, int] | str:
     found = steady_state(records, concurrency)
     if found is None:
-        done = sum(map(succeeded, records))
+        done = len(conversation_ends_ns(list(filter(succeeded, records))))
         wanted = f"more than 2 B + 1 = {2 * concurrency + 1}, better 4 B = {4 * concurrency}"
-        return f"no steady state: {done} requests succeeded with B = {concurrency} at once; it takes {wanted}"
+        what = "requests" if all(record.conversation is None for record in records) else "conversations"
+        return f"no steady state: {done} {what} succeeded with B = {concurrency} at once; it takes {wanted}"
     length_s = (found[1] - found[0]) / NS_PER_S
     if length_s < min_window_s:
         return f"the steady state lasted {length_s:.3f} s, measure.min_window_s is {min_window_s:g} s"
@@ -116,6 +123,11 @@ def _interval_or_why(window: WindowSpec, begin_ns: int, end_ns: int) -> tuple[in
     return first_ns, last_ns
 
 
+def conversation_ends_ns(records: Sequence[RequestRecord]) -> list[int]:
+    """When the conversations of these successful requests gave their last token, ascending; a request without turns is one."""
+    return sorted(record.token_times_ns[-1] for record in records if record.last_turn)
+
+
 def inside(records: Sequence[RequestRecord], begin_ns: int, end_ns: int) -> tuple[RequestRecord, ...]:
     """Requests that ended within (begin, end]; one without a token ended when it was sent."""
     return tuple(record for record in records if begin_ns < _ended_ns(record) <= end_ns)
@@ -124,26 +136,33 @@ def inside(records: Sequence[RequestRecord], begin_ns: int, end_ns: int) -> tupl
 def count_inside(records: Sequence[RequestRecord], begin_ns: int, end_ns: int) -> Counts:
     """What happened within (begin, end]. Tokens are the engine's own count, each at the time it was delivered."""
     ended = inside(records, begin_ns, end_ns)
-    begun = [r for r in records if r.token_times_ns and begin_ns < r.token_times_ns[0] <= end_ns]
-    return Counts(
-        requests=len(ended),
-        succeeded=sum(map(succeeded, ended)),
-        prompt_tokens=sum(record.prompt_tokens for record in begun),
-        padded_tokens=sum(record.padded_tokens for record in begun),
-        output_tokens=sum(
-            bisect_right(record.token_times_ns, end_ns) - bisect_right(record.token_times_ns, begin_ns) for record in records
-        ),
+    begun = [record for record in records if begin_ns < prefilled_ns(record) <= end_ns]
+    output_tokens = (
+        bisect_right(record.token_times_ns, end_ns) - bisect_right(record.token_times_ns, begin_ns) for record in records
     )
+    return _counts(ended, begun, sum(output_tokens))
 
 
 def count_all(records: Sequence[RequestRecord]) -> Counts:
     """The same of a window that holds all requests."""
+    return _counts(records, records, sum(record.output_tokens for record in records))
+
+
+def prefilled_ns(record: RequestRecord) -> int:
+    """When its prompt counts: at its first token, or where it gave none when it was sent."""
+    return record.token_times_ns[0] if record.token_times_ns else record.sent_ns
+
+
+def _counts(ended: Sequence[RequestRecord], begun: Sequence[RequestRecord], output_tokens: int) -> Counts:
+    shared = [record.shared_prompt_tokens for record in begun if record.shared_prompt_tokens is not None]
     return Counts(
-        requests=len(records),
-        succeeded=sum(map(succeeded, records)),
-        prompt_tokens=sum(record.prompt_tokens for record in records),
-        padded_tokens=sum(record.padded_tokens for record in records),
-        output_tokens=sum(record.output_tokens for record in records),
+        requests=len(ended),
+        succeeded=sum(map(succeeded, ended)),
+        prompt_tokens=sum(record.prompt_tokens for record in begun),
+        failed_prompt_tokens=sum(record.prompt_tokens for record in begun if not succeeded(record)),
+        shared_prompt_tokens=sum(shared) if len(shared) == len(begun) else None,
+        padded_tokens=sum(record.padded_tokens for record in begun),
+        output_tokens=output_tokens,
     )
 
 

@@ -62,6 +62,24 @@ def requests_of(loaded: Loaded, lengths: list[int], new_tokens: list[int]) -> li
     ]
 
 
+def conversations_of(loaded: Loaded, *, think_ns: int) -> list[Request]:
+    """Two conversations, ``a`` and ``b``, of three turns: 4 tokens, then 2 new ones after each answer of 3."""
+    requests: list[Request] = []
+    for name, words in zip("ab", requests_of(loaded, [14, 14], [3, 3]), strict=True):
+        for turn in range(3):
+            requests.append(
+                Request(
+                    request_id=f"{name}{turn}",
+                    prompt_token_ids=words.prompt_token_ids[: 4 + 5 * turn],
+                    max_new_tokens=3,
+                    follows=f"{name}{turn - 1}" if turn else None,
+                    think_ns=think_ns if turn else 0,
+                    new_prompt_tokens=2 if turn else None,
+                )
+            )
+    return requests
+
+
 def serve(
     loaded: Loaded, requests: list[Request], sampling: SamplingSpec = GREEDY
 ) -> tuple[list[StepEvent], list[RequestRecord]]:
@@ -171,6 +189,35 @@ class OnlineContract(LoadedEngine):
         next(run)
         del run
         self.served(loaded, requests_of(loaded, [4], [3]), LoadSchedule(max_in_flight=1))
+
+    @pytest.mark.parametrize(
+        "schedule", [LoadSchedule(), LoadSchedule(max_in_flight=1), LoadSchedule(send_at_ns=(0, 30_000_000))], ids=str
+    )
+    def test_a_turn_comes_after_the_answer_before_it_and_holds_it(self, loaded: Loaded, schedule: LoadSchedule) -> None:
+        requests = conversations_of(loaded, think_ns=4_000_000)
+        _, records = self.served(loaded, requests, schedule)
+        sent = {request.request_id: request.prompt_token_ids for request in requests}
+        for request in requests:
+            record = records[request.request_id]
+            if request.follows is not None:
+                before = records[request.follows]
+                assert record.scheduled_ns == before.token_times_ns[-1] + request.think_ns
+                assert request.new_prompt_tokens is not None
+                history = sent[request.follows] + before.output_token_ids
+                sent[request.request_id] = history + request.prompt_token_ids[-request.new_prompt_tokens :]
+            assert record.scheduled_ns <= record.queued_ns <= record.sent_ns <= record.token_times_ns[0]
+            assert record.prompt_tokens == len(sent[request.request_id])
+        if schedule.max_in_flight == 1:
+            first, second = (sorted((r for n, r in records.items() if n[0] == name), key=lambda r: r.sent_ns) for name in "ab")
+            assert first[-1].token_times_ns[-1] <= second[0].scheduled_ns
+        _, batch = serve(loaded, [Request(request_id=n, prompt_token_ids=ids, max_new_tokens=3) for n, ids in sent.items()])
+        assert {r.request_id: r.output_token_ids for r in batch} == {n: r.output_token_ids for n, r in records.items()}
+
+    def test_answers_that_are_known_are_sent_as_they_are(self, loaded: Loaded) -> None:
+        requests = [dataclasses.replace(request, new_prompt_tokens=None) for request in conversations_of(loaded, think_ns=0)]
+        _, records = self.served(loaded, requests, LoadSchedule(max_in_flight=2))
+        _, batch = serve(loaded, [dataclasses.replace(request, follows=None) for request in requests])
+        assert {r.request_id: r.output_token_ids for r in batch} == {n: r.output_token_ids for n, r in records.items()}
 
 
 class BackendContract(LoadedEngine):

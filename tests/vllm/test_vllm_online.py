@@ -62,6 +62,25 @@ def test_prefixes_are_forgotten_between_trials(loaded: VllmBackend) -> None:
     assert cached == [0, 128, 0]
 
 
+@pytest.mark.parametrize(("new_prompt_tokens", "cached"), [(10, 128), (None, 0)])
+def test_real_answers_are_found_in_the_prefix_cache_and_made_up_ones_are_not(
+    loaded: VllmBackend, new_prompt_tokens: int | None, cached: int
+) -> None:
+    """Blocks have 128 tokens: the first one of the second turn ends in the answer to the first."""
+    loaded.reset()
+    first = Request(request_id="0", prompt_token_ids=tuple(range(5, 125)), max_new_tokens=20)
+    second = Request(
+        request_id="1",
+        prompt_token_ids=tuple(range(5, 155)),
+        max_new_tokens=2,
+        follows="0",
+        new_prompt_tokens=new_prompt_tokens,
+    )
+    records = serve(loaded, [first, second], LoadSchedule())[1]
+    loaded.reset()
+    assert [(record.prompt_tokens, record.cached_tokens) for record in records] == [(120, 0), (150, cached)]
+
+
 def test_an_abandoned_run_aborts_its_requests_and_leaves_no_step_behind(loaded: VllmBackend, expected: dict[str, Any]) -> None:
     begun = loaded.run(requests_of(new_tokens=190), SamplingSpec(), LoadSchedule(max_in_flight=3))
     next(begun)

@@ -93,7 +93,8 @@ class Stream:
         try:
             for _ in range(len(self._rows)):
                 row = self._next()
-                sent = self._generator.done(row.request.request_id)
+                ended_ns = row.times_ns[-1] if row.times_ns else None
+                sent = self._generator.done(row.request.request_id, row.token_ids, ended_ns)
                 if row.error is not None:
                     raise row.error
                 yield _record(row, sent)
@@ -107,7 +108,9 @@ class Stream:
     def _send(self, request: Request) -> None:
         """In the generator's thread."""
         self._heard_ns = max(self._heard_ns, time.monotonic_ns())
-        self._tasks.append(self._loop.start(self._answer(self._rows[request.request_id])))
+        row = self._rows[request.request_id]
+        row.request = request
+        self._tasks.append(self._loop.start(self._answer(row)))
 
     async def _answer(self, row: _Row) -> None:
         """In the event loop. What the stream yields is always the same object, so tokens are copied as they come."""

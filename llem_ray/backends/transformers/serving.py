@@ -65,7 +65,12 @@ class Server:
         self._require_room(requests, batching.cache_tokens)
         happened: queue.SimpleQueue[ServedStep | LoopFailed] = queue.SimpleQueue()
         answers = {request.request_id: _Answer(request) for request in requests}
-        generator = LoadGenerator(requests, schedule, self._submit)
+
+        def submit(request: Request) -> None:
+            answers[request.request_id].request = request
+            self._submit(request)
+
+        generator = LoadGenerator(requests, schedule, submit)
         batching.begin(sampling, happened.put)
         generator.start()
         try:
@@ -189,7 +194,8 @@ class Server:
             return event
 
     def _record(self, answer: _Answer, generator: LoadGenerator) -> RequestRecord:
-        request, sent = answer.request, generator.done(answer.request.request_id)
+        request = answer.request
+        sent = generator.done(request.request_id, answer.tokens, answer.times_ns[-1])
         stopped = not request.ignore_eos and answer.tokens[-1] in self._eos_token_ids
         return RequestRecord(
             request_id=request.request_id,

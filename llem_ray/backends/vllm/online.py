@@ -237,7 +237,8 @@ class OnlineEngine:
             async for output in self.llm.generate(prompt_of(request), params, name, lora_request=self.adapter):
                 answer.take(output, time.monotonic_ns())
             if run.generator is not None:
-                answer.sent = run.generator.done(request.request_id)
+                ended_ns = answer.times_ns[-1] if answer.times_ns else None
+                answer.sent = run.generator.done(request.request_id, answer.token_ids, ended_ns)
         except Exception as error:  # noqa: BLE001 - raised in the thread that serves
             event = error
         finally:

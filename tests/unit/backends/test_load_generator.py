@@ -98,6 +98,102 @@ class TestClosedLoop:
         generator.stop()
 
 
+def conversation(name: str, turns: int, *, think_ns: int = 0, generated: bool = True) -> list[Request]:
+    """Each turn's prompt is 2 tokens longer than all before it, answers of 1 token included."""
+    return [
+        Request(
+            request_id=f"{name}{turn}",
+            prompt_token_ids=tuple(range(2 + 3 * turn)),
+            max_new_tokens=1,
+            follows=f"{name}{turn - 1}" if turn else None,
+            think_ns=think_ns if turn else 0,
+            new_prompt_tokens=2 if turn and generated else None,
+        )
+        for turn in range(turns)
+    ]
+
+
+class TestConversations:
+    def test_a_turn_is_due_when_the_answer_before_was_thought_about(self) -> None:
+        arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        generator = LoadGenerator(conversation("a", 2, think_ns=30 * MS), LoadSchedule(send_at_ns=(0,)), arrived.put)
+        generator.start()
+        assert arrived.get(timeout=WAIT_S).prompt_token_ids == (0, 1)
+        with pytest.raises(queue.Empty):
+            arrived.get(timeout=0.02)
+        ended_ns = time.monotonic_ns() - MS
+        generator.done("a0", (77,), ended_ns)
+        assert arrived.get(timeout=WAIT_S).prompt_token_ids == (0, 1, 77, 3, 4)
+        sent = generator.done("a1", (78,))
+        assert sent.scheduled_ns == ended_ns + 30 * MS
+        assert sent.scheduled_ns <= sent.queued_ns <= sent.sent_ns
+        generator.stop()
+
+    def test_histories_grow_by_what_was_answered_also_where_that_is_short(self) -> None:
+        arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        generator = LoadGenerator(conversation("a", 3), LoadSchedule(), arrived.put)
+        generator.start()
+        prompts = []
+        for name, answer in (("a0", (70, 71)), ("a1", ()), ("a2", (72,))):
+            prompts.append(arrived.get(timeout=WAIT_S).prompt_token_ids)
+            generator.done(name, answer)
+        assert prompts == [(0, 1), (0, 1, 70, 71, 3, 4), (0, 1, 70, 71, 3, 4, 6, 7)]
+
+    def test_known_answers_are_sent_as_they_are(self) -> None:
+        arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        generator = LoadGenerator(conversation("a", 2, generated=False), LoadSchedule(), arrived.put)
+        generator.start()
+        arrived.get(timeout=WAIT_S)
+        generator.done("a0", (77,))
+        assert arrived.get(timeout=WAIT_S).prompt_token_ids == (0, 1, 2, 3, 4)
+        generator.stop()
+
+    def test_a_conversation_keeps_its_place_until_it_ends(self) -> None:
+        """Also while it is thought about: what is limited are conversations."""
+        arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        requests = [*conversation("a", 2, think_ns=20 * MS), *conversation("b", 2), *conversation("c", 1)]
+        generator = LoadGenerator(requests, LoadSchedule(max_in_flight=1), arrived.put)
+        generator.start()
+        order = []
+        for _ in requests:
+            order.append(arrived.get(timeout=WAIT_S).request_id)
+            generator.done(order[-1])
+        assert order == ["a0", "a1", "b0", "b1", "c0"]
+        generator._thread.join(WAIT_S)
+        assert not generator._thread.is_alive()
+
+    def test_rates_count_conversations_and_later_turns_go_between(self) -> None:
+        arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        requests = [*conversation("a", 2), *conversation("b", 1)]
+        generator = LoadGenerator(requests, LoadSchedule(send_at_ns=(0, 60 * MS)), arrived.put)
+        generator.start()
+        order = []
+        for _ in requests:
+            order.append(arrived.get(timeout=WAIT_S).request_id)
+            sent = generator.done(order[-1])
+        assert order == ["a0", "a1", "b0"]
+        assert sent.scheduled_ns == generator.begin_ns + 60 * MS
+        generator.stop()
+
+    def test_stop_ends_the_wait_for_an_answer(self) -> None:
+        generator = LoadGenerator(conversation("a", 2), LoadSchedule(), lambda _: None)
+        generator.start()
+        generator.stop()
+        assert not generator._thread.is_alive()
+        assert generator.sent <= 1
+
+    @pytest.mark.parametrize(
+        ("requests", "says"),
+        [
+            (conversation("a", 3)[1:], "a1 follows a0, which does not come before it"),
+            ([*conversation("a", 2), *conversation("a", 2)[1:]], "two requests follow the same one"),
+        ],
+    )
+    def test_a_conversation_that_hangs_together_badly_is_refused(self, requests: list[Request], says: str) -> None:
+        with pytest.raises(GenerationError, match=says):
+            LoadGenerator(requests, LoadSchedule(), lambda _: None)
+
+
 class TestEnds:
     def test_stop_ends_a_long_wait(self) -> None:
         generator = LoadGenerator(some(1), LoadSchedule(send_at_ns=(3_600_000 * MS,)), lambda _: None)

@@ -100,6 +100,18 @@ CASES = {
         "a trial takes 1800 s and more, its deadline is 1800 s",
         "raise measure.trial_timeout_s",
     ),
+    "thinking beyond the deadline": Bad(
+        TOP + "  workload: {requests: 40, turns: 4, think_time_s: 120, load: {pattern: closed, concurrency: 2}}\n",
+        1,
+        "a trial takes 1800 s and more, its deadline is 1800 s",
+    ),
+    "conversations too short for MLPerf": Bad(
+        TOP
+        + "  workload: {requests: 900, turns: 3, load: {pattern: poisson, rate_per_s: 1}}\nmeasure: {window: {rule: mlperf}}\n",
+        5,
+        "300 conversations of 3 turns at 1/s last 300 s, the window needs 600 s",
+        "set workload.requests to 1800 or more",
+    ),
     "warm-up limit under what is compared": Bad(
         TOP + "measure: {warmup: {until_cv: 0.1, max_batches: 4}}\n", 4, "max_batches is at least 5", "raise it"
     ),

@@ -94,19 +94,42 @@ WORKLOADS = {
         "prompts.answer_column",
         "has answers of its own",
     ),
-    "chat of random ids": (
-        "prompts: {source: synthetic, chat_template: true}",
-        "prompts.chat_template",
-        "no meaning with source: synthetic",
+    "limit of random ids": ("prompts: {source: synthetic, limit: 2}", "prompts.limit", "no meaning with source: synthetic"),
+    "turns of a trace": (
+        "turns: 2\n    load: {pattern: trace, trace: t.csv}",
+        "turns",
+        "conversations are in its prompts already",
     ),
-    "cut chat": ("prompts: {chat_template: true}\n    input_tokens: 9", "input_tokens", "keeps its natural length"),
-    "turns of chats": ("prompts: {chat_template: true}\n    turns: 2", "turns", "not supported"),
+    "answers of no turns": ("turn_answers: known", "turn_answers", "those of conversations"),
+    "time to think in a batch": ("turns: 2\n    think_time_s: 1", "think_time_s", "between the turns of an online load"),
+    "time to think of no turns": (
+        "requests: 4\n    think_time_s: 1\n    load: {pattern: saturated}",
+        "think_time_s",
+        "between the turns of an online load",
+    ),
+    "no time to think": ("think_time_s: -1", "think_time_s", "wrong value for think_time_s"),
+    "blocks of no trace": ("load: {trace_prefixes: false}", "load.trace_prefixes", "no meaning for the pattern batch"),
+    "limit of no trace": ("load: {trace_max_input_tokens: 9}", "load.trace_max_input_tokens", "no meaning for the pattern batch"),
+    "no prompt of a trace": (
+        "load: {pattern: trace, trace: t.csv, trace_max_input_tokens: 0}",
+        "load.trace_max_input_tokens",
+        "wrong value",
+    ),
     "synthetic without length": ("prompts: {source: synthetic}", "prompts.source", "no natural length"),
     "input as an answer": ("input_tokens: {distribution: answer}", "input_tokens.distribution", "one of output tokens"),
     "no answers": ("output_tokens: {distribution: answer}", "output_tokens.distribution", "no known answers"),
     "groups of nothing": ("prefix_groups: 2", "prefix_groups", "groups need a prefix"),
     "half a conversation": ("turns: 3\n    batch_size: 2\n    requests: 8", "requests", "conversations must be whole"),
-    "turns of a stream": ("turns: 2\n    requests: 4\n    load: {pattern: saturated}", "turns", "turns have no meaning"),
+    "half a conversation online": (
+        "turns: 2\n    requests: 5\n    load: {pattern: saturated}",
+        "requests",
+        "conversations must be whole",
+    ),
+    "no steady state of conversations": (
+        "turns: 4\n    requests: 16\n    load: {pattern: saturated, concurrency: 2}",
+        "requests",
+        "4 conversations of 4 turns with 2 in flight have no steady state: it takes 6 and more",
+    ),
     "no output": ("output_tokens: 0", "output_tokens", "wrong value for output_tokens"),
 }
 
@@ -188,7 +211,7 @@ def test_a_rule_that_names_a_distribution_drops_its_cell(load: Load) -> None:
 def test_the_examples_of_the_docs_are_read(tmp_path: Path) -> None:
     page = Path(__file__).parents[3] / "docs" / "workloads.md"
     examples = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:
         base = "" if "base:" in example else "base:\n  model: {config: llama-tiny}\n"
         (tmp_path / "sweep.yaml").write_text(f"schema_version: 1\n{base}{example}", encoding="utf-8")
@@ -202,7 +225,7 @@ def test_the_resolved_sweep_of_an_older_release_is_read(load: Load) -> None:
     for added in (
         '"answer_column": null, "format": "column", "dataset": null, "config": null, "split": "train", "revision": null, '
         '"limit": null, "chat_template": false',
-        '"shared_prefix_tokens": 0, "prefix_groups": 1, "turns": 1, ',
+        '"shared_prefix_tokens": 0, "prefix_groups": 1, "turns": 1, "turn_answers": "auto", "think_time_s": 0.0, ',
     ):
         assert added in text
         text = text.replace(added, "").replace(", }", "}")

@@ -68,6 +68,10 @@ def test_ids_of_the_first_release_stay() -> None:
     "workload",
     [
         WorkloadSpec(turns=2),
+        WorkloadSpec(turn_answers="generated"),
+        WorkloadSpec(think_time_s=1.0),
+        WorkloadSpec(load=LoadSpec(trace_prefixes=False)),
+        WorkloadSpec(load=LoadSpec(trace_max_input_tokens=9)),
         WorkloadSpec(shared_prefix_tokens=8),
         WorkloadSpec(prefix_groups=2),
         WorkloadSpec(output_tokens=LengthSpec(distribution="fixed", mean=32)),
@@ -80,7 +84,7 @@ def test_an_added_field_counts_once_it_is_used(workload: WorkloadSpec) -> None:
 
 
 def test_added_fields_have_a_plain_default() -> None:
-    for spec in (PromptSpec, WorkloadSpec):
+    for spec in (PromptSpec, WorkloadSpec, LoadSpec):
         added = [item for item in dataclasses.fields(spec) if HASHED_IF_SET in item.metadata]
         assert added
         assert all(item.default is not dataclasses.MISSING for item in added)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llem_ray.core.backend import Request, RequestRecord, StepEvent
 from llem_ray.core.outcome import Completed, Failed
-from llem_ray.core.spec import EngineSpec, Experiment, LoadSpec, ModelSpec, WarmupSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, Experiment, LoadSpec, ModelSpec, PromptSpec, WarmupSpec, WorkloadSpec
 from llem_ray.execution import engines
 from llem_ray.execution.calls import TrialOrder
 from llem_ray.execution.engine_host import EngineHost
@@ -85,3 +87,40 @@ def test_no_trial_finds_prefixes_that_an_earlier_one_cached(
     for _ in range(2):
         assert isinstance(host.run(order), Completed)
     assert told == ["run"] * batches + ["reset", "run"] + ["run"] * batches + ["reset", "run"]
+
+
+@pytest.mark.parametrize("answers", ["known", "generated"])
+def test_later_turns_of_batches_hold_known_or_real_answers(answers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a second pass, which begins with histories of its own."""
+    asked: list[Request] = []
+
+    class Listening(FakeBackend):
+        def run(self, requests: Sequence[Request], *rest: Any) -> Iterator[StepEvent | RequestRecord]:
+            asked.extend(requests)
+            return super().run(requests, *rest)
+
+    monkeypatch.setattr(engines, "load_plugin", lambda group, name: Listening)
+    engine = EngineSpec(backend="fake", device="cpu", engine_args={"prefill_ms": 3.0})
+    workload = WorkloadSpec(
+        prompts=PromptSpec(source="synthetic"), input_tokens=4, output_tokens=3, turns=2, turn_answers=answers
+    )
+    host = EngineHost(MODEL, engine, 0, str(tmp_path), str(tmp_path))
+    host.load()
+    order = TrialOrder(
+        trial_id="t-r0",
+        attempt=1,
+        experiment=Experiment(model=MODEL, engine=engine, workload=workload),
+        guard_s=0.0,
+        warmup=WarmupSpec(batches=0),
+        min_window_s=0.02,
+        cooldown_s=0.0,
+    )
+    outcome = host.run(order)
+    assert isinstance(outcome, Completed), outcome
+    assert outcome.passes >= 2
+    first, second = outcome.requests[:2]
+    assert asked[1].prompt_token_ids[:4] == asked[0].prompt_token_ids
+    assert (asked[1].prompt_token_ids[4:7] == first.output_token_ids) == (answers == "generated")
+    assert [request.prompt_token_ids for request in asked[2:4]] == [request.prompt_token_ids for request in asked[:2]]
+    assert (first.turn, first.shared_prompt_tokens, second.turn) == (0, 0, 1)
+    assert (second.prompt_tokens, second.shared_prompt_tokens) == (11, 7 if answers == "generated" else 4)

@@ -256,6 +256,53 @@ def paced(late_s: float = 0.0, service_s: float = 0.5, slowdown_s: float = 0.0) 
     ]
 
 
+MIXED = [
+    answered("good", [2.0, 3.0], prompt_tokens=10),
+    answered("cut", [4.0], prompt_tokens=20, finish_reason="abort"),
+    answered("refused", [], sent_s=5.0, prompt_tokens=30, finish_reason="abort"),
+]
+
+
+def test_what_failed_requests_count_in(tmp_path: Path) -> None:
+    """Energy was spent on their prompts: tokens and shares have them; rates are of successful requests alone."""
+    plan = plan_of(tmp_path)
+    whole = ran_so(MIXED, None, 10.0)
+    part = replace(whole, window=Window(node="h1", begin_ns=NS_PER_S, end_ns=9 * NS_PER_S))
+    for outcome in (whole, part):
+        row = attempt_row(ended_of(plan, outcome))
+        assert (row["requests"], row["failed_requests"]) == (3, 2)
+        assert (row["prompt_tokens"], row["failed_prompt_tokens"], row["output_tokens"], row["total_tokens"]) == (60, 50, 3, 63)
+        assert row["run_prompt_tokens"] == 60
+        assert row["total_token_throughput_tok_s"] * row["serving_s"] == pytest.approx(12)
+        assert row["output_throughput_tok_s"] * row["serving_s"] == pytest.approx(2)
+        measured = {"total_energy_j": 126.0, "request_energy_rule": "total_tokens"}
+        shares = request_rows(ended_of(plan, outcome), row | measured, keep_token_times=False)
+        assert [share["energy_j"] for share in shares] == pytest.approx([24.0, 42.0, 60.0])
+    early = replace(whole, window=Window(node="h1", begin_ns=NS_PER_S, end_ns=ns_from_s(4.5)))
+    row = attempt_row(ended_of(plan, early))
+    assert (row["prompt_tokens"], row["failed_prompt_tokens"], row["failed_requests"]) == (30, 20, 1)
+
+
+def talking(late_s: float = 0.0, slowdown_s: float = 0.0) -> list[RequestRecord]:
+    """Ten conversations of two turns, begun each second; the second turn is due whenever the first has ended."""
+    records = []
+    for number in range(10):
+        sent_s = number * (1 + late_s)
+        ended_s = sent_s + 0.5 + number * slowdown_s
+        first = answered(f"{number}a", [ended_s], sent_s=sent_s, scheduled_s=float(number))
+        second = answered(f"{number}b", [ended_s + 0.5 + number * slowdown_s], sent_s=ended_s)
+        records += [replace(first, conversation=number, turn=0, last_turn=False), replace(second, conversation=number, turn=1)]
+    return records
+
+
+def test_the_gates_on_pace_are_those_of_conversations(tmp_path: Path) -> None:
+    assert flags_of(tmp_path, talking()) == {}
+    flags = flags_of(tmp_path, talking(slowdown_s=0.125))
+    assert flags == {"rate_not_reached": "answered at 0.8/s, asked for 1/s, the gate is 90%"}
+    flags = flags_of(tmp_path, talking(late_s=0.03))
+    assert flags == {"rate_not_sent": "sent at 0.9709/s, asked for 1/s, the gate is +-2%"}
+
+
 def test_a_rate_that_is_kept_is_not_flagged(tmp_path: Path) -> None:
     assert flags_of(tmp_path, paced()) == {}
 

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llem_ray.core.backend import Request
+from llem_ray.core.conversation import Histories
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
+from llem_ray.workloads.online import build_online
 from llem_ray.workloads.prompt_files import PromptSet
 from llem_ray.workloads.prompts import batches, build_requests, load_prompts
 from llem_ray.workloads.sources import Sources
@@ -127,6 +129,54 @@ def test_each_turn_goes_on_from_the_one_before(turns: int, batch: int, blocks: i
     assert all(min(request.prompt_token_ids) >= 3 for request in requests)
     firsts = {group[0].prompt_token_ids for group in grouped[::turns]}
     assert len(firsts) == blocks
+
+
+@pytest.mark.parametrize("answers", ["known", "generated"])
+def test_what_is_shared_and_what_is_new_is_told(answers: Any) -> None:
+    requests = build(
+        prompts=SYNTHETIC, input_tokens=4, output_tokens=3, turns=2, batch_size=2, requests=8, shared_prefix_tokens=5,
+        prefix_groups=2, turn_answers=answers,
+    )  # fmt: skip
+    assert [(request.conversation, request.turn, request.follows) for request in requests] == [
+        (0, 0, None), (1, 0, None), (0, 1, "0"), (1, 1, "1"), (2, 0, None), (3, 0, None), (2, 1, "4"), (3, 1, "5")
+    ]  # fmt: skip
+    assert [request.shared_prompt_tokens for request in requests] == [0, 0, 9, 9, 5, 5, 9, 9]
+    assert {request.new_prompt_tokens for request in requests if request.turn} == {4 if answers == "generated" else None}
+    single = build(prompts=SYNTHETIC, input_tokens=4)[0]
+    assert (single.conversation, single.turn, single.follows, single.new_prompt_tokens) == (None, None, None, None)
+
+
+def test_turns_under_an_online_load_follow_one_another_and_warm_up_alone() -> None:
+    load = LoadSpec(pattern="poisson", rate_per_s=10)
+    workload = WorkloadSpec(prompts=SYNTHETIC, input_tokens=4, output_tokens=3, turns=3, requests=9, think_time_s=0.25, load=load)
+    work = build_online(workload, encode, VOCAB, CONTEXT)
+    assert sizes(work.requests) == [(4, 3), (11, 3), (18, 3)] * 3
+    assert [request.follows for request in work.requests] == [None, "0", "1", None, "3", "4", None, "6", "7"]
+    assert {(request.think_ns, request.new_prompt_tokens) for request in work.requests if request.turn} == {(250_000_000, 4)}
+    assert work.schedule.send_at_ns is not None
+    assert len(work.schedule.send_at_ns) == 3
+    assert work.schedule.send_at_ns[-1] == 300_000_000
+    assert all(request.follows is request.new_prompt_tokens is None for batch in work.warmup for request in batch)
+
+
+class TestHistories:
+    """An engine that answers otherwise than the prompts foresee."""
+
+    def test_real_answers_take_the_place_of_those_that_stood_for_them(self) -> None:
+        requests = build(prompts=SYNTHETIC, input_tokens=4, output_tokens=3, turns=3, turn_answers="generated")
+        histories, said = Histories(requests), ()
+        for request in requests:
+            asked = histories.ask(request)
+            assert asked.prompt_token_ids == (*said, *request.prompt_token_ids[-4:])
+            histories.answer(request.request_id, (900, 901))
+            said = (*asked.prompt_token_ids, 900, 901)
+
+    def test_known_answers_stay(self) -> None:
+        requests = build(prompts=SYNTHETIC, input_tokens=4, output_tokens=3, turns=2)
+        histories = Histories(requests)
+        histories.ask(requests[0])
+        histories.answer("0", (900, 901))
+        assert histories.ask(requests[1]) is requests[1]
 
 
 def test_one_batch_of_each_turn_unless_told_otherwise() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scripted import answered, pairs
 
+from llem_ray.core.backend import RequestRecord
 from llem_ray.core.spec import LoadSpec, WindowSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
+from llem_ray.workloads.pacing import pacing
 from llem_ray.workloads.windows import Chosen, choose_window, count_all, count_inside, inside, realised_concurrency, steady_state
 
 SATURATED = LoadSpec(pattern="saturated")
@@ -66,6 +70,58 @@ def test_a_steady_state_shorter_than_the_minimum_is_none() -> None:
 def test_failed_requests_do_not_make_a_steady_state() -> None:
     failed = [answered(i, [], sent_s=0.0, finish_reason="abort") for i in range(20)]
     assert steady_state([*pairs()[:5], *failed], 2) is None
+
+
+@pytest.mark.parametrize("window", [(0, 10), (2, 6)])
+def test_the_prompt_of_a_request_that_gave_nothing_counts_where_it_was_sent(window: tuple[int, int]) -> None:
+    """Its energy was spent. One that failed after a token counts at that token."""
+    records = [
+        answered(0, [3.0, 4.0], prompt_tokens=10),
+        answered(1, [], sent_s=5.0, prompt_tokens=7, finish_reason="abort"),
+        answered(2, [3.5], prompt_tokens=5, finish_reason="abort"),
+        answered(3, [], sent_s=9.0, prompt_tokens=3, finish_reason="abort"),
+    ]
+    counts = count_inside(records, window[0] * NS_PER_S, window[1] * NS_PER_S)
+    last = 3 if window[1] == 10 else 0
+    assert (counts.prompt_tokens, counts.failed_prompt_tokens) == (22 + last, 12 + last)
+    assert (counts.requests, counts.succeeded) == (4 if last else 3, 1)
+    if last:
+        assert counts == count_all(records)
+
+
+def test_shared_tokens_are_summed_where_all_are_known() -> None:
+    known = [replace(record, shared_prompt_tokens=4) for record in pairs()]
+    assert count_inside(known, 1 * NS_PER_S, 8 * NS_PER_S).shared_prompt_tokens == 24
+    assert count_inside([*known, *pairs()], 1 * NS_PER_S, 8 * NS_PER_S).shared_prompt_tokens is None
+
+
+def talks(count: int, turns: int) -> list[RequestRecord]:
+    """Two conversations at once, each turn 1 s after the one before; the first token comes after half of it."""
+    records = []
+    for number in range(count):
+        for turn in range(turns):
+            at_s = number // 2 * turns + turn
+            record = answered(f"{number}-{turn}", [at_s + 0.5, at_s + 1.0], sent_s=at_s)
+            records.append(replace(record, conversation=number, turn=turn, last_turn=turn == turns - 1))
+    return records
+
+
+def test_a_steady_state_of_conversations_ends_where_none_takes_the_place_of_one_that_ended() -> None:
+    """N = 6, B = 2: N - B - 1 = 3 conversations of 3 turns have ended at 6 s, with the second pair."""
+    assert steady_state(talks(6, 3), 2) == (ns_from_s(0.5), ns_from_s(6.0))
+    assert steady_state(talks(5, 3), 2) is None
+    missed = choose_window(talks(4, 3), 0, 7 * NS_PER_S, WindowSpec(), SATURATED, 1.0).missed
+    assert missed is not None
+    assert "4 conversations succeeded with B = 2 at once" in missed
+
+
+def test_the_pace_is_that_of_conversations() -> None:
+    """A pair begins every 3 s from 0 on and one ends every 3 s: 5 gaps in 6 s. Later turns are late or not on their own."""
+    late = [replace(record, sent_ns=record.scheduled_ns + NS_PER_S // 10) if record.turn else record for record in talks(6, 3)]
+    kept = pacing(late)
+    assert kept.asked_rate_per_s == kept.sent_rate_per_s == kept.achieved_rate_per_s == pytest.approx(5 / 6)
+    assert kept.error_s is not None
+    assert (kept.error_s.count, kept.error_s.min, kept.error_s.max) == (18, 0.0, pytest.approx(0.1))
 
 
 def test_an_interval_is_where_it_was_asked_for() -> None:
