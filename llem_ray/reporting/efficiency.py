@@ -51,8 +51,8 @@ _SIGMAS: Final[Mapping[str, Callable[[Row], float | None]]] = {
 }
 """One sigma of a value of one repeat. The table shows intervals of these alone: it has no room for more."""
 _HEADINGS: Final[Mapping[str, tuple[str, float]]] = {
-    "prefill_joules_per_prompt_token": ("prefill\nJ/tok", 1.0),
-    "decode_joules_per_output_token": ("decode\nJ/tok", 1.0),
+    "prefill_joules_per_prompt_token": ("prefill\nmJ/tok", 1e3),
+    "decode_joules_per_output_token": ("decode\nmJ/tok", 1e3),
     "phase_rest_share": ("rest %", 100.0),
     "mfu": ("MFU %", 100.0),
     "joules_per_flop": ("pJ/FLOP", 1e12),
@@ -122,6 +122,7 @@ def efficiency_table(
 
 
 def _value(name: str, value: float | None, uncertain: Uncertain | None) -> str:
+    scale = _HEADINGS[name][1]
     if value is not None and uncertain is not None and uncertain.half_width and name in _SIGMAS:
-        return format_uncertain(value, uncertain.half_width)
-    return format_value(None if value is None else value * _HEADINGS[name][1], 3)
+        return format_uncertain(value * scale, uncertain.half_width * scale, 4)
+    return format_value(None if value is None else value * scale, 3)

@@ -89,7 +89,7 @@ def _value(value: float | None, between: Between | None, scale: float) -> str:
         low, high = (format_value(end * scale, 3) for end in (between.low, between.high))
         return f"{format_value(value * scale, 3)} ({low}-{high})"
     half_width = (between.high - between.low) / 2 * scale
-    return format_uncertain(value * scale, half_width) if half_width > 0 else format_value(value * scale, 3)
+    return format_uncertain(value * scale, half_width, 5) if half_width > 0 else format_value(value * scale, 3)
 
 
 def _readings(cells: Sequence[CellSummary]) -> list[str]:

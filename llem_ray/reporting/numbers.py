@@ -23,11 +23,19 @@ def format_value(value: float | None, digits: int = 4) -> str:
     return f"{value:.{max(decimals, 0)}f}"
 
 
-def format_uncertain(value: float | None, half_width: float | None) -> str:
-    """``0.4213 ±0.0021``: the half-width to two significant digits, the value to the same decimals."""
+def format_uncertain(value: float | None, half_width: float | None, digits: int = 6) -> str:
+    """``0.4213 ±0.0021``: the half-width to two significant digits, the value to the same decimals.
+
+    The value gets ``digits`` significant digits at most, or as many as it has before the point; where that cuts the half-width
+    it is rounded up.
+    """
     if value is None or half_width is None or half_width <= 0 or not math.isfinite(half_width):
         return format_value(value)
     decimals = min(max(1 - math.floor(math.log10(half_width)), 0), 9)
+    most = digits - 1 - math.floor(math.log10(abs(value))) if value else decimals
+    if decimals > max(most, 0):
+        decimals = max(most, 0)
+        half_width = math.ceil(half_width * 10**decimals) / 10**decimals
     return f"{value:.{decimals}f} ±{half_width:.{decimals}f}"
 
 

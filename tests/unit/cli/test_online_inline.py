@@ -29,6 +29,8 @@ def test_a_steady_state_from_submit_to_show(llem: Any, sweep: Path, recording: P
     assert row["window_rule"] == "steady_state"
     assert row["power_valid"]
     assert dict(row["reason_details"])["not_cooled_down"] == "no temperature can be read"
+    assert row["ttft_s_p50_lo"] is None
+    assert "requests, p50 takes 100" in row["latency_interval_reason"]
     per_token = format_value(row["run_joules_per_output_token"])
     shown = llem("show", "tiny").out
     assert f"steady_state, {format_value(row['window_s'], 3)} of {format_value(row['run_s'], 3)} s; {per_token}" in shown

@@ -73,7 +73,7 @@ def test_phases_have_intervals_over_repeats_or_by_the_fit_of_a_single_one() -> N
     single = cell.efficiency_intervals["prefill_joules_per_prompt_token"]
     assert single == Uncertain(mean=pytest.approx(0.05), half_width=pytest.approx(0.004), n=1, kind="U")
     text = " ".join(render([row(1, 0, **fitted)]).split())
-    assert "0.0500 ±0.0040 0.500 ±0.050" in text
+    assert "50.0 ±4.0 500 ±50" in text
     assert "which leaves up to 3.4 % of a tick's energy" in text
     assert "± of prefill and decode is 2 sigma of the fit of a single repeat." in text
     rows = [row(1, n, **{**fitted, "decode_energy_j": energy_j}) for n, energy_j in enumerate((100.0, 104.0, 108.0))]
@@ -81,12 +81,20 @@ def test_phases_have_intervals_over_repeats_or_by_the_fit_of_a_single_one() -> N
     # per output token 0.50, 0.52, 0.54: 4.302653 x 0.02 / sqrt(3)
     spread = cell.efficiency_intervals["decode_joules_per_output_token"]
     assert spread == Uncertain(mean=pytest.approx(0.52), half_width=pytest.approx(0.0496827, rel=1e-5), n=3, kind="t95")
-    assert "0.520 ±0.050" in render(rows)
+    assert "520 ±50" in render(rows)
+
+
+def test_a_fit_that_is_all_too_good_leaves_room_for_the_label() -> None:
+    sharp = {**PHASES, "prefill_energy_u_j": 1e-6, "decode_energy_u_j": 1e-6, "prefill_energy_j": 0.437801}
+    text = render([row(1, 0, **sharp, **WORK, **FOOTPRINT), row(8, 0, **sharp)])
+    assert "batch_size=1 " in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_all_of_it_fits_80_columns() -> None:
     text = render([row(1, 0, **PHASES, **WORK, **FOOTPRINT), row(8, 0)])
-    for shown in ("0.0500", "0.500", "42.0", "1.50", "100", "0.05", "phase_time_regression", "cost in EUR"):
+    for shown in ("50.0", "500", "42.0", "1.50", "100", "0.05", "phase_time_regression", "cost in EUR"):
         assert shown in text
     assert max(map(len, text.splitlines())) <= 80
 

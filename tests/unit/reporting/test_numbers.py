@@ -54,3 +54,11 @@ def test_settings_as_people_read_them() -> None:
     assert format_setting({"distribution": "normal", "mean": 60.0, "std": 8.5, "max": 90}) == "normal(mean=60, std=8.5, max=90)"
     assert format_setting({"distribution": "empirical", "values": [1, 2]}) == "empirical(values=[1, 2])"
     assert [format_setting(value) for value in ("a", 4, True, None, {"b": 1})] == ["a", "4", "true", "null", '{"b": 1}']
+
+
+def test_a_half_width_far_below_the_value_is_rounded_up_to_the_digits_there_is_room_for() -> None:
+    assert format_uncertain(0.01430667, 0.00000055) == "0.0143067 ±0.0000006"
+    assert format_uncertain(0.01430667, 0.00000055, 4) == "0.01431 ±0.00001"
+    assert format_uncertain(12345.678, 0.012, 4) == "12346 ±1"
+    assert format_uncertain(0.4213, 0.0021, 4) == "0.4213 ±0.0021"
+    assert format_uncertain(0.0, 0.0021) == "0.0000 ±0.0021"
