@@ -30,22 +30,25 @@ class Pacing:
 
 def pacing(records: Sequence[RequestRecord]) -> Pacing:
     """The pace of a run, over all its requests."""
+    answered = [record for record in records if record.token_times_ns]
+    due_ns = [record.scheduled_ns for record in answered]
+    came_ns = [record.token_times_ns[-1] for record in answered]
     asked_rate_per_s = _rate(record.scheduled_ns for record in records)
     return Pacing(
         asked_rate_per_s=asked_rate_per_s,
         sent_rate_per_s=_rate(record.sent_ns for record in records),
-        achieved_rate_per_s=_achieved_rate(records, asked_rate_per_s),
+        achieved_rate_per_s=_achieved_rate(asked_rate_per_s, due_ns, came_ns, len(answered) / max(1, len(records))),
         error_s=distribution((record.sent_ns - record.scheduled_ns) / NS_PER_S for record in records),
     )
 
 
-def _achieved_rate(records: Sequence[RequestRecord], asked_rate_per_s: float | None) -> float | None:
-    answered = [record for record in records if record.token_times_ns]
-    due_ns = _middle_half_ns([record.scheduled_ns for record in answered])
-    if asked_rate_per_s is None or not due_ns:
-        return _rate(record.token_times_ns[-1] for record in answered)
-    came_ns = _middle_half_ns([record.token_times_ns[-1] for record in answered])
-    return asked_rate_per_s * len(answered) / len(records) * due_ns / came_ns if came_ns else None
+def _achieved_rate(
+    asked_rate_per_s: float | None, due_ns: Sequence[int], came_ns: Sequence[int], share_answered: float
+) -> float | None:
+    was_due_ns, came_within_ns = _middle_half_ns(due_ns), _middle_half_ns(came_ns)
+    if asked_rate_per_s is None or not was_due_ns:
+        return _rate(came_ns)
+    return asked_rate_per_s * share_answered * was_due_ns / came_within_ns if came_within_ns else None
 
 
 def _middle_half_ns(stamps_ns: Sequence[int]) -> float:
