@@ -34,27 +34,26 @@ class Pacing:
 def pacing(records: Sequence[RequestRecord]) -> Pacing:
     """The pace of a run, over all its requests."""
     first = [record for record in records if not record.turn]
+    answered = [record for record in records if record.last_turn and record.token_times_ns]
+    begun_ns = {record.conversation: record.scheduled_ns for record in first if record.turn is not None}
+    due_ns = [record.scheduled_ns if record.turn is None else begun_ns[record.conversation] for record in answered]
+    came_ns = [record.token_times_ns[-1] for record in answered]
     asked_rate_per_s = _rate(record.scheduled_ns for record in first)
     return Pacing(
         asked_rate_per_s=asked_rate_per_s,
         sent_rate_per_s=_rate(record.sent_ns for record in first),
-        achieved_rate_per_s=_achieved_rate(records, first, asked_rate_per_s),
+        achieved_rate_per_s=_achieved_rate(asked_rate_per_s, due_ns, came_ns, len(answered) / max(1, len(first))),
         error_s=distribution((record.sent_ns - record.scheduled_ns) / NS_PER_S for record in records),
     )
 
 
 def _achieved_rate(
-    records: Sequence[RequestRecord], first: Sequence[RequestRecord], asked_rate_per_s: float | None
+    asked_rate_per_s: float | None, due_ns: Sequence[int], came_ns: Sequence[int], share_answered: float
 ) -> float | None:
-    answered = [record for record in records if record.last_turn and record.token_times_ns]
-    begun_ns = {record.conversation: record.scheduled_ns for record in first if record.turn is not None}
-    due_ns = _middle_half_ns(
-        [record.scheduled_ns if record.turn is None else begun_ns[record.conversation] for record in answered]
-    )
-    if asked_rate_per_s is None or not due_ns:
-        return _rate(record.token_times_ns[-1] for record in answered)
-    came_ns = _middle_half_ns([record.token_times_ns[-1] for record in answered])
-    return asked_rate_per_s * len(answered) / len(first) * due_ns / came_ns if came_ns else None
+    was_due_ns, came_within_ns = _middle_half_ns(due_ns), _middle_half_ns(came_ns)
+    if asked_rate_per_s is None or not was_due_ns:
+        return _rate(came_ns)
+    return asked_rate_per_s * share_answered * was_due_ns / came_within_ns if came_within_ns else None
 
 
 def _middle_half_ns(stamps_ns: Sequence[int]) -> float:
