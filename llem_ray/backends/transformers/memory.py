@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
 
@@ -11,7 +12,16 @@ from llem_ray.backends.batch_memory import BatchMemory, batch_memory, size_text
 from llem_ray.backends.model_shape import read_shape
 from llem_ray.core.errors import DeviceMemoryError
 
-__all__ = ["BatchMemory", "available_host_bytes", "estimate_batch_memory", "host_limit_bytes", "require_host_memory"]
+__all__ = [
+    "BatchMemory",
+    "HostMemory",
+    "available_host_bytes",
+    "estimate_batch_memory",
+    "host_limit_bytes",
+    "require_host_memory",
+]
+
+LOOK_AGAIN_S: Final = 10.0
 
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
@@ -67,6 +77,21 @@ def require_host_memory(needed_bytes: int, what: str, arithmetic: str) -> None:
         raise DeviceMemoryError(
             f"{what} needs about {size_text(needed_bytes)}, but {size_text(available)} of memory are available: {arithmetic}"
         )
+
+
+class HostMemory:
+    """What the host can hold, looked at again only for a larger need or after ``LOOK_AGAIN_S``: batches come in passes."""
+
+    def __init__(self) -> None:
+        self._enough_for_bytes = 0
+        self._looked_s = 0.0
+
+    def require(self, needed_bytes: int, what: str, arithmetic: str) -> None:
+        """Refuse what does not fit. Raises as ``require_host_memory``."""
+        now_s = time.monotonic()
+        if needed_bytes > self._enough_for_bytes or now_s - self._looked_s > LOOK_AGAIN_S:
+            require_host_memory(needed_bytes, what, arithmetic)
+            self._enough_for_bytes, self._looked_s = needed_bytes, now_s
 
 
 def _left_in_cgroup(limit_file: Path, usage_file: Path, stat_file: Path) -> int | None:

@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from llem_ray.backends.load_generator import Sent
-from llem_ray.backends.vllm.serving import Answer, prompt_of, sampling_params, step_event
+from llem_ray.backends.vllm.recorder import StepRecorder
+from llem_ray.backends.vllm.serving import Answer, prompt_of, sampling_params
 from llem_ray.core.backend import LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError
 from llem_ray.core.spec import SamplingSpec
 
 RPC_TIMEOUT_S: Final = 60.0
+TOLD_EVERY_NS: Final = 100_000_000
+"""Steps are worked out and told together, this often."""
 
 _run_ids: Final = itertools.count()
-
-
-class StepRecorder:
-    """Stands in for vLLM's own loggers: keeps the scheduler's statistics of the last step and writes nothing."""
-
-    def __init__(self) -> None:
-        self._last: Any = None
-
-    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:  # noqa: ARG002
-        """Called by the engine inside ``step``, by these names."""
-        self._last = scheduler_stats
-
-    def log(self) -> None:
-        """Called by the engine every few seconds."""
-
-    def take(self) -> Any:
-        """Statistics of the step that has just ended, or None; forgets them."""
-        last, self._last = self._last, None
-        return last
 
 
 class OfflineEngine:
@@ -51,9 +36,7 @@ class OfflineEngine:
         self.llm: Any = LLMEngine.from_vllm_config(vllm_config)
         self.vllm_config = self.llm.vllm_config
         self.adapter: LoRARequest | None = None
-        self._recorder = StepRecorder()
-        # vLLM's own loggers format a Prometheus page's worth of counters in every step; ours keeps one reference.
-        self.llm.logger_manager = self._recorder
+        self._recorder = StepRecorder(self.llm)
 
     def describe_workers(self) -> list[dict[str, Any]]:
         """What each worker tells of itself."""
@@ -68,7 +51,7 @@ class OfflineEngine:
     def serve(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None, workers: int
     ) -> Iterator[StepEvent | RequestRecord]:
-        """Serve the requests together: a StepEvent after each step of the engine, then a RequestRecord for each request.
+        """Serve the requests together: StepEvents, ``TOLD_EVERY_NS`` of them at a time, then a RequestRecord for each request.
 
         Args:
             requests: Valid ones, within the context.
@@ -83,23 +66,31 @@ class OfflineEngine:
             raise GenerationError("vLLM was loaded for batches", "load it with online=True")
         run_id = next(_run_ids)
         answers: dict[str, Answer] = {}
+        internal: dict[str, Answer] = {}
+        self._recorder.begin()
         begin_ns = time.monotonic_ns()
+        due_ns = begin_ns + TOLD_EVERY_NS
         try:
             for index, request in enumerate(requests):
                 # A name of our own: ids may repeat from batch to batch, and late outputs of an abandoned one must not fit.
                 name = f"{run_id}-{index}"
                 now_ns = time.monotonic_ns()
-                answers[name] = Answer(request, index, Sent(scheduled_ns=now_ns, queued_ns=now_ns, sent_ns=now_ns))
-                params = sampling_params(request, sampling, index)
-                self.llm.add_request(name, prompt_of(request), params, lora_request=self.adapter)
-            while any(answer.finish_reason is None for answer in answers.values()):
+                answer = answers[name] = Answer(request, index, Sent(scheduled_ns=now_ns, queued_ns=now_ns, sent_ns=now_ns))
+                params = sampling_params(request, sampling, index, RequestOutputKind.FINAL_ONLY)
+                internal[self.llm.add_request(name, prompt_of(request), params, lora_request=self.adapter)] = answer
+            goes_on = True
+            while goes_on:
                 outputs = self.llm.step()
                 end_ns = time.monotonic_ns()
-                produced = _collect(answers, outputs, end_ns)
-                event = step_event(self._recorder.take(), produced, begin_ns, end_ns, workers)
-                if event is not None:
-                    yield event
+                self._recorder.note(end_ns)
+                for output in outputs:
+                    if output.request_id in answers:
+                        answers[output.request_id].take_all(output)
+                goes_on = self.llm.has_unfinished_requests()
+                if end_ns >= due_ns or not goes_on:
+                    yield from self._recorder.take(internal, begin_ns, workers)
                     begin_ns = time.monotonic_ns()
+                    due_ns = begin_ns + TOLD_EVERY_NS
         finally:
             open_names = [name for name, answer in answers.items() if answer.finish_reason is None]
             if open_names:
@@ -115,12 +106,3 @@ class OfflineEngine:
         """End the engine's processes."""
         self.llm.engine_core.shutdown()
         del self.llm
-
-
-def _collect(answers: Mapping[str, Answer], outputs: Sequence[Any], end_ns: int) -> int:
-    produced = 0
-    for output in outputs:
-        answer = answers.get(output.request_id)
-        if answer is not None:
-            produced += answer.take(output, end_ns)
-    return produced

@@ -15,11 +15,12 @@ from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from llem_ray.backends.load_generator import LoadGenerator, Sent
-from llem_ray.backends.vllm.serving import Answer, prompt_of, sampling_params, step_event
+from llem_ray.backends.vllm.serving import Answer, prompt_of, sampling_params, step_event, told_by
 from llem_ray.core.backend import LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, GenerationError, HangError
 from llem_ray.core.spec import SamplingSpec
@@ -72,7 +73,8 @@ class StepStream:
         produced = iteration_stats.num_generation_tokens if iteration_stats is not None else 0
         begin_ns = max(self._end_ns, next(iter(run.in_flight.values()), self._end_ns))
         try:
-            event = step_event(scheduler_stats, produced, begin_ns, end_ns, run.workers)
+            details, performance = told_by(scheduler_stats)
+            event = step_event(details, performance, produced, begin_ns, end_ns, run.workers)
         except Exception as error:  # noqa: BLE001 - raised in the thread that serves; here it would end vLLM's handler
             run.events.put(error)
             return
@@ -230,7 +232,7 @@ class OnlineEngine:
 
     async def _answer(self, run: _Run, answer: Answer) -> None:
         request = answer.request
-        params = sampling_params(request, run.sampling, answer.row)
+        params = sampling_params(request, run.sampling, answer.row, RequestOutputKind.DELTA)
         event: Answer | Exception = answer
         try:
             name = f"{run.name}-{answer.row}"

@@ -33,17 +33,24 @@ class Answer:
     draft_tokens: int | None = None
     accepted_tokens: int | None = None
 
-    def take(self, output: Any, at_ns: int) -> int:
-        """Add a chunk, whose tokens all came at one time; the number of its tokens.
+    def take(self, output: Any, at_ns: int) -> None:
+        """Add a chunk, whose tokens all came at one time.
 
         Args:
             output: vLLM's RequestOutput, of the kind DELTA.
             at_ns: When it was delivered.
         """
+        self.times_ns += [at_ns] * len(output.outputs[0].token_ids)
+        self.take_all(output)
+
+    def take_all(self, output: Any) -> None:
+        """Add tokens whose times are told apart.
+
+        Args:
+            output: vLLM's RequestOutput, of the kind DELTA, or the only one, FINAL_ONLY.
+        """
         completion = output.outputs[0]
-        ids = [int(token) for token in completion.token_ids]
-        self.token_ids += ids
-        self.times_ns += [at_ns] * len(ids)
+        self.token_ids += [int(token) for token in completion.token_ids]
         if output.num_cached_tokens is not None:
             self.cached_tokens = int(output.num_cached_tokens)
         if output.finished:
@@ -52,13 +59,12 @@ class Answer:
             if speculation is not None:
                 self.draft_tokens = int(speculation.num_draft_tokens)
                 self.accepted_tokens = sum(accepted * steps for accepted, steps in enumerate(speculation.histogram))
-        return len(ids)
 
     def record(self) -> RequestRecord:
         """The finished request.
 
         Raises:
-            GenerationError: It was aborted, or has fewer tokens than were asked for.
+            GenerationError: It was aborted, has fewer tokens than were asked for, or not all of them were in steps.
         """
         request = self.request
         reason = FINISH_REASONS.get(self.finish_reason or "")
@@ -67,6 +73,11 @@ class Answer:
             raise GenerationError(
                 f"request {request.request_id} ended with {len(self.token_ids)} of {request.max_new_tokens} tokens"
                 f" (finish reason {self.finish_reason!r})"
+            )
+        if len(self.times_ns) != len(self.token_ids):
+            raise GenerationError(
+                f"vLLM's steps told of {len(self.times_ns)} of the {len(self.token_ids)} tokens of request {request.request_id}",
+                "llem-ray supports vLLM 0.32",
             )
         assert self.sent is not None
         return RequestRecord(
@@ -90,7 +101,7 @@ def prompt_of(request: Request) -> TokensInput:
     return tokens_input(list(request.prompt_token_ids))
 
 
-def sampling_params(request: Request, sampling: SamplingSpec, row: int) -> SamplingParams:
+def sampling_params(request: Request, sampling: SamplingSpec, row: int, output_kind: RequestOutputKind) -> SamplingParams:
     """VLLM's words for ours. Each row draws from a seed of its own, as rows of one batch of the other engines do."""
     greedy = sampling.temperature == 0
     return SamplingParams(
@@ -101,15 +112,22 @@ def sampling_params(request: Request, sampling: SamplingSpec, row: int) -> Sampl
         top_p=1.0 if greedy else float(sampling.top_p),
         seed=None if greedy else sampling.seed * 1_000_003 + row,
         detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
+        output_kind=output_kind,
     )
 
 
-def step_event(stats: Any, produced: int, begin_ns: int, end_ns: int, workers: int) -> StepEvent | None:
+def told_by(stats: Any) -> tuple[Any, Any]:
+    """Details of a step's tokens and its PerfStats, as vLLM's SchedulerStats tell them; None where they don't."""
+    details = getattr(stats, "iteration_details", None)
+    return None if details is None or details.is_dummy else details, getattr(stats, "perf_stats", None)
+
+
+def step_event(details: Any, performance: Any, produced: int, begin_ns: int, end_ns: int, workers: int) -> StepEvent | None:
     """None for a step that computed nothing: the scheduler only sent work ahead, or swept up.
 
     Args:
-        stats: vLLM's SchedulerStats, or None.
+        details: vLLM's account of prompt and output tokens that were scheduled, or None.
+        performance: vLLM's PerfStats, or None.
         produced: Output tokens of this step.
         begin_ns: When it began.
         end_ns: When it ended.
@@ -118,14 +136,12 @@ def step_event(stats: Any, produced: int, begin_ns: int, end_ns: int, workers: i
     Raises:
         GenerationError: There are tokens but no details of their step.
     """
-    details = getattr(stats, "iteration_details", None)
-    if details is None or details.is_dummy:
+    if details is None:
         if produced:
             raise GenerationError("vLLM returned tokens without the details of their step", "llem-ray supports vLLM 0.32")
         return None
     prefill, generation = int(details.num_ctx_tokens), int(details.num_generation_tokens)
     kind: StepKind = "decode" if not prefill else "mixed" if generation else "prefill"
-    performance = stats.perf_stats
     return StepEvent(
         begin_ns=begin_ns,
         end_ns=end_ns,

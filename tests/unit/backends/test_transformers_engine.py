@@ -305,6 +305,23 @@ def test_close_frees_the_weights(tmp_path: Path) -> None:
     assert alive() is None
 
 
+def test_memory_is_looked_at_again_for_a_larger_batch_or_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: looks.append(1) or 1000)
+    now_s = [50.0]
+    monkeypatch.setattr(memory.time, "monotonic", lambda: now_s[0])
+    host = memory.HostMemory()
+    for needed_bytes in (10, 10, 5, 20, 20):
+        host.require(needed_bytes, "a batch", "")
+    assert len(looks) == 2
+    now_s[0] += memory.LOOK_AGAIN_S + 1
+    host.require(10, "a batch", "")
+    assert len(looks) == 3
+    for _ in range(2):
+        with pytest.raises(DeviceMemoryError):
+            host.require(1001, "a batch", "")
+
+
 def test_memory_estimate_grows_with_every_dimension() -> None:
     config = AutoConfig.for_model("llama", **BUILTIN_MODELS["llama-tiny"].config)
     base = {"rows": 2, "prompt_tokens": 64, "new_tokens": 16, "element_bytes": 4, "eager": False}

@@ -51,3 +51,13 @@ def test_bad_row_is_marked_and_the_others_are_drawn(sampling: SamplingSpec, bad:
     logits = torch.tensor([[0.0, 9.0], [bad, 0.0], [9.0, 0.0]])
     chosen = TokenSelector(sampling, CPU).select(logits).tolist()
     assert chosen == [1, NOT_FINITE, 0]
+
+
+@pytest.mark.parametrize("sampling", [SamplingSpec(), SamplingSpec(temperature=0.8, seed=3)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 0.0])
+def test_a_pick_is_what_is_selected_on_the_device_and_on_the_host(sampling: SamplingSpec, bad: float) -> None:
+    logits = torch.tensor([[0.0, 1.0, 9.0], [bad] * 3, [9.0, 0.0, 1.0]])
+    column, ids = TokenSelector(sampling, CPU).pick(logits)
+    assert ids == TokenSelector(sampling, CPU).select(logits).tolist()
+    assert column.shape == (3, 1)
+    assert [token for [token] in column[::2].tolist()] == ids[::2]

@@ -21,11 +21,13 @@ from llem_ray.backends.process.wire import (
     PeerGone,
     ProtocolError,
     pack,
+    pack_events,
     pack_flat,
     report_error,
     restore_error,
     unpack,
     unpack_each,
+    unpack_events,
 )
 from llem_ray.core import errors
 from llem_ray.core.backend import BackendConfig, LoadReport, Rank, Request, RequestRecord, StepEvent
@@ -157,6 +159,15 @@ def test_errors_of_others() -> None:
             restore_error(ErrorReport(name=name, args=(), traceback=""))
     with pytest.raises(ProtocolError, match="wrong arguments"):
         restore_error(ErrorReport(name="LoadError", args=(1, "2", "3"), traceback=""))
+
+
+def test_events_keep_their_order_and_kind() -> None:
+    events = [STEP, RECORD, STEP]
+    travelled = json.loads(json.dumps(pack_events(events)))
+    assert list(unpack_events(travelled)) == events
+    for wrong in (None, [[0]], [[2, travelled[0][1]]], [[1, travelled[0][1]]], [[0, travelled[1][1]]], [travelled[0][1]]):
+        with pytest.raises(ProtocolError):
+            list(unpack_events(wrong))
 
 
 def test_messages_keep_their_order_and_borders(ends: tuple[Channel, Channel]) -> None:
