@@ -261,9 +261,10 @@ class InferenceBackend(Protocol):
     ) -> Iterator[StepEvent | RequestRecord]:
         """Serve the requests; yields every step as it ends, and a record per request.
 
-        Without a schedule they are served together as one batch. With one, each is sent at its time, tokens are delivered as
-        they come, and a record is yielded once its request is answered. An engine that can do so says
-        ``serves_online: ClassVar[bool] = True`` in its factory; it gets schedules only where ``BackendConfig.online`` is set.
+        Without a schedule they are served together as one batch, as they are. With one, each is sent at its time, or once the
+        one that it follows is answered; tokens are delivered as they come, and a record is yielded once its request is answered.
+        An engine that can do so says ``serves_online: ClassVar[bool] = True`` in its factory; it gets schedules only where
+        ``BackendConfig.online`` is set.
 
         Raises:
             GenerationError: A prompt exceeds the context, the engine failed, or it serves batches only.

@@ -96,7 +96,7 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) ->
 
 def _check_trace(workload: WorkloadSpec, sources: Sources, timeout_s: float) -> None:
     arrivals = taken(workload, sources.trace(workload.load.trace))
-    blocks_of(arrivals, workload.load)
+    blocks_of(arrivals, workload)
     lasts_s = (arrivals[-1].at_s - arrivals[0].at_s) / workload.load.trace_speed if arrivals else 0.0
     if lasts_s >= timeout_s:
         raise ConfigError(

@@ -72,7 +72,7 @@ def build_online(
         special_token_ids=special_token_ids,
         encode_chats=encode_chats,
         lengths=[(arrival.input_tokens, arrival.output_tokens) for arrival in arrivals] or None,
-        blocks=blocks_of(recorded, workload.load) or None,
+        blocks=blocks_of(recorded, workload) or None,
     )
     size = min(workload.load.concurrency or WARMUP_REQUESTS, count)
     return OnlineWork(
@@ -109,6 +109,7 @@ def _check_lengths(workload: WorkloadSpec, arrivals: Sequence[Arrival], context_
         if isinstance(inputs, int) and isinstance(outputs, int) and inputs + outputs > context_tokens:
             raise ConfigError(
                 f"an arrival of the trace is too long for the model: {inputs} prompt + {outputs} output tokens",
+                "workload.load.trace_max_input_tokens shortens all prompts by one factor",
                 file=workload.load.trace,
                 line=arrival.line,
                 field=FIELD,

@@ -101,7 +101,7 @@ def build_requests(
         raise _too_long("a prompt", longest, _least_output(workload), context_tokens, _blamed(workload))
     source = make_source(workload, encode, encode_chats, vocab_size, prompts, special_token_ids)
     places = places_of(workload, len(inputs))
-    bodies = _bodies(workload, source, inputs, [place.turn for place in places], blocks)
+    bodies = _bodies(source, inputs, [place.turn for place in places], blocks)
     outputs = _output_lengths(workload, lengths, len(inputs), source)
     if max(outputs) >= context_tokens:
         raise _too_long("an answer", 1, max(outputs), context_tokens, "workload.output_tokens")
@@ -122,7 +122,6 @@ def batches(requests: Sequence[Request], batch_size: int) -> Iterator[tuple[Requ
 
 
 def _bodies(
-    workload: WorkloadSpec,
     source: TokenSource,
     inputs: Sequence[int | None],
     turns: Sequence[int],
@@ -131,25 +130,12 @@ def _bodies(
     """What each request adds to its conversation."""
     if blocks is None or not any(blocks):
         return source.bodies(inputs, turns)
-    _refuse_more_shared(workload)
     bodies = source.bodies([1 if parts else tokens for tokens, parts in zip(inputs, blocks, strict=True)], turns)
     made: dict[str, Ids] = {}
     for index, parts in enumerate(blocks):
         if parts:
             bodies[index] = tuple(token for part in parts for token in _block(source, part, made))
     return bodies
-
-
-def _refuse_more_shared(workload: WorkloadSpec) -> None:
-    chats = workload.prompts.chat_template
-    if chats or workload.shared_prefix_tokens:
-        raise ConfigError(
-            "the trace's hash_ids say what prompts begin with: nothing can go before",
-            "leave it out, or set workload.load.trace_prefixes: false",
-            field="workload.prompts.chat_template" if chats else "workload.shared_prefix_tokens",
-            found="true" if chats else str(workload.shared_prefix_tokens),
-            allowed="false" if chats else "0",
-        )
 
 
 def _block(source: TokenSource, block: Block, made: dict[str, Ids]) -> Ids:

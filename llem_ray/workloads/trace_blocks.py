@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LoadSpec
+from llem_ray.core.spec import LoadSpec, WorkloadSpec
 from llem_ray.workloads.traces import FIELD, Arrival
 
 BLOCK_TOKENS: Final = 512
@@ -41,20 +41,24 @@ def shortened(arrivals: Sequence[Arrival], load: LoadSpec) -> tuple[Arrival, ...
     )
 
 
-def blocks_of(arrivals: Sequence[Arrival], load: LoadSpec) -> list[tuple[Block, ...] | None]:
+def blocks_of(arrivals: Sequence[Arrival], workload: WorkloadSpec) -> list[tuple[Block, ...] | None]:
     """The blocks of each prompt as ``shortened`` leaves it; None for one that names none.
 
     The edges between blocks are multiplied by the same factor, so that prompts share the same parts of themselves as before.
 
     Args:
         arrivals: As they stand in the trace.
-        load: How they are replayed.
+        workload: How they are replayed.
 
     Raises:
-        ConfigError: The ids of a line do not cover its prompt.
+        ConfigError: The ids of a line do not cover its prompt, or the workload wants something before what prompts share.
     """
+    load = workload.load
     factor = _factor(arrivals, load)
-    return [_blocks(arrival, factor, load) if load.trace_prefixes else None for arrival in arrivals]
+    found = [_blocks(arrival, factor, load) if load.trace_prefixes else None for arrival in arrivals]
+    if any(found):
+        _refuse_more_shared(workload)
+    return found
 
 
 def shared_tokens(prompts: Sequence[tuple[Block, ...] | None]) -> list[int]:
@@ -70,6 +74,18 @@ def shared_tokens(prompts: Sequence[tuple[Block, ...] | None]) -> list[int]:
             longest[block.name] = max(longest.get(block.name, 0), block.tokens)
         shared.append(tokens)
     return shared
+
+
+def _refuse_more_shared(workload: WorkloadSpec) -> None:
+    chats = workload.prompts.chat_template
+    if chats or workload.shared_prefix_tokens:
+        raise ConfigError(
+            "the trace's hash_ids say what prompts begin with: nothing can go before",
+            "leave it out, or set workload.load.trace_prefixes: false",
+            field="workload.prompts.chat_template" if chats else "workload.shared_prefix_tokens",
+            found="true" if chats else str(workload.shared_prefix_tokens),
+            allowed="false" if chats else "0",
+        )
 
 
 def _factor(arrivals: Sequence[Arrival], load: LoadSpec) -> float:

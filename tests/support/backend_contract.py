@@ -63,14 +63,17 @@ def requests_of(loaded: Loaded, lengths: list[int], new_tokens: list[int]) -> li
 
 
 def conversations_of(loaded: Loaded, *, think_ns: int) -> list[Request]:
-    """Two conversations, ``a`` and ``b``, of three turns: 4 tokens, then 2 new ones after each answer of 3."""
+    """Two conversations, ``a`` and ``b``, of three turns: 4 tokens, then 2 new ones after each answer of 3.
+
+    The tokens that stand for a history are more than it has, as where an answer ends early.
+    """
     requests: list[Request] = []
-    for name, words in zip("ab", requests_of(loaded, [14, 14], [3, 3]), strict=True):
+    for name, words in zip("ab", requests_of(loaded, [16, 16], [3, 3]), strict=True):
         for turn in range(3):
             requests.append(
                 Request(
                     request_id=f"{name}{turn}",
-                    prompt_token_ids=words.prompt_token_ids[: 4 + 5 * turn],
+                    prompt_token_ids=words.prompt_token_ids[: 4 + 6 * turn],
                     max_new_tokens=3,
                     follows=f"{name}{turn - 1}" if turn else None,
                     think_ns=think_ns if turn else 0,

@@ -40,6 +40,11 @@ BAD = {
         {"t.jsonl": MOONCAKE + MOONCAKE.replace("[1, 2]", "[1]")},
         "data/t.jsonl:2: workload.load.trace: hash_ids do not cover the prompt",
     ),
+    "prefix of a trace that shares": (
+        f"shared_prefix_tokens: 8, {TRACE}",
+        {"t.jsonl": MOONCAKE},
+        "workload.shared_prefix_tokens: the trace's hash_ids say what prompts begin with",
+    ),
     "short trace": (f"requests: 3, {TRACE}", {"t.jsonl": MOONCAKE}, "workload.requests: the trace is too short"),
     "long trace": (
         TRACE,
