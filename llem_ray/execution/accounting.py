@@ -72,7 +72,7 @@ class Accounts:
 
     def take_load(self, load: LoadEnded) -> None:
         """Energy of loading the model."""
-        load.gang.load_energy_j = self._sum(load.gang, load.span).energy_j
+        load.gang.load_energy_j = _not_guessed(self._sum(load.gang, load.span)).energy_j
 
     def energy_columns(self, ended: AttemptEnded) -> Row:
         """Every energy column of one attempt's row."""
@@ -80,10 +80,8 @@ class Accounts:
         if gang is None:
             return {"energy_reason": "no gang ran", "power_valid": False, "est_reason": "no gang ran"}
         if not isinstance(outcome, Completed):
-            waste = self._sum(gang, PhaseSpan(phase="waste", begin_ns=ended.begin_ns, end_ns=ended.end_ns))
+            waste = _not_guessed(self._sum(gang, PhaseSpan(phase="waste", begin_ns=ended.begin_ns, end_ns=ended.end_ns)))
             reason = "the attempt failed: its energy is waste"
-            if any(map(_is_guessed, waste.parts)):
-                waste = replace(waste, energy_j=None, reason="too many samples are missing")
             if waste.energy_j is None:
                 reason = f"the attempt failed, and its waste is not known: {waste.reason}"
             return {"waste_energy_j": waste.energy_j, "energy_reason": reason, "power_valid": False, "est_reason": reason}
@@ -306,6 +304,13 @@ class Accounts:
 def _is_guessed(reading: EnergyReading) -> bool:
     """Power was integrated over holes: fewer samples than the gate asks for, and no counter that went on meanwhile."""
     return reading.method == "measured_power_integral" and any(flag.code == "dropped_samples" for flag in reading.flags)
+
+
+def _not_guessed(total: EnergyTotal) -> EnergyTotal:
+    """The total, without its energy where a part is a guess."""
+    if not any(map(_is_guessed, total.parts)):
+        return total
+    return replace(total, energy_j=None, reason="too many samples are missing")
 
 
 def _unread(item: HostDevice, window: Window, reason: str) -> EnergyReading:

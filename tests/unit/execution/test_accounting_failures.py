@@ -18,7 +18,7 @@ from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.accounting import Accounts
 from llem_ray.execution.calls import Leased
 from llem_ray.execution.meter import Meter
-from llem_ray.execution.records import AttemptEnded, GangRecord, HostDevice, IdleTaken
+from llem_ray.execution.records import AttemptEnded, GangRecord, HostDevice, IdleTaken, LoadEnded
 from llem_ray.planning.plan import make_plan
 from llem_ray.testing.clock import VirtualClock
 
@@ -169,3 +169,25 @@ def test_the_memory_before_a_load_is_known_though_no_state_falls_into_a_short_id
 
 def _fill_from(sampler: FakeSampler, seq: int, begin_s: float, until_s: float) -> None:
     sampler.sample(seq, [begin_s + 0.05 * step for step in range(round((until_s - begin_s) / 0.05) + 1)], counter=True)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_the_energy_of_a_load_is_not_guessed_over_holes(plan: Plan, holes: bool) -> None:
+    clock = VirtualClock()
+    cluster = FakeCluster(clock)
+    samplers = [cluster.sampler(f"h{n}", f"G{n}") for n in (1, 2)]
+    for n, sampler in enumerate(samplers, start=1):
+        cluster.add(f"n{n}", sampler, gpus=1)
+    meter = cluster.meter()
+    meter.open(cluster.nodes())
+    times_s = [1000.0 + 0.05 * step for step in range(400)]
+    samplers[0].sample(1, times_s)
+    samplers[1].sample(1, [t for t in times_s if not (holes and 1011.0 < t < 1014.0)])
+    clock.sleep_until_ns(1021 * NS_PER_S)
+    meter.pump(hurry=True)
+    gang = ended(plan, completed(), meter).gang
+    assert gang is not None
+    begin_ns, end_ns = (round(t * NS_PER_S) for t in WINDOW_S)
+    span = PhaseSpan(phase="load", begin_ns=begin_ns, end_ns=end_ns)
+    Accounts(plan.measure, meter).take_load(LoadEnded(gang=gang, span=span, lane=""))
+    assert gang.load_energy_j == (None if holes else pytest.approx(1200.0, rel=0.01))
