@@ -259,7 +259,7 @@ class InferenceBackend(Protocol):
     def run(
         self, requests: Sequence[Request], sampling: SamplingSpec, schedule: LoadSchedule | None = None
     ) -> Iterator[StepEvent | RequestRecord]:
-        """Serve the requests; yields every step as it ends, and a record per request.
+        """Serve the requests; yields every step within about 0.1 s of its end, in order, and a record per request.
 
         Without a schedule they are served together as one batch, as they are. With one, each is sent at its time, or once the
         one that it follows is answered; tokens are delivered as they come, and a record is yielded once its request is answered.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,21 @@ def test_flops_of_a_batch_add_up(loaded: VllmBackend) -> None:
     lengths = [len(prompt) for prompt in PROMPTS]
     computed = [flops_of(length, length) + flops_of(1, length + 1) + flops_of(1, length + 2) for length in lengths]
     assert sum(step.flops or 0 for step in steps) == sum(computed)
+
+
+def test_every_token_has_the_time_of_its_step_and_steps_follow_each_other(loaded: VllmBackend) -> None:
+    steps, records = serve(loaded, requests_of())
+    produced = {step.end_ns: step.decode_tokens for step in steps if step.decode_tokens}
+    times = Counter(time_ns for record in records for time_ns in record.token_times_ns)
+    assert times == produced
+    assert all(before.end_ns <= after.begin_ns < after.end_ns for before, after in pairwise(steps))
+
+
+def test_tokens_that_no_step_tells_of_are_no_result(loaded: VllmBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = loaded._engine._engine._recorder  # type: ignore[union-attr]
+    monkeypatch.setattr(recorder, "note", lambda _: None)
+    with pytest.raises(GenerationError, match="told of 0 of the 64 tokens of request r0"):
+        serve(loaded, requests_of())
 
 
 def test_a_request_that_comes_back_short_is_no_result(loaded: VllmBackend, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,11 +60,37 @@ def test_close_ends_the_workers_of_a_gang_and_restores_the_environment(
     assert set(environment) >= {name for name in os.environ if name.startswith(("VLLM_CPU", "VLLM_LOGGING", "TORCHDYNAMO"))}
 
 
+def test_a_scheduler_in_another_process_tells_the_same(
+    checkpoint: ModelSpec, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    backend = VllmBackend(config_of(tmp_path, checkpoint))
+    backend.load()
+    try:
+        steps, records = serve(backend, requests_of())
+        run = backend.run(requests_of(new_tokens=190), SamplingSpec())
+        next(run)
+        run.close()
+        _, again = serve(backend, requests_of())
+    finally:
+        backend.close()
+    assert [record.output_token_ids for record in again] == [record.output_token_ids for record in records]
+    assert [record.output_token_ids for record in records] == [record.output_token_ids for record in expected["fixed"]]
+    assert sum(step.decode_tokens for step in steps) == NEW_TOKENS * len(PROMPTS)
+    assert {time_ns for record in records for time_ns in record.token_times_ns} == {
+        step.end_ns for step in steps if step.decode_tokens
+    }
+    assert sum(step.flops or 0 for step in steps) == sum(
+        flops_of(len(prompt), len(prompt)) + sum(flops_of(1, len(prompt) + place) for place in range(1, NEW_TOKENS))
+        for prompt in PROMPTS
+    )
+
+
 def test_a_worker_that_dies_is_told_apart_and_leaves_nothing(tmp_path: Path) -> None:
     before = children()
     backend = VllmBackend(config_of(tmp_path, ModelSpec(config="llama-tiny"), tensor_parallel=2))
     backend.load()
-    run = backend.run(requests_of(), SamplingSpec())
+    run = backend.run(requests_of(new_tokens=190), SamplingSpec())
     next(run)
     os.kill(backend.identity()[1].pid, signal.SIGKILL)
     with pytest.raises(EngineDied, match="worker's process ended"):

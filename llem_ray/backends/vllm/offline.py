@@ -104,5 +104,8 @@ class OfflineEngine:
 
     def close(self) -> None:
         """End the engine's processes."""
+        resources = getattr(self.llm.engine_core, "resources", None)
         self.llm.engine_core.shutdown()
+        if resources is not None:
+            resources.ctx.destroy(linger=0)  # vLLM closes its sockets, and leaves their context
         del self.llm

@@ -48,7 +48,7 @@ class StepRecorder:
         front.engine_core.get_output = self._output
         core: Any = getattr(front.engine_core, "engine_core", None)
         if core is not None:
-            self._metrics = core.scheduler.perf_metrics
+            self._metrics = _sums_only(core.scheduler.perf_metrics)
             core.log_stats = core.scheduler.log_stats = core.scheduler.kv_cache_manager.log_stats = False
             core.scheduler.perf_metrics = self
 
@@ -109,3 +109,11 @@ class StepRecorder:
     def _output(self) -> Any:
         self._outputs = outputs = self._get_output()
         return outputs
+
+
+def _sums_only(metrics: Any) -> Any:
+    """Have vLLM's ModelMetrics add FLOPs and bytes read up without a name for each part, and leave bytes written out."""
+    metrics.get_num_flops_breakdown = lambda step, per_gpu: {"all": metrics.get_num_flops(step, per_gpu)}
+    metrics.get_read_bytes_breakdown = lambda step, per_gpu: {"all": metrics.get_read_bytes(step, per_gpu)}
+    metrics.get_write_bytes_breakdown = lambda _step, _per_gpu: {}
+    return metrics
