@@ -11,6 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from llem_ray.backends.load_generator import Sent
+from llem_ray.backends.vllm.core_watch import CoreWatch
 from llem_ray.backends.vllm.serving import Answer, prompt_of, sampling_params, step_event
 from llem_ray.core.backend import LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError
@@ -51,6 +52,7 @@ class OfflineEngine:
         self.llm: Any = LLMEngine.from_vllm_config(vllm_config)
         self.vllm_config = self.llm.vllm_config
         self.adapter: LoRARequest | None = None
+        self._watch = CoreWatch(self.llm.engine_core)
         self._recorder = StepRecorder()
         # vLLM's own loggers format a Prometheus page's worth of counters in every step; ours keeps one reference.
         self.llm.logger_manager = self._recorder
@@ -113,6 +115,7 @@ class OfflineEngine:
 
     def close(self) -> None:
         """End the engine's processes."""
+        self._watch.stop()
         self.llm.engine_core.shutdown()
         del self.llm
 
