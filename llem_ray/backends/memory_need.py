@@ -22,8 +22,6 @@ from llem_ray.core.spec import Experiment, ModelSpec, WorkloadSpec
 ENGINES: Final = ("transformers", "vllm", "tensorrt")
 """Engines whose use of memory is known here."""
 
-REMEDY: Final = "raise engine.tensor_parallel or engine.pipeline_parallel, take a smaller dtype or a quantised checkpoint"
-
 CUDA_CONTEXT_BYTES: Final = 500_000_000
 """What a process takes of a GPU before it allocates anything; 0.3 to 0.6 GB on recent drivers."""
 VLLM_SHARE: Final = 0.92
@@ -85,6 +83,17 @@ class MemoryNeed:
             f"needs at least {size_text(self.lower_bytes)} on each {self.device}, which has {self._limit(memory_bytes)}: {terms}"
             + (f"; not counted: {left_out}" if left_out else "")
         )
+
+    def remedy(self, hosts: int = 1) -> str:
+        """What to do about a refusal.
+
+        Args:
+            hosts: How many the gang may be spread over. Ranks on one host share its memory, so more of them help nothing there.
+        """
+        if self.device == "GPU":
+            return "raise engine.tensor_parallel or engine.pipeline_parallel, take a smaller dtype or a quantised checkpoint"
+        spread = " spread it over more hosts by engine.nodes," if hosts > 1 else ""
+        return f"take a smaller model.dtype or a quantised checkpoint,{spread} or run it where there is more memory"
 
     def doubt(self, memory_bytes: int) -> str | None:
         """Why it may not fit; None where it should, where it cannot, or where nothing is known."""
@@ -171,7 +180,7 @@ def require_fit(config: BackendConfig, values: Mapping[str, Any], memory_bytes: 
     on_gpu = config.device == "cuda"
     need = estimate_need(values, shape, None, [experiment], on_gpu=on_gpu, random=random, unquantised=True)
     if reason := need.refusal(memory_bytes):
-        raise DeviceMemoryError(f"{model_name(config.model)} {reason}", REMEDY)
+        raise DeviceMemoryError(f"{model_name(config.model)} {reason}", need.remedy())
 
 
 def model_name(model: ModelSpec) -> str:

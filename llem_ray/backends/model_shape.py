@@ -83,6 +83,25 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape | None:
     )
 
 
+def linear_layers(config: Mapping[str, Any]) -> Mapping[str, tuple[int, int]] | None:
+    """Last part of a linear layer's name -> its inputs and outputs; None where this module does not know the architecture.
+
+    Args:
+        config: A config.json as transformers writes it.
+    """
+    shape, family = read_shape(config), config.get("model_type")
+    mlp = _number(config, "intermediate_size")
+    if shape is None or mlp is None or family not in {"llama", "mistral", "qwen2", "qwen3", "phi3"} or _remote_code(config):
+        return None
+    dim = _head_dim(config, shape.hidden, shape.heads)
+    query, keys = shape.heads * dim, _kv_heads(config, shape.heads) * dim
+    common = {"o_proj": (query, shape.hidden), "down_proj": (mlp, shape.hidden), "lm_head": (shape.hidden, shape.vocab)}
+    if family == "phi3":
+        return common | {"qkv_proj": (shape.hidden, query + 2 * keys), "gate_up_proj": (shape.hidden, 2 * mlp)}
+    projections = {"q_proj": query, "k_proj": keys, "v_proj": keys, "gate_proj": mlp, "up_proj": mlp}
+    return common | {name: (shape.hidden, outputs) for name, outputs in projections.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class _Sizes:
     """A config with the defaults of transformers' own config classes."""
@@ -121,9 +140,11 @@ def _mixtral(sizes: _Sizes) -> int:
     return sizes.embeddings + sizes.layers * each
 
 
-def _qwen3_moe(sizes: _Sizes) -> int:
+def _qwen3_moe(sizes: _Sizes) -> int | None:
     step, dense = sizes.number("decoder_sparse_step", 1), sizes.config.get("mlp_only_layers") or ()
     experts = sizes.number("num_experts", sizes.number("num_local_experts", 128))
+    if experts > 0 and not step:
+        return None  # which layers have experts cannot be told; the model cannot be built either
     sparse = sum(layer not in dense and experts > 0 and (layer + 1) % step == 0 for layer in range(sizes.layers))
     each = experts * (sizes.mlp(sizes.number("moe_intermediate_size", 768)) + sizes.hidden)
     mlps = sparse * each + (sizes.layers - sparse) * sizes.mlp(sizes.number("intermediate_size"))
@@ -147,7 +168,7 @@ def _deepseek_v3(sizes: _Sizes) -> int:
     return sizes.embeddings + sizes.layers * (attention + 2 * sizes.hidden) + mlps
 
 
-_FAMILIES: Final[Mapping[str, Callable[[_Sizes], int]]] = {
+_FAMILIES: Final[Mapping[str, Callable[[_Sizes], int | None]]] = {
     "llama": _dense,
     "mistral": _dense,
     "phi3": _dense,
@@ -157,7 +178,7 @@ _FAMILIES: Final[Mapping[str, Callable[[_Sizes], int]]] = {
     "qwen3_moe": _qwen3_moe,
     "deepseek_v3": _deepseek_v3,
 }
-"""Architecture -> the number of its parameters."""
+"""Architecture -> the number of its parameters; None where the config contradicts itself."""
 
 _KV_HEADS: Final[Mapping[str, int]] = {"mistral": 8, "mixtral": 8, "qwen2": 32, "qwen3": 32, "qwen3_moe": 4}
 """Where a config leaves out `num_key_value_heads`, transformers' default; elsewhere as many as attention heads."""

@@ -86,7 +86,7 @@ def read_config(path: Path, field: str) -> Mapping[str, Any]:
     """Parse a config.json far enough to know that it is one.
 
     Raises:
-        ConfigError: It is missing, not JSON (with the line), or names no model type.
+        ConfigError: It is missing, not JSON (with the line), names no model type, or cannot be built.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -103,13 +103,28 @@ def read_config(path: Path, field: str) -> Mapping[str, Any]:
         raise ConfigError(
             "the model config has no model_type", file=str(path), field=field, allowed='a name such as "model_type": "llama"'
         )
+    inner = value.get("text_config")
+    _require_sparse_step(inner if isinstance(inner, dict) else value, path, field)
     return value
+
+
+def _require_sparse_step(values: Mapping[str, Any], path: Path, field: str) -> None:
+    """Refuse a mixture of experts in which every 0-th layer has experts: transformers would divide by it."""
+    step = values.get("decoder_sparse_step", 1)
+    if values.get("num_experts", 1) and (type(step) is not int or step < 1):
+        raise ConfigError(
+            "wrong decoder_sparse_step: experts are in every layer whose number it divides",
+            file=str(path),
+            field=field,
+            found=f'"decoder_sparse_step": {json.dumps(step)}',
+            allowed="1 and more",
+        )
 
 
 def known_config(source: ModelSource) -> Mapping[str, Any]:
     """The model's config.json, as far as it is known without the network: empty for a hub model."""
     if source.kind == "builtin":
-        return BUILTIN_MODELS[source.location].config
+        return {"model_type": "llama", **BUILTIN_MODELS[source.location].config}
     if source.kind == "hub":
         return {}
     path = Path(source.location)

@@ -191,7 +191,7 @@ def _exit_code(job: RunJob, log: str) -> int:
         click.echo(f"{job.job_id} was stopped; what is done is kept, submit the same sweep again to resume", err=True)
         return INTERRUPTED
     python = os.environ.get(PYTHON_VARIABLE) or "python"
-    install = f"on the head: {python} -m pip install llem-ray=={__version__}; {PYTHON_VARIABLE} chooses another interpreter"
+    install = f"install llem-ray {__version__} on the head for {python}; {PYTHON_VARIABLE} chooses another interpreter"
     if re.search(r"No module named '?llem_ray", log):
         raise PlacementError(f"llem-ray is not installed for {python!r} on the head", install)
     if job.exit_code == 127:

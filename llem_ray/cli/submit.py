@@ -19,6 +19,7 @@ from llem_ray.cli.output import INTERRUPTED, SOME_FAILED
 from llem_ray.cli.remote import submit_job
 from llem_ray.cli.summaries import read_summary
 from llem_ray.cli.sweeps import ADDRESS, RESULTS_DIR, SET, SWEEP, TOKEN_FILE, build_plan
+from llem_ray.config.locate import locate
 from llem_ray.config.resolved import dump_sweep
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError, EnergyGateError, ResultsError
@@ -106,7 +107,10 @@ def submit(
         prepare_environment(where, token_file)
         chosen = context.get_parameter_source("results_dir") == ParameterSource.COMMANDLINE
         return submit_job(RunJobs(where), loaded, str(results_dir) if chosen else None, flags, copy_to, detach=detach)
-    return run_sweep(loaded, results_dir, where, token_file, copy_to=copy_to, **flags)
+    try:
+        return run_sweep(loaded, results_dir, where, token_file, copy_to=copy_to, **flags)
+    except ConfigError as error:
+        raise locate(error, sweep, overrides=overrides) from error
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from llem_ray.core.errors import PluginError
@@ -16,6 +17,15 @@ EXTRAS: Final = {
     "codecarbon": "codecarbon",
 }
 """Plug-in name -> the extra of llem-ray that installs what it needs."""
+
+
+def install_command(*extras: str) -> str:
+    """The pip command for extras of llem-ray. It is on no package index: the checkout that runs is named, else any will do."""
+    checkout = Path(__file__).resolve().parents[2]
+    wanted = f"[{','.join(extras)}]"
+    if (checkout / "pyproject.toml").is_file():
+        return f"pip install '{checkout}{wanted}'"
+    return f"pip install '.{wanted}' in a checkout of llem-ray"
 
 
 def plugin_names(group: Group) -> tuple[str, ...]:
@@ -48,5 +58,5 @@ def load_plugin(group: Group, name: str) -> Any:
         return entry.load()
     except (ImportError, OSError) as error:  # OSError: a shared library of the package is broken
         extra = EXTRAS.get(name)
-        hint = f"pip install 'llem-ray[{extra}]'" if extra else None
+        hint = install_command(extra) if extra else None
         raise PluginError(f"{name!r} cannot be imported: {error}", hint) from error

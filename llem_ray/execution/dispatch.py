@@ -105,10 +105,8 @@ class Dispatcher:
             return
         rooms = emptied(self._run.fleet.rooms())
         for work in self._pending:
-            impossible = why_infeasible(work.request, rooms)
-            if impossible is not None:
-                hint = "set engine.device: cpu, or run it where the GPUs are; llem-ray doctor tells what there is"
-                raise PlacementError(f"the gang for {_label(work.group)} {impossible}", hint)
+            if impossible := placement_problem(work.group, work.request, rooms):
+                raise impossible
 
     def _sort(self) -> None:
         """Into the order in which the groups should be started."""
@@ -203,6 +201,15 @@ GRACE_S: Final = 30.0
 
 def _label(group: LoadGroup) -> str:
     return str(group.experiment.model.id or group.experiment.model.config)
+
+
+def placement_problem(group: LoadGroup, request: GangRequest, rooms: Sequence[NodeRoom]) -> PlacementError | None:
+    """Why these nodes could not hold the group's gang if they were empty; None where they could."""
+    impossible = why_infeasible(request, rooms)
+    if impossible is None:
+        return None
+    hint = "set engine.device: cpu, or run it where the GPUs are; llem-ray doctor tells what there is"
+    return PlacementError(f"the gang for {_label(group)} {impossible}", hint)
 
 
 def gang_request(group: LoadGroup, trials: Sequence[Trial], measure: MeasureSpec) -> GangRequest:

@@ -17,7 +17,7 @@ from typing import Any, Final
 import llem_ray
 from llem_ray.backends.process.proxy import find_command
 from llem_ray.core.errors import ConfigError, PluginError
-from llem_ray.core.plugins import EXTRAS, find_plugin
+from llem_ray.core.plugins import EXTRAS, find_plugin, install_command
 
 PROBE_TIMEOUT_S: Final = 120.0
 """vLLM's import takes 7 s on a free machine."""
@@ -85,7 +85,7 @@ def _hint(name: str, command: str | None) -> str | None:
     extra = EXTRAS.get(name)
     if extra is None:
         return None
-    return f"{f'{command} -m ' if command is not None else ''}{_PIP}'llem-ray[{extra}]'"
+    return f"{f'{command} -m ' if command is not None else ''}{install_command(extra)}"
 
 
 def _failed(name: str, interpreter: str, problem: str) -> EngineCheck:

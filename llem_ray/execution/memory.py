@@ -6,19 +6,22 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from llem_ray.backends.checkpoint_files import StoredWeights, find_snapshot, read_stored_weights
-from llem_ray.backends.memory_need import ENGINES, REMEDY, MemoryNeed, estimate_need, model_name
+from llem_ray.backends.host_memory import host_limit_bytes
+from llem_ray.backends.memory_need import ENGINES, MemoryNeed, estimate_need, model_name
 from llem_ray.backends.model_shape import read_shape
 from llem_ray.backends.model_source import ModelSource, find_model, known_config
-from llem_ray.backends.transformers.memory import host_limit_bytes
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, PlacementError
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import Device, SamplerInfo
 from llem_ray.core.spec import ModelSpec
 from llem_ray.execution.meter import GPU_SCOPES
 from llem_ray.power.sources import list_gpus
+
+LIMIT: Final = "memory_limit_bytes"
+"""Among a host's facts: what ``host_limit_bytes`` says there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +79,19 @@ def cluster_devices(infos: Iterable[SamplerInfo]) -> Devices:
     """Those that the samplers of a cluster see."""
     known = list(infos)
     gpus = (device.memory_bytes for info in known for device in info.devices if device.scope in GPU_SCOPES)
-    hosts = (info.host.get("memory_bytes") for info in known)
-    return Devices(gpu_bytes=tuple(gpus), host_bytes=tuple(int(size) for size in hosts if size))
+    hosts = (host_bytes(info.host) for info in known)
+    return Devices(gpu_bytes=tuple(gpus), host_bytes=tuple(size for size in hosts if size))
+
+
+def with_memory_limit(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Facts of this host, and what a process could take of its memory: with swap, within its container's limit."""
+    return {**facts, LIMIT: host_limit_bytes()}
+
+
+def host_bytes(facts: Mapping[str, Any]) -> int | None:
+    """Memory that a process of the host could take, by its facts; None where they do not tell."""
+    size = facts.get(LIMIT) or facts.get("memory_bytes")
+    return int(size) if size else None
 
 
 def group_memory(group: LoadGroup, base_dir: str, devices: Devices) -> GroupMemory:
@@ -102,9 +116,23 @@ def require_memory(groups: Sequence[LoadGroup], base_dir: str, devices: Devices)
         PlacementError: One cannot; the message shows the arithmetic.
     """
     for group in groups:
-        if reason := group_memory(group, base_dir, devices).refusal:
-            experiment = group.experiment
-            raise PlacementError(f"{model_name(experiment.model)} on {experiment.engine.backend} {reason}", REMEDY)
+        if refused := memory_problem(group, group_memory(group, base_dir, devices), hosts=len(devices.host_bytes)):
+            raise refused
+
+
+def memory_problem(group: LoadGroup, memory: GroupMemory, *, hosts: int) -> PlacementError | None:
+    """The refusal of a model that cannot fit; None where it may.
+
+    Args:
+        group: Whose model and engine.
+        memory: What it needs.
+        hosts: How many there are.
+    """
+    if memory.need is None or memory.refusal is None:
+        return None
+    experiment = group.experiment
+    message = f"{model_name(experiment.model)} on {experiment.engine.backend} {memory.refusal}"
+    return PlacementError(message, memory.need.remedy(hosts))
 
 
 def require_placed(group: LoadGroup, base_dir: str, devices: Sequence[Device]) -> None:
@@ -121,8 +149,9 @@ def require_placed(group: LoadGroup, base_dir: str, devices: Sequence[Device]) -
     if not is_on_gpu(group):
         return
     gpus = Devices(gpu_bytes=tuple(item.memory_bytes for item in devices if item.scope in GPU_SCOPES), host_bytes=())
-    if reason := group_memory(group, base_dir, gpus).refusal:
-        raise DeviceMemoryError(f"{model_name(group.experiment.model)} {reason}", REMEDY)
+    memory = group_memory(group, base_dir, gpus)
+    if memory.need is not None and memory.refusal is not None:
+        raise DeviceMemoryError(f"{model_name(group.experiment.model)} {memory.refusal}", memory.need.remedy())
 
 
 def is_on_gpu(group: LoadGroup) -> bool:
@@ -154,8 +183,6 @@ def _need(group: LoadGroup, base_dir: str) -> MemoryNeed | str:
 
 def _config(source: ModelSource, model: ModelSpec) -> tuple[Mapping[str, Any], Path | None]:
     """The model's config.json, and the folder of its weights; empty and None where it is not on this host."""
-    if source.kind == "builtin":
-        return {"model_type": "llama", **known_config(source)}, None
     if source.kind != "hub":
         return known_config(source), Path(source.location) if source.kind == "folder" else None
     folder = find_snapshot(model)

@@ -457,5 +457,6 @@ def _refuse_other_release(info: SamplerInfo) -> None:
     there = info.host.get("llem_ray", __version__)
     if there != __version__:
         raise PlacementError(
-            f"{info.hostname} has llem-ray {there}, here is {__version__}", f"pip install llem-ray=={__version__} there"
+            f"{info.hostname} has llem-ray {there}, here is {__version__}",
+            f"install llem-ray {__version__} there",
         )

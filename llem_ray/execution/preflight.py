@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from llem_ray.core.errors import ConfigError, PlacementError, PluginError
-from llem_ray.core.plan import Plan
+from llem_ray.core.plan import LoadGroup, Plan
 from llem_ray.core.spec import Sweep, WorkloadSpec
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.engine_host import check_group
@@ -84,14 +84,32 @@ def check_plan(plan: Plan, gpus: int, cache_dir: str, *, alone: bool = False) ->
     check_prompts(plan)
     look_up_footprint(plan.footprint)
     for group in plan.groups:
-        if group.gpus > gpus:
-            label = group.experiment.model.id or group.experiment.model.config
-            raise PlacementError(
-                f"the gang for {label} needs {group.gpus} GPU{'' if group.gpus == 1 else 's'}, this host has {gpus}",
-                "set engine.device: cpu, or run it where the GPUs are",
-            )
-        check_group(group, plan.base_dir, cache_dir, alone=alone)
+        check_load(group, gpus, plan.base_dir, cache_dir, alone=alone)
     require_memory(plan.groups, plan.base_dir, local_devices())
+
+
+def check_load(group: LoadGroup, gpus: int, base_dir: str, cache_dir: str, *, alone: bool = False) -> None:
+    """Check one model load on this host: its GPUs, engine, arguments and model. Not its memory.
+
+    Args:
+        group: The load.
+        gpus: Whole GPUs that this host has.
+        base_dir: Folder that relative paths start from.
+        cache_dir: Writable folder for what is built here.
+        alone: One process must serve a whole gang.
+
+    Raises:
+        PluginError: As in ``check_plan``.
+        ConfigError: As in ``check_plan``.
+        PlacementError: The gang needs more GPUs than there are.
+    """
+    if group.gpus > gpus:
+        label = group.experiment.model.id or group.experiment.model.config
+        raise PlacementError(
+            f"the gang for {label} needs {group.gpus} GPU{'' if group.gpus == 1 else 's'}, this host has {gpus}",
+            "set engine.device: cpu, or run it where the GPUs are",
+        )
+    check_group(group, base_dir, cache_dir, alone=alone)
 
 
 def _check_trace(workload: WorkloadSpec, sources: Sources, timeout_s: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -14,6 +15,7 @@ from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.power import SampleBatch, SamplerInfo
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.calls import Fetched
+from llem_ray.execution.memory import with_memory_limit
 from llem_ray.power.host import host_id
 from llem_ray.power.sampler import SamplerLoop
 from llem_ray.power.sources import open_sources, without_devices
@@ -79,7 +81,8 @@ class SamplerHost:
         with self._lock:
             if self._loop is None:
                 self._loop = self._open(skip, min_epoch)
-            return self._loop.info()
+            info = self._loop.info()
+            return replace(info, host=with_memory_limit(info.host))
 
     def fetch(self, after_seq: int, epoch: int) -> Fetched:
         """All batches after ``after_seq``, up to now; acknowledges those up to it. Polling that ended with its lease goes on.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llem_ray.core.errors import ConfigError, PluginError
+from llem_ray.core.plugins import install_command
 
 MIX_FILE: Final = "data/private_infra/global_energy_mix.json"
 
@@ -52,7 +53,7 @@ def grid_intensity(country: str) -> GridIntensity:
 def _table() -> dict[str, Any]:
     spec = importlib.util.find_spec("codecarbon")
     if spec is None or spec.origin is None:
-        raise PluginError("footprint.country needs codecarbon's tables", "pip install 'llem-ray[codecarbon]'")
+        raise PluginError("footprint.country needs codecarbon's tables", install_command("codecarbon"))
     path = Path(spec.origin).parent / MIX_FILE
     try:
         table = json.loads(path.read_text(encoding="utf-8"))

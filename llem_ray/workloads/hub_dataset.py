@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from llem_ray.core.errors import ConfigError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import PromptSpec
 from llem_ray.workloads.prompt_files import FIELD, Entry, PromptSet, prompts_of, require_columns, wanted_columns
 
@@ -47,7 +48,7 @@ def _load(spec: PromptSpec, name: str, base_dir: Path) -> Any:
         import datasets  # noqa: PLC0415 - an extra, and heavy
     except ImportError as error:
         message = f"`source: dataset` needs the datasets library, which cannot be imported: {error}"
-        raise PluginError(message, "pip install 'llem-ray[datasets]'") from error
+        raise PluginError(message, install_command("datasets")) from error
     datasets.disable_progress_bars()
     path = base_dir / Path(name).expanduser()
     try:

@@ -112,3 +112,9 @@ def test_the_doctor_examines_every_node_and_the_interpreters_of_a_sweep(head: He
     assert there["importable"], there["problem"]
     assert there["device"].startswith(("cpu", "cuda"))
     assert report["memory"][0]["parts"][0]["lower_bytes"] == 4 * 1_000_576
+    assert report["problems"] == []
+    command += ["--set", "base.engine.engine_args={nonsense: 1}", "--set", "base.engine.python=null"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2, refused.stderr
+    assert "engine.engine_args.nonsense: unknown engine argument" in refused.stderr
+    assert json.loads(refused.stdout)["problems"][0].startswith("engine.engine_args.nonsense")

@@ -25,6 +25,7 @@ from llem_ray.backends.process.leftovers import SHARED_MEMORY
 from llem_ray.backends.process.proxy import ProcessBackend
 from llem_ray.core.backend import BackendConfig, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, EngineDied, GenerationError, HangError, LlemRayError, LoadError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 FAKE = "llem_ray.testing.backend:FakeBackend"
@@ -264,7 +265,7 @@ class TestInterpreter:
         backend = make("llem_ray.backends.transformers.backend:TransformersBackend", bare)
         with pytest.raises(PluginError, match="not installed") as caught:
             backend.check()
-        assert caught.value.hint == f"{bare} -m pip install 'llem-ray[transformers]'"
+        assert caught.value.hint == f"{bare} -m {install_command('transformers')}"
         assert bare in caught.value.message
 
     def test_a_plugin_that_is_missing_there(self, make: Make) -> None:

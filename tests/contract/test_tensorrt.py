@@ -30,6 +30,7 @@ from llem_ray.core.errors import (
     LoadError,
     PluginError,
 )
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 MODEL = ModelSpec(config="llama-tiny")
@@ -361,7 +362,7 @@ def test_a_library_that_cannot_be_imported_is_one_error_with_the_command(
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(PluginError, match=r"cannot be imported: libcuda\.so\.1") as caught:
         backend.check()
-    assert "pip install 'llem-ray[tensorrt-llm]'" in str(caught.value.hint)
+    assert install_command("tensorrt-llm") in str(caught.value.hint)
 
 
 def test_rotary_settings_that_transformers_4_overlooks_are_refused(library: Any) -> None:

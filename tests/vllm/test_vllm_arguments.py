@@ -134,6 +134,12 @@ class TestLora:
         with pytest.raises(ConfigError, match="LoRA rank 8 is greater than max_lora_rank 1"):
             VllmBackend(config_of(tmp_path, TINY, args)).check()
 
+    def test_a_saved_one_of_another_model_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16, "target_modules": ["c_attn"]}')
+        with pytest.raises(ConfigError, match="of another model") as caught:
+            VllmBackend(config_of(tmp_path, TINY, {**SMALL, "lora": {"path": "."}})).check()
+        assert caught.value.field == "engine.engine_args.lora.path"
+
 
 def test_an_unknown_argument_is_refused_in_vllm_s_words_with_a_close_match(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unexpected keyword argument 'kv_cache_dtyp'") as caught:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,30 @@ def test_a_worker_that_dies_is_told_apart_and_leaves_nothing(tmp_path: Path) -> 
     os.kill(backend.identity()[1].pid, signal.SIGKILL)
     with pytest.raises(EngineDied, match="worker's process ended"):
         list(run)
+    backend.close()
+    assert children() == before
+
+
+@pytest.mark.filterwarnings("ignore:unclosed context:ResourceWarning")  # vLLM leaves its client's to the collector
+def test_an_engine_process_that_dies_in_a_step_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # the default on GPUs
+    before = children()
+    backend = VllmBackend(config_of(tmp_path, ModelSpec(config="llama-tiny"), SMALL))
+    backend.load()
+    (rank,) = backend.identity()
+    core = psutil.Process(rank.pid).ppid()
+    assert core != os.getpid()
+    run = backend.run(requests_of(), SamplingSpec())
+    next(run)
+    os.kill(core, signal.SIGSTOP)  # so that the next step waits for a process that is going to die
+    killer = threading.Timer(0.5, os.kill, (core, signal.SIGKILL))
+    killer.start()
+    with pytest.raises(EngineDied, match="vLLM's engine process ended"):
+        list(run)
+    with pytest.raises(EngineDied):
+        serve(backend, requests_of())
+    with pytest.raises(EngineDied):
+        backend.reset()
     backend.close()
     assert children() == before
 

@@ -17,7 +17,7 @@ from llem_ray.backends.process.engine_process import Deadlines, EngineProcess
 from llem_ray.backends.process.wire import ProtocolError, pack, pack_flat, unpack, unpack_each, unpack_events
 from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, EngineDied, GenerationError, HangError, LlemRayError, LoadError
-from llem_ray.core.plugins import EXTRAS
+from llem_ray.core.plugins import EXTRAS, install_command
 from llem_ray.core.spec import SamplingSpec
 
 _LOGS_KEPT: Final = 50
@@ -230,7 +230,7 @@ class ProcessBackend:
         extra = EXTRAS.get(self._config.engine.backend)
         hint = error.hint
         if hint is None and extra is not None and "cannot be imported" in error.message:
-            hint = f"{_PIP}'llem-ray[{extra}]'"
+            hint = install_command(extra)
         if hint is None or not hint.startswith(_PIP):
             return error
         message = f"{error.message} (in {self._command})"

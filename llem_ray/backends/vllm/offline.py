@@ -12,6 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from llem_ray.backends.load_generator import Sent
+from llem_ray.backends.vllm.core_watch import CoreWatch
 from llem_ray.backends.vllm.recorder import StepRecorder
 from llem_ray.backends.vllm.serving import Answer, prompt_of, sampling_params
 from llem_ray.core.backend import LoadSchedule, Request, RequestRecord, StepEvent
@@ -36,6 +37,7 @@ class OfflineEngine:
         self.llm: Any = LLMEngine.from_vllm_config(vllm_config)
         self.vllm_config = self.llm.vllm_config
         self.adapter: LoRARequest | None = None
+        self._watch = CoreWatch(self.llm.engine_core)
         self._recorder = StepRecorder(self.llm)
 
     def describe_workers(self) -> list[dict[str, Any]]:
@@ -104,6 +106,7 @@ class OfflineEngine:
 
     def close(self) -> None:
         """End the engine's processes."""
+        self._watch.stop()
         resources = getattr(self.llm.engine_core, "resources", None)
         self.llm.engine_core.shutdown()
         if resources is not None:

@@ -214,6 +214,13 @@ class RayExecutor:
         return wait_for(calls, timeout_s)
 
 
+def checking_nodes(nodes: Sequence[Node], groups: Sequence[LoadGroup]) -> list[tuple[Node, list[LoadGroup]]]:
+    """Which node checks which groups' engines: one of the kind that they run on. Without GPUs nobody checks those for GPUs."""
+    with_gpus = next((node for node in nodes if node.gpus), None)
+    shares = ((with_gpus, [group for group in groups if group.gpus]), (nodes[0], [group for group in groups if not group.gpus]))
+    return [(node, mine) for node, mine in shares if mine and node is not None]
+
+
 def seats_of_processes(group: LoadGroup, seats: Sequence[Seat]) -> list[tuple[int, int]]:
     """Seat number and GPUs of every process of a gang, by rank: ranks fill one seat after the other.
 

@@ -18,7 +18,7 @@ from llem_ray.core.plan import LoadGroup
 from llem_ray.execution.calls import Node, Sampler, SamplerSettings
 from llem_ray.execution.ray.actors import ClaimActor
 from llem_ray.execution.ray.address import Address
-from llem_ray.execution.ray.base import RayExecutor, RaySampler
+from llem_ray.execution.ray.base import RayExecutor, RaySampler, checking_nodes
 from llem_ray.execution.ray.connect import ClusterFacts, connect, probe_cluster
 from llem_ray.execution.ray.runtime import answer_of, first_line, import_ray
 
@@ -131,13 +131,8 @@ class ClusterExecutor(RayExecutor):
         """
         if not groups:
             return
-        nodes = self.nodes()
-        on_gpus = [group for group in groups if group.gpus]
-        on_cpus = [group for group in groups if not group.gpus]
-        with_gpus = next((node for node in nodes if node.gpus), None)
-        for mine, node in ((on_gpus, with_gpus), (on_cpus, nodes[0])):
-            if mine and node is not None:
-                self.check_on(node.node_id, mine, base_dir, None)
+        for node, mine in checking_nodes(self.nodes(), groups):
+            self.check_on(node.node_id, mine, base_dir, None)
 
     def _cache_dir(self, _cache_dir: str) -> str | None:
         return None

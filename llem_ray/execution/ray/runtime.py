@@ -80,7 +80,7 @@ def answer_of(ref: Any, timeout_s: float, what: str) -> Any:
         raise Unreachable(f"the process cannot be reached for {what}: {first_line(error)}") from error
     except ray.exceptions.RayError as error:
         if "No module named 'llem_ray'" in str(error):
-            hint = f"pip install llem-ray=={__version__} in the environment that Ray runs in there"
+            hint = f"install llem-ray {__version__} in the environment that Ray runs in there, from the same checkout or wheel"
             raise PlacementError("llem-ray is not installed on a node of the cluster", hint) from error
         # Its actor died, or Ray killed it because the host's memory was nearly full
         raise EngineDied(f"the process died during {what}: {first_line(error)}") from error

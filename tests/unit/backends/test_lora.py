@@ -14,7 +14,10 @@ from transformers import AutoConfig
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
 from llem_ray.backends.lora import LoraArgs, adapter_rank, parse_lora
 from llem_ray.backends.random_adapter import random_adapter
+from llem_ray.backends.transformers.backend import TransformersBackend
+from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import ConfigError, LoadError
+from llem_ray.core.spec import EngineSpec, ModelSpec
 
 TINY = AutoConfig.for_model("llama", **BUILTIN_MODELS["llama-tiny"].config)
 
@@ -93,3 +96,67 @@ def test_a_folder_that_cannot_be_written_is_a_load_error(tmp_path: Path) -> None
     (tmp_path / "lora-adapters").write_text("in the way")
     with pytest.raises(LoadError, match="cannot be written"):
         drawn(tmp_path, rank=2)
+
+
+def checked(tmp_path: Path, lora: dict[str, Any], model: str = "llama-tiny") -> None:
+    """The transformers engine's check, which loads nothing."""
+    engine = EngineSpec(backend="transformers", device="cpu", engine_args={"lora": lora})
+    TransformersBackend(
+        BackendConfig(
+            model=ModelSpec(config=model), engine=engine, device="cpu", host="h", base_dir=str(tmp_path), cache_dir=str(tmp_path)
+        )
+    ).check()
+
+
+def saved(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    (tmp_path / "saved").mkdir()
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], **changes}
+    (tmp_path / "saved/adapter_config.json").write_text(json.dumps(config))
+    return {"path": "saved"}
+
+
+@pytest.mark.parametrize(
+    ("lora", "field", "says"),
+    [
+        ({"rank": 8, "target_modules": ["q_proj", "query"]}, "lora.target_modules", "no such linear layers\n  found: query"),
+        ({"rank": 65}, "lora.rank", "layers v_proj, which have 64\n  found: rank 65\n  allowed: 1 to 64"),
+        ({"rank": 65, "target_modules": ["k_proj", "down_proj"]}, "lora.rank", "allowed: 1 to 64"),
+        ({"rank": 129, "target_modules": ["q_proj"]}, "lora.rank", "allowed: 1 to 128"),
+    ],
+)
+def test_a_random_adapter_that_cannot_fit_is_refused_before_anything_loads(
+    tmp_path: Path, lora: dict[str, Any], field: str, says: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        checked(tmp_path, lora)
+    assert caught.value.field == f"engine.engine_args.{field}"
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"r": 129}, "layers q_proj, which have 128\n  found: rank 129"),
+        ({"target_modules": ["c_attn"]}, "of another model: this one has no such layers"),
+        ({"target_modules": ["model.layers.0.self_attn.query"]}, "for query\n  allowed: down_proj, gate_proj"),
+    ],
+)
+def test_a_saved_adapter_that_cannot_fit_is_refused_before_anything_loads(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        checked(tmp_path, saved(tmp_path, **changes))
+    assert caught.value.field == "engine.engine_args.lora.path"
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"target_modules": ["query", "v_proj"]}, {"target_modules": r".*_proj"}, {"target_modules": "all-linear"}]
+)
+def test_what_may_fit_is_left_to_the_weights(tmp_path: Path, changes: dict[str, Any]) -> None:
+    checked(tmp_path, saved(tmp_path, **changes))
+
+
+def test_layers_of_a_model_that_is_not_known_are_left_to_the_engine(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow", "hidden_size": 8}')
+    checked(tmp_path, {"rank": 4096, "target_modules": ["anything"]}, model="config.json")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
 from llem_ray.backends.checkpoint_files import find_snapshot, read_stored_weights
-from llem_ray.backends.model_shape import ModelShape, read_shape
+from llem_ray.backends.model_shape import ModelShape, linear_layers, read_shape
 from llem_ray.core.spec import ModelSpec
 
 
@@ -82,6 +82,14 @@ def test_an_unknown_architecture_has_no_count() -> None:
     assert read_shape({"model_type": "llama"}) is None
 
 
+@pytest.mark.parametrize("step", [0, None])
+def test_experts_in_every_0th_layer_cannot_be_counted(step: int | None) -> None:
+    config = models.SMALL["qwen3-moe"] | {"decoder_sparse_step": step}
+    assert shape_of(config).parameters is None
+    dense = {**config, "num_experts": 0}
+    assert shape_of(dense).parameters == shape_of({**dense, "decoder_sparse_step": 1}).parameters
+
+
 def test_a_checkpoint_is_counted_by_its_headers(tmp_path: Path) -> None:
     config = AutoConfig.for_model(**models.SMALL["qwen3-moe"])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -146,3 +154,17 @@ def test_a_hub_model_is_found_in_the_local_cache(tmp_path: Path, monkeypatch: py
     assert find_snapshot(model) == snapshot
     assert find_snapshot(ModelSpec(id="org/model", revision="abc")) == snapshot
     assert find_snapshot(ModelSpec(id="org/model", revision="other")) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "qwen2-half-sliding", "qwen3", "phi3"])
+def test_linear_layers_are_those_that_transformers_builds(name: str) -> None:
+    config = AutoConfig.for_model(**models.SMALL[name])
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    linear = {key.rpartition(".")[2]: part for key, part in built.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert linear_layers(models.SMALL[name]) == {key: (part.in_features, part.out_features) for key, part in linear.items()}
+
+
+def test_layers_of_other_architectures_are_not_known() -> None:
+    assert linear_layers(models.SMALL["mixtral"]) is None
+    assert linear_layers({"model_type": "llama"}) is None

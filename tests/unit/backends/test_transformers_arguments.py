@@ -15,6 +15,7 @@ from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.backends.transformers.combinations import EXCLUDED
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import ConfigError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import EngineSpec, ModelSpec
 
 EIGHT, FOUR = "bitsandbytes-8bit", "bitsandbytes-4bit"
@@ -118,4 +119,4 @@ def test_a_missing_package_is_named_with_its_extra(
     monkeypatch.setattr(backend_module, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(PluginError) as caught:
         TransformersBackend(config_of(tmp_path, **args)).check()
-    assert f"llem-ray[transformers,{package}]" in str(caught.value.hint)
+    assert caught.value.hint == install_command("transformers", package)

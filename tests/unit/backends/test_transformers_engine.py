@@ -19,7 +19,7 @@ from llem_ray.backends.tokenizer import train_tokenizer
 from llem_ray.backends.transformers import engine, memory
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.backends.transformers.engine import is_out_of_memory
-from llem_ray.backends.transformers.memory import available_host_bytes, estimate_batch_memory
+from llem_ray.backends.transformers.memory import estimate_batch_memory
 from llem_ray.core.backend import BackendConfig, Request, RequestRecord
 from llem_ray.core.errors import DeviceMemoryError, GenerationError, LoadError, NumericsError
 from llem_ray.core.spec import EngineSpec, ModelSpec, PromptSpec, SamplingSpec
@@ -341,14 +341,3 @@ def test_memory_estimate_grows_with_every_dimension() -> None:
 
 def test_unknown_dimensions_give_no_estimate() -> None:
     assert estimate_batch_memory(object(), rows=1, prompt_tokens=1, new_tokens=1, element_bytes=4, eager=False) is None
-
-
-def test_cgroup_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [tmp_path / name for name in ("memory.max", "memory.current", "memory.stat")]
-    monkeypatch.setattr(memory, "CGROUP_FILES", (tuple(map(str, files)),))
-    unlimited = available_host_bytes()
-    for path, text in zip(files, ("5000000", "3000000", "anon 7\ninactive_file 500000\n"), strict=True):
-        path.write_text(text)
-    assert available_host_bytes() == 2_500_000
-    files[0].write_text("max")
-    assert available_host_bytes() == pytest.approx(unlimited, rel=0.5)

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
+from llem_ray.backends.gang.layout import Layout, deal
+from llem_ray.backends.gang.links import Circle, Link, gather
 from llem_ray.backends.interfaces import interface_of
 from llem_ray.backends.process.wire import Channel, error_body
 from llem_ray.backends.transformers.arguments import TransformersArgs, check_shape
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.backends.transformers.clocks import PeerClock, measure_clock
-from llem_ray.backends.transformers.layout import Layout, deal
-from llem_ray.backends.transformers.links import Circle, Link, gather
 from llem_ray.backends.transformers.pipeline import require_pipeline
 from llem_ray.backends.transformers.process_group import HangUpWatch
 from llem_ray.backends.transformers.random_checkpoint import random_checkpoint

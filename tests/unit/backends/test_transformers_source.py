@@ -16,6 +16,7 @@ from llem_ray.backends.transformers import backend as backend_module
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import ConfigError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import EngineSpec, ModelSpec
 
 
@@ -61,6 +62,8 @@ def test_missing_folder_is_named(tmp_path: Path, name: str) -> None:
         ("", "not valid JSON", 1),
         ("[1, 2]", "not a model config", None),
         ('{"hidden_size": 64}', "no model_type", None),
+        ('{"model_type": "qwen3_moe", "decoder_sparse_step": 0}', "wrong decoder_sparse_step", None),
+        ('{"model_type": "qwen3_vl_moe", "text_config": {"decoder_sparse_step": null}}', "wrong decoder_sparse_step", None),
     ],
 )
 @pytest.mark.parametrize("field", ["model.id", "model.config"])
@@ -157,7 +160,7 @@ def test_missing_package_answers_with_the_pip_command(tmp_path: Path, monkeypatc
     monkeypatch.setattr(backend_module, "REQUIRED_PACKAGES", ("torch", "no_such_engine_package"))
     with pytest.raises(PluginError, match="no_such_engine_package") as caught:
         TransformersBackend(config_of(tmp_path, TINY)).check()
-    assert caught.value.hint == "pip install 'llem-ray[transformers]'"
+    assert caught.value.hint == install_command("transformers")
 
 
 def test_check_does_not_import_torch(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from llem_ray.backends.vllm.leftovers import end_processes, is_alive, remove_seg
 from llem_ray.backends.vllm.settings import EnvironmentDefaults
 from llem_ray.core.backend import BackendConfig, Request
 from llem_ray.core.errors import BackendError, ConfigError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 TINY = ModelSpec(config="llama-tiny")
@@ -41,7 +42,7 @@ def arguments_of(config: BackendConfig) -> dict[str, Any]:
 def test_a_missing_vllm_is_named_with_the_command_that_installs_it() -> None:
     with pytest.raises(PluginError, match="the vllm engine needs vllm") as caught:
         VllmBackend(config_of()).check()
-    assert "pip install 'llem-ray[vllm]'" in str(caught.value.hint)
+    assert install_command("vllm") in str(caught.value.hint)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed here")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llem_ray.core.plugins import install_command
+
 BAD_SWEEPS = {
     "unknown key": ("repeats: 2", "repaets: 2", ["sweep.yaml:9", "repaets", "did you mean", "repeats"]),
     "unknown nested key": ("input_tokens: 8", "inputtokens: 8", ["sweep.yaml:6", "inputtokens", "input_tokens"]),
@@ -152,6 +154,14 @@ def test_an_unknown_engine_argument_is_refused(llem, sweep: Path) -> None:
     assert ended.code == 2
     assert "decode_sm" in ended.err
     assert "decode_ms" in ended.err
+    assert "from --set engine.engine_args" in ended.err
+    text = sweep.read_text()
+    sweep.write_text(text.replace("engine: {", "engine: {engine_args: {decode_sm: 3}, "))
+    line = next(number for number, line in enumerate(sweep.read_text().splitlines(), 1) if "decode_sm" in line)
+    for command in ("submit", "doctor"):
+        ended = llem(command, sweep)
+        assert ended.code == 2
+        assert f"sweep.yaml:{line}: engine.engine_args.decode_sm: unknown engine argument\n  found: decode_sm\n" in ended.err
 
 
 def test_an_engine_that_is_not_installed_comes_with_the_pip_command(sweep: Path, tmp_path: Path) -> None:
@@ -162,11 +172,12 @@ def test_an_engine_that_is_not_installed_comes_with_the_pip_command(sweep: Path,
         "PathFinder.find_spec = lambda name, *more: None if name == 'torch' else find(name, *more)\n"
     )
     command = [sys.executable, "-m", "llem_ray", "submit", "--inline", str(sweep), "--set", "engine.backend=transformers"]
-    environ = os.environ | {"PYTHONPATH": str(tmp_path / "blocked")}
+    path = os.pathsep.join(filter(None, (str(tmp_path / "blocked"), os.environ.get("PYTHONPATH"))))
+    environ = os.environ | {"PYTHONPATH": path}
     done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 5, done.stderr
     assert "torch, not installed here" in done.stderr
-    assert "pip install 'llem-ray[transformers]'" in done.stderr
+    assert install_command("transformers") in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
 

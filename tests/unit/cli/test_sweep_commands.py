@@ -112,8 +112,10 @@ def test_doctor_asks_the_interpreters_of_a_sweep_and_tells_what_does_not_fit(lle
         ("fake", sys.executable, True),
     ]
     assert [item["unknown"] for item in report["memory"]] == ["how much the fake engine takes is its own affair"]
+    assert report["problems"] == []
     too_large = huge(sweep)
     ended = llem("doctor", sweep, *too_large)
+    assert ended.code == 5
     assert "  no  " in ended.out.partition("model loads of the sweep:")[2]
     assert "parameters x 4 B" in ended.out
     planned = llem("plan", sweep, *too_large)
@@ -129,9 +131,45 @@ def test_doctor_does_not_approve_of_a_load_for_gpus_that_are_not_here(llem, swee
         "--set",
         "base.engine.device=cuda",
     ]
-    told = llem("doctor", sweep, *on_gpu).out.partition("model loads of the sweep:")[2]
+    ended = llem("doctor", sweep, *on_gpu)
+    told = ended.out.partition("model loads of the sweep:")[2]
     assert "on each GPU, of which there is none here" in told
     assert "  ok  " not in told
+    assert "needs 1 GPU, this host has 0" in told
+    assert ended.code == 5
+    assert "needs 1 GPU, this host has 0" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "says"),
+    [
+        (["base.engine.engine_args={decode_msec: 1}"], 2, "engine.engine_args.decode_msec: unknown engine argument"),
+        (["base.engine.python=absent/python"], 2, "no such interpreter"),
+        (["base.engine.backend=nothing"], 5, "unknown engine 'nothing'"),
+        (["base.workload.prompts={source: file, path: absent.jsonl}"], 2, "absent.jsonl"),
+        # What is wrong in the sweep is told before what is missing.
+        (["base.engine.device=cuda", "base.workload.prompts={source: file, path: absent.jsonl}"], 2, "absent.jsonl"),
+    ],
+)
+def test_doctor_refuses_what_submit_would_refuse(
+    llem, sweep: Path, only_fake: None, overrides: list[str], code: int, says: str
+) -> None:
+    flags = [part for override in overrides for part in ("--set", override)]
+    refused = llem("doctor", sweep, *flags)
+    assert refused.code == code
+    assert says in refused.err
+    assert "inference engines:" in refused.out
+    assert "Traceback" not in refused.err
+    submitted = llem("submit", sweep, *flags)
+    assert submitted.code == code
+    report = llem("doctor", sweep, *flags, "--json")
+    assert report.code == code
+    assert says in json.loads(report.out)["problems"][0]
+
+
+def test_doctor_approves_of_a_sweep_that_can_run(llem, sweep: Path, only_fake: None) -> None:
+    ended = llem("doctor", sweep)
+    assert (ended.code, ended.err) == (0, "")
 
 
 def test_doctor_looks_for_room_where_the_sweep_would_run(llem, sweep: Path, only_fake: None) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from llem_ray.core import plugins
 from llem_ray.core.errors import PowerPermissionDenied
+from llem_ray.core.plugins import install_command
 from llem_ray.execution.doctor import examine_host
 from llem_ray.execution.interpreter import EngineCheck, probe_engine
 from llem_ray.power.replay import ReplaySource
@@ -129,7 +130,7 @@ def test_what_an_engine_lacks_is_told_with_the_command_of_its_interpreter(tmp_pa
     bare.symlink_to(sys.executable)
     found = probe_engine("transformers", f"{bare} -S", str(tmp_path))
     assert "No module named 'torch'" in (found.problem or "")
-    assert f"hint: {bare} -S -m pip install 'llem-ray[transformers]'" in (found.problem or "")
+    assert f"hint: {bare} -S -m {install_command('transformers')}" in (found.problem or "")
 
 
 def test_an_unknown_engine_is_told() -> None:

@@ -360,6 +360,7 @@ class TestFlops:
 
     def test_peaks_are_named_with_their_source(self) -> None:
         assert all(peak.source.startswith("https://www.nvidia.com/") for peak in PEAKS.values())
+        assert all(peak.checked for peak in PEAKS.values())
         assert peak_flops_per_s("NVIDIA A100 80GB PCIe", "bfloat16") == 312e12
         assert "listed for bfloat16 on Tesla T4" in str(peak_flops_per_s("Tesla T4", "bfloat16"))
         assert "listed for NVIDIA Z" in str(peak_flops_per_s("NVIDIA Z", "float16"))

@@ -13,8 +13,9 @@ from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, PlacementError, PluginError
 from llem_ray.core.plan import Plan
 from llem_ray.core.power import Device
-from llem_ray.execution.memory import Devices, group_memory, local_devices, require_memory, require_placed
+from llem_ray.execution.memory import Devices, cluster_devices, group_memory, local_devices, require_memory, require_placed
 from llem_ray.execution.preflight import check_plan, process_start_ns
+from llem_ray.execution.sampler_host import SamplerHost
 from llem_ray.planning.plan import make_plan
 from llem_ray.testing.backend import FakeBackend
 from llem_ray.testing.nvml import Gpu, Scenario, Waveform, fake_nvml
@@ -112,8 +113,24 @@ def test_a_gang_is_not_loaded_on_gpus_that_are_too_small(tmp_path: Path, large: 
     require_placed(group, str(tmp_path), [replace(small, memory_bytes=150 * 10**9)])
     on_cpu = plan_of(tmp_path, *LARGE, "base.engine.device=cpu").groups[0]
     require_placed(on_cpu, str(tmp_path), [])
-    with pytest.raises(PlacementError, match="on each host, which has 64 GB"):
+    with pytest.raises(PlacementError, match="on each host, which has 64 GB") as refused:
         require_memory([on_cpu], str(tmp_path), Devices(gpu_bytes=(), host_bytes=(32 * 10**9, 64 * 10**9)))
+    assert "engine.nodes" in (refused.value.hint or "")
+    with pytest.raises(PlacementError) as refused:  # its ranks would share the one host's memory
+        require_memory([on_cpu], str(tmp_path), Devices(gpu_bytes=(), host_bytes=(64 * 10**9,)))
+    assert refused.value.hint == "take a smaller model.dtype or a quantised checkpoint, or run it where there is more memory"
+
+
+def test_hosts_of_a_cluster_are_judged_as_this_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_nvml(gpus(80)):
+        there = SamplerHost("auto", 20.0)
+        try:
+            info = there.describe()
+        finally:
+            there.close()
+        assert cluster_devices([info]) == local_devices()
+    limited = replace(info, host={**info.host, "memory_limit_bytes": 5 * 10**9})
+    assert cluster_devices([limited]).host_bytes == (5 * 10**9,)
 
 
 def test_an_engine_for_batches_is_not_asked_to_serve_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

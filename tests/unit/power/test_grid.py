@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 
 from llem_ray.core.errors import ConfigError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import FootprintSpec
 from llem_ray.execution.footprint import look_up_footprint
 from llem_ray.power.grid import grid_intensity
@@ -35,4 +36,4 @@ def test_without_codecarbon_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -
         grid_intensity("FRA")
     footprint = look_up_footprint(FootprintSpec(country="FRA"))
     assert footprint.grid_gco2_per_kwh is None
-    assert "pip install 'llem-ray[codecarbon]'" in (footprint.reason or "")
+    assert install_command("codecarbon") in (footprint.reason or "")

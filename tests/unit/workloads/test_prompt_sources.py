@@ -16,6 +16,7 @@ import pytest
 
 from llem_ray.core.backend import ChatMessage
 from llem_ray.core.errors import ConfigError, PluginError
+from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.prompt_files import PromptSet
 from llem_ray.workloads.prompts import build_requests, load_prompts
@@ -183,7 +184,7 @@ class TestDatasets:
         monkeypatch.setattr(builtins, "__import__", missing)
         with pytest.raises(PluginError) as caught:
             load_prompts(self.spec("a/b"), tmp_path)
-        assert caught.value.hint == "pip install 'llem-ray[datasets]'"
+        assert caught.value.hint == install_command("datasets")
 
 
 class TestChatTemplates:

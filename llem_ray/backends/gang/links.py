@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from llem_ray.backends.gang.layout import Layout
 from llem_ray.backends.process.wire import Channel, PeerGone, ProtocolError
-from llem_ray.backends.transformers.layout import Layout
 from llem_ray.core.backend import Rendezvous
 from llem_ray.core.errors import EngineDied, HangError, LoadError
 

@@ -1,0 +1,1 @@
+"""How the processes of a gang divide a model, and how they talk to each other: for every engine that does both."""
