@@ -14,6 +14,7 @@ ray_gpu_worker.py in versions near 1.2.1) that it has:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import socket
@@ -164,8 +165,6 @@ class RayExecutor:
         return True
 
     def shutdown(self) -> None:
-        try:
+        with contextlib.suppress(ray.exceptions.RayError):
             ray.get([worker.shutdown.remote() for worker in self.workers], timeout=30.0)
-        except ray.exceptions.RayError:
-            pass
         self.workers = []
