@@ -29,7 +29,7 @@ schema_version: 1
 name: lab-tensorrt
 base:
   model: {config: llama-tiny}
-  engine: {backend: tensorrt, PYTHON tensor_parallel: 2, nodes: 2, engine_args: {max_seq_len: 128, step_timeout_s: 60}}
+  engine: {backend: tensorrt, PYTHON tensor_parallel: WORKERS, nodes: 2, engine_args: {max_seq_len: 128, step_timeout_s: 60}}
   workload: {batch_size: 2, output_tokens: 10}
 repeats: REPEATS
 measure: {min_window_s: 1.5, idle_baseline_s: 0.5, sources: [nvml], warmup: {batches: 0}, gates: {min_coverage: 0.3}}
@@ -45,8 +45,9 @@ say([[name for name in alive if "Sampler" not in name], groups, free["GPU"], fre
 """
 
 
-def sweep(repeats: int, python: str | None = None) -> str:
-    return SWEEP.replace("REPEATS", str(repeats)).replace("PYTHON", f"python: {python}," if python else "")
+def sweep(workers: int, repeats: int, python: str | None = None) -> str:
+    text = SWEEP.replace("WORKERS", str(workers)).replace("REPEATS", str(repeats))
+    return text.replace("PYTHON", f"python: {python}," if python else "")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def check_row(row: dict[str, Any]) -> None:
 
 
 def test_workers_are_where_the_gang_is_and_a_killed_one_is_replaced(lab: Lab, tmp_path: Path) -> None:
-    run = LabRun(lab, tmp_path, sweep(2))
+    run = LabRun(lab, tmp_path, sweep(2, repeats=2))
     run.start()
     _, host = run.wait_for("measuring", 1)["host"].split(",")
     assert run.kill_actors(host, "RayWorkerWrapper") == 1
@@ -96,7 +97,7 @@ def test_workers_are_where_the_gang_is_and_a_killed_one_is_replaced(lab: Lab, tm
     assert ray_says(lab, "h1", LEFT) == [[], [], 4.0, 8.0]
 
 
-def test_an_interpreter_of_its_own_joins_the_cluster(lab: Lab, tmp_path: Path) -> None:
+def test_an_interpreter_of_its_own_joins_the_cluster_and_has_two_workers_on_each_host(lab: Lab, tmp_path: Path) -> None:
     launcher = tmp_path / "launcher.py"
     launcher.write_text(
         f"import os, runpy, sys\nsys.path.insert(0, {str(SUPPORT)!r})\n"
@@ -104,9 +105,10 @@ def test_an_interpreter_of_its_own_joins_the_cluster(lab: Lab, tmp_path: Path) -
         "sys.argv = ['child', *sys.argv[3:]]\n"
         "runpy.run_module('llem_ray.backends.process.child', run_name='__main__', alter_sys=True)\n"
     )
-    run = LabRun(lab, tmp_path / "run", sweep(1, f"{sys.executable} {launcher}"))
+    run = LabRun(lab, tmp_path / "run", sweep(4, 1, f"{sys.executable} {launcher}"))
     assert run.run() == 0, run.said()
     (row,) = run.table("trials")
     check_row(row)
+    assert {rank["gpu_uuid"] for rank in row["ranks"]} == {uuid for uuids in GPUS.values() for uuid in uuids}
     assert dict(row["engine_facts"])["interpreter"].endswith("launcher.py")
     assert ray_says(lab, "h1", LEFT) == [[], [], 4.0, 8.0]

@@ -7,7 +7,6 @@ and no other. Which one it got is asked afterwards, and compared. This is the on
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import sys
@@ -76,9 +75,11 @@ def start_llm(llm_class: Any, arguments: Mapping[str, Any], reservation: Reserva
     Raises:
         LoadError: The cluster could not be joined. Errors of the library are raised as they are.
     """
+    from tensorrt_llm.llmapi.llm_args import RayPlacementConfig  # noqa: PLC0415 - needed on several nodes only
+
     with environment_for_workers():
         join_cluster(reservation)
-        config = importlib.import_module("tensorrt_llm.llmapi.llm_args").RayPlacementConfig(
+        config = RayPlacementConfig(
             placement_groups=[placement_group(reservation)],
             placement_bundle_indices=[list(range(len(reservation.gpu_ids)))],
             per_worker_gpu_share=reservation.gpu_share,
@@ -105,7 +106,7 @@ def join_cluster(reservation: Reservation) -> None:
     Raises:
         LoadError: Ray did not let us, or not within ``JOIN_S``.
     """
-    import ray  # noqa: PLC0415 - needed on several nodes only
+    import ray  # noqa: PLC0415 - as above
 
     if ray.is_initialized():
         return

@@ -132,6 +132,8 @@ class RayExecutor:
         ray = import_ray()
         processes = seats_of_processes(group, seats)
         shared = worker_layout(group.experiment.engine) == "ray"
+        if shared:
+            require_cpus(seats, ray.nodes())
         placement = _placement_group(seats, single=shared) if group.gpus else None
         actors = []
         for rank, (index, gpus) in enumerate(processes):
@@ -227,6 +229,25 @@ def seats_of_processes(group: LoadGroup, seats: Sequence[Seat]) -> list[tuple[in
         raise PlacementError(f"{group.gpus} GPUs cannot be dealt evenly to {engine.world_size} ranks", "leave engine.gpus out")
     share = engine.world_size // len(seats)
     return [(index, group.gpus // engine.world_size) for index in range(len(seats)) for _ in range(share)]
+
+
+def require_cpus(seats: Sequence[Seat], known: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse nodes without a CPU for each worker that an engine starts by Ray: its placement would be waited for in vain.
+
+    Args:
+        seats: The gang's.
+        known: What ``ray.nodes()`` tells.
+
+    Raises:
+        PlacementError: One has too few.
+    """
+    cpus = {entry["NodeID"]: int(entry.get("Resources", {}).get("CPU", 0)) for entry in known}
+    for seat in seats:
+        if cpus.get(seat.node, 0) < seat.gpus:
+            raise PlacementError(
+                f"node {seat.node[:12]} has {cpus.get(seat.node, 0)} CPUs in Ray, the engine's workers there need {seat.gpus}",
+                "Ray places an actor of the engine's own only where a CPU is free: start that node with a larger --num-cpus",
+            )
 
 
 def _placement_group(seats: Sequence[Seat], *, single: bool) -> Any:

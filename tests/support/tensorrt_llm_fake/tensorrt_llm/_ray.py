@@ -24,6 +24,7 @@ import pynvml
 import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 from tensorrt_llm._facts import FACTS, arguments_class
 
 

@@ -166,6 +166,8 @@ class RequestOutput:
 
 
 class LLM:
+    _executor: Any = None
+
     def __init__(
         self,
         model: str | Path,
@@ -192,7 +194,6 @@ class LLM:
         self._vocab_size = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
         if BEHAVIOUR.load_error is not None:
             raise BEHAVIOUR.load_error
-        self._executor: Any = None
         self._workers = self._start_workers(tensor_parallel_size * self._args.pipeline_parallel_size)
         self._ring: deque[dict[str, Any]] = deque(maxlen=getattr(self._args, "max_stats_len", 1000))
         self._stats: queue.Queue[dict[str, Any]] | None = None
