@@ -18,8 +18,12 @@ DETUNE: Final = 0.1458980337503154
 FAST_COUNTER_S: Final = 0.015
 """A counter that ticks faster than this is fresh at every poll: no need to follow each tick."""
 
-BUSY_SHARE: Final = 0.2
-"""Reads may take this share of the period before it is doubled."""
+BUSY_SHARE: Final = 0.5
+"""Reads may take this share of the period before it is lengthened. Reading the counter of one H200 takes 2.4 ms (driver 580), so
+those of eight take 42 % of the period that its ticks want; half as many polls would cost four times the accuracy."""
+
+SLOWER: Final = 1.5
+"""A longer period is at least so many times the one before."""
 
 JUDGED_POLLS: Final = 20
 MAX_PERIOD_S: Final = 1.0
@@ -27,19 +31,19 @@ MAX_PERIOD_S: Final = 1.0
 Note = Callable[[str], None]
 
 
-def polling_period_s(source: PowerSource, sample_hz: float, calibrations: Mapping[str, Calibration]) -> float:
-    """About min(1/sample_hz, T/2), T over the source's counters slower than ``FAST_COUNTER_S``, never in step with one.
-
-    At least 1/max_hz.
-    """
+def followed_tick_s(source: PowerSource, calibrations: Mapping[str, Calibration]) -> float | None:
+    """Period of the ticks that polls of the source follow, the shortest not under ``FAST_COUNTER_S``; None without such ticks."""
     known = (calibrations.get(device.uuid) for device in source.devices())
     ticks_s = [item.tick_period_s for item in known if item is not None and item.tick_period_s is not None]
-    slow_s = [tick_s for tick_s in ticks_s if tick_s >= FAST_COUNTER_S]
+    return min((tick_s for tick_s in ticks_s if tick_s >= FAST_COUNTER_S), default=None)
+
+
+def polling_period_s(source: PowerSource, sample_hz: float, tick_s: float | None) -> float:
+    """About min(1/sample_hz, T/2) for ticks ``tick_s`` = T apart, never in step with them; at least 1/max_hz."""
     period_s = 1.0 / sample_hz
-    if slow_s:
-        # Detuned once, by the fastest of them: GPUs of one model tick alike to some ppm, and each step would shorten it more.
-        fastest_s = min(slow_s)
-        period_s = detuned_period_s(fastest_s, min(period_s, fastest_s / 2))
+    if tick_s is not None:
+        # Detuned once, by one of them: GPUs of one model tick alike to some ppm, and each step would shorten it more.
+        period_s = detuned_period_s(tick_s, min(period_s, tick_s / 2))
     return max(period_s, 1.0 / source.max_hz)
 
 
@@ -51,6 +55,16 @@ def detuned_period_s(tick_s: float, longest_s: float) -> float:
     """
     polls = math.ceil(tick_s / longest_s - DETUNE - 1e-9) + DETUNE
     return tick_s / polls
+
+
+def slower_period_s(tick_s: float | None, period_s: float) -> float:
+    """The next longer poll period: never in step with ticks ``tick_s`` apart, and twice ``period_s`` where they are not known."""
+    if tick_s is None:
+        return 2 * period_s
+    wanted_s = SLOWER * period_s
+    if wanted_s <= tick_s / (1 + DETUNE):
+        return tick_s / (math.floor(tick_s / wanted_s - DETUNE + 1e-9) + DETUNE)
+    return tick_s * (max(1, math.ceil(wanted_s / tick_s - DETUNE - 1e-9)) + DETUNE)
 
 
 class _Lane:
@@ -83,12 +97,14 @@ class PowerLane(_Lane):
         super().__init__(source, period_s, clock, note)
         self.uuids = tuple(device.uuid for device in source.devices() if device.method != "unavailable")
         self._unavailable = frozenset(device.uuid for device in source.devices()) - frozenset(self.uuids)
-        self._base_ns = self._period_ns
+        self._tick_s: float | None = None
+        self._quicker_ns: list[int] = []
         self._call_ns: deque[int] = deque(maxlen=JUDGED_POLLS)
 
-    def set_period(self, period_s: float) -> None:
-        """Poll every ``period_s`` from the next deadline on."""
-        self._period_ns = self._base_ns = ns_from_s(period_s)
+    def set_period(self, period_s: float, tick_s: float | None = None) -> None:
+        """Poll every ``period_s`` from the next deadline on; ``tick_s``: what longer periods must not be in step with."""
+        self._period_ns, self._tick_s = ns_from_s(period_s), tick_s
+        self._quicker_ns.clear()
         self._call_ns.clear()
 
     def poll(self) -> Sequence[PowerSample]:
@@ -123,15 +139,17 @@ class PowerLane(_Lane):
     def _judge(self) -> None:
         call_ns = median(self._call_ns)
         self._call_ns.clear()
-        if call_ns > BUSY_SHARE * self._period_ns and 2 * self._period_ns <= MAX_PERIOD_S * NS_PER_S:
-            self._period_ns *= 2
+        slower_ns = ns_from_s(slower_period_s(self._tick_s, self.period_s))
+        if call_ns > BUSY_SHARE * self._period_ns and slower_ns <= MAX_PERIOD_S * NS_PER_S:
+            self._quicker_ns.append(self._period_ns)
+            self._period_ns = slower_ns
             self._note(
                 f"{self.source.name}: a read takes {call_ns / 1e6:.1f} ms, over {BUSY_SHARE:.0%} of the period: "
-                f"slowed down to {1 / self.period_s:g} Hz"
+                f"slowed down to {1 / self.period_s:.3g} Hz"
             )
-        elif self._period_ns > self._base_ns and call_ns < BUSY_SHARE * self._period_ns / 4:
-            self._period_ns //= 2
-            self._note(f"{self.source.name}: reads are quick again: back to {1 / self.period_s:g} Hz")
+        elif self._quicker_ns and call_ns < BUSY_SHARE * self._period_ns / 4:
+            self._period_ns = self._quicker_ns.pop()
+            self._note(f"{self.source.name}: reads are quick again: back to {1 / self.period_s:.3g} Hz")
 
 
 class StateLane(_Lane):

@@ -17,7 +17,7 @@ from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.power.batches import OpenBatch
 from llem_ray.power.calibration import DEFAULT_LAG_S, calibrate_sources
 from llem_ray.power.host import read_host_facts
-from llem_ray.power.lanes import PowerLane, StateLane, polling_period_s
+from llem_ray.power.lanes import PowerLane, StateLane, followed_tick_s, polling_period_s
 from llem_ray.power.spool import Spool
 
 KEEP_S: Final = 3600.0
@@ -39,9 +39,10 @@ class SamplerLoop:
     never in step with it, see ``lanes.detuned_period_s``
     (counters that tick faster than 15 ms are fresh at every poll and keep 1/sample_hz), never faster than the source's
     ``max_hz``. Deadlines are absolute, so they never drift; a deadline that was missed is skipped, and samples carry the
-    time they were really taken. When a source's reads take over 20 % of its period, the period doubles (and halves again
-    once reads are quick): ``info().notes`` says so and ``info().periods_s`` has the period in force. A source that raises yields
-    samples with the error; it never ends the loop. Devices whose method is ``unavailable`` give no rows.
+    time they were really taken. When a source's reads take over half of its period, the period is lengthened, see
+    ``lanes.slower_period_s`` (and shortened again once reads are quick): ``info().notes`` says so and ``info().periods_s`` has
+    the period in force. A source that raises yields samples with the error; it never ends the loop. Devices whose method is
+    ``unavailable`` give no rows.
 
     Args:
         sources: Open power sources; the loop closes them in ``close``.
@@ -87,7 +88,7 @@ class SamplerLoop:
         self._host = read_host_facts()
         self._calibrations: dict[str, Calibration] = {}
         self._power_lanes = [
-            PowerLane(source, polling_period_s(source, sample_hz, {}), clock, self._note) for source in self._sources
+            PowerLane(source, polling_period_s(source, sample_hz, None), clock, self._note) for source in self._sources
         ]
         self._lanes: list[PowerLane | StateLane] = [
             *self._power_lanes,
@@ -123,7 +124,8 @@ class SamplerLoop:
         with self._lock:
             self._calibrations.update(calibrations)
             for lane in self._power_lanes:
-                lane.set_period(polling_period_s(lane.source, self._sample_hz, self._calibrations))
+                tick_s = followed_tick_s(lane.source, self._calibrations)
+                lane.set_period(polling_period_s(lane.source, self._sample_hz, tick_s), tick_s)
             self._cut()
             self._open = self._new_open()
         return calibrations

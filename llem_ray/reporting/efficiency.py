@@ -16,11 +16,12 @@ from llem_ray.reporting.numbers import format_value
 Row = Mapping[str, Any]
 
 EFFICIENCY_COLUMNS: Final = (
-    "prefill_energy_j", "decode_energy_j", "prompt_tokens", "output_tokens", "phase_method", "mfu", "joules_per_flop", "carbon_g",
-    "energy_cost", "currency",
+    "prefill_energy_j", "decode_energy_j", "phase_rest_energy_j", "total_energy_j", "prompt_tokens", "output_tokens",
+    "phase_method", "mfu", "joules_per_flop", "carbon_g", "energy_cost", "currency",
 )  # fmt: skip
 """Columns of ``trials`` that the table is made from."""
 
+_MIXED: Final = "phase_token_regression"
 _MILLION: Final = 1e6
 
 
@@ -35,6 +36,7 @@ def _per(numerator: str, denominator: str, scale: float = 1.0) -> Callable[[Row]
 _VALUES: Final[Mapping[str, Callable[[Row], float | None]]] = {
     "prefill_joules_per_prompt_token": _per("prefill_energy_j", "prompt_tokens"),
     "decode_joules_per_output_token": _per("decode_energy_j", "output_tokens"),
+    "phase_rest_share": _per("phase_rest_energy_j", "total_energy_j"),
     "mfu": lambda row: row.get("mfu"),
     "joules_per_flop": lambda row: row.get("joules_per_flop"),
     "carbon_g_per_million_output_tokens": _per("carbon_g", "output_tokens", _MILLION),
@@ -43,6 +45,7 @@ _VALUES: Final[Mapping[str, Callable[[Row], float | None]]] = {
 _HEADINGS: Final[Mapping[str, tuple[str, float]]] = {
     "prefill_joules_per_prompt_token": ("prefill J/tok", 1.0),
     "decode_joules_per_output_token": ("decode J/tok", 1.0),
+    "phase_rest_share": ("rest %", 100.0),
     "mfu": ("MFU %", 100.0),
     "joules_per_flop": ("pJ/FLOP", 1e12),
     "carbon_g_per_million_output_tokens": ("gCO2/Mtok", 1.0),
@@ -81,6 +84,8 @@ def efficiency_table(
     lines = []
     if methods:
         lines.append(f"Prefill by prompt tokens, decode by output tokens, told apart by {', '.join(methods)}.")
+        shared = ", and with steps that mix both what all their tokens share" if _MIXED in methods else ""
+        lines.append(f"rest %: of the energy, in neither of them: the time between steps{shared}.")
     if "carbon_g_per_million_output_tokens" in shown or "cost_per_million_output_tokens" in shown:
         paid = f", cost in {', '.join(currencies)}" if currencies else ""
         lines.append(f"Mtok: a million output tokens{paid}, by the inputs of footprint.")

@@ -132,6 +132,7 @@ def test_continuous_batching_chooses_the_tokens_of_a_batch(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("args", [{"cache_implementation": "static"}, {"compile": {"mode": "reduce-overhead"}}], ids=str)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
 def test_fixed_caches_and_compiled_steps_change_no_token(
     backend: TransformersBackend, tmp_path: Path, args: dict[str, Any]
 ) -> None:

@@ -6,11 +6,13 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llem_ray.core.clock import SystemClock
 from llem_ray.core.errors import PowerError, ReadFailed
 from llem_ray.core.power import Calibration, PowerSample
-from llem_ray.power.lanes import polling_period_s
+from llem_ray.power.lanes import followed_tick_s, polling_period_s, slower_period_s
 from llem_ray.power.sampler import SamplerLoop
 
 S = 1_000_000_000
@@ -147,7 +149,10 @@ def test_two_sources_may_not_share_a_device(clock, new_meter):
 def test_backs_off_when_reads_are_slow_and_returns_when_they_are_quick(clock, meter):
     loop = make([meter], clock)
     begin = clock.monotonic_ns()
-    meter.call_s = 0.015
+    meter.call_s = 0.024
+    loop.run_until(begin + 5 * S)
+    assert loop.info().periods_s["gpu-0"] == 0.05
+    meter.call_s = 0.026
     loop.run_until(begin + 10 * S)
     assert loop.info().periods_s["gpu-0"] == 0.1
     assert "10 Hz" in loop.info().notes[0]
@@ -155,6 +160,27 @@ def test_backs_off_when_reads_are_slow_and_returns_when_they_are_quick(clock, me
     loop.run_until(begin + 20 * S)
     assert loop.info().periods_s["gpu-0"] == 0.05
     assert "20 Hz" in loop.info().notes[1]
+
+
+def test_backs_off_to_periods_that_stay_out_of_step_with_the_counter(clock, new_meter):
+    meter = new_meter(clock, tick_s=0.1)
+    loop = make([meter], clock)
+    loop.calibrate()
+    seen = []
+    for call_s in (0.02, 0.03, 0.05, 0.001):
+        meter.call_s = call_s
+        loop.run_until(clock.monotonic_ns() + 20 * S)
+        seen.append(loop.info().periods_s["gpu-0"])
+    assert seen == pytest.approx([0.1 / 2.1459, 0.1 / 1.1459, 0.1 * 2.1459, 0.1 / 2.1459], rel=0.02)
+
+
+@given(st.floats(0.015, 2.0), st.floats(0.01, 1.0))
+def test_a_slower_period_is_never_in_step(tick_s, period_s):
+    slower_s = slower_period_s(tick_s, period_s)
+    assert 1.5 * period_s * (1 - 1e-6) <= slower_s
+    turns = max(slower_s / tick_s, tick_s / slower_s) % 1
+    assert turns == pytest.approx(0.1459, abs=1e-3)
+    assert slower_period_s(None, period_s) == 2 * period_s
 
 
 def test_back_off_ends_at_one_second(clock, meter):
@@ -358,5 +384,6 @@ def test_gpus_that_tick_almost_alike_do_not_speed_polling_up(clock, new_meter):
         )
         for index, uuid in enumerate(uuids)
     }
-    assert polling_period_s(source, 20.0, calibrations) == pytest.approx(0.0466, rel=0.001)
-    assert polling_period_s(source, 20.0, dict(reversed(calibrations.items()))) == pytest.approx(0.0466, rel=0.001)
+    assert polling_period_s(source, 20.0, followed_tick_s(source, calibrations)) == pytest.approx(0.0466, rel=0.001)
+    reverse = dict(reversed(calibrations.items()))
+    assert polling_period_s(source, 20.0, followed_tick_s(source, reverse)) == pytest.approx(0.0466, rel=0.001)

@@ -27,7 +27,13 @@ def row(batch: int, repeat: int, **more: Any) -> dict[str, Any]:
     }
 
 
-PHASES = {"prefill_energy_j": 50.0, "decode_energy_j": 100.0, "phase_method": "phase_time_regression"}
+PHASES = {
+    "prefill_energy_j": 50.0,
+    "decode_energy_j": 100.0,
+    "phase_rest_energy_j": 50.0,
+    "total_energy_j": 200.0,
+    "phase_method": "phase_time_regression",
+}
 WORK = {"mfu": 0.42, "joules_per_flop": 1.5e-12}
 FOOTPRINT = {"carbon_g": 0.02, "energy_cost": 0.00001, "currency": "EUR"}
 
@@ -55,6 +61,13 @@ def test_all_of_it_fits_80_columns() -> None:
     for shown in ("0.0500", "0.500", "42.0", "1.50", "100", "0.05", "phase_time_regression", "cost in EUR"):
         assert shown in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_energy_that_belongs_to_neither_phase_is_told() -> None:
+    text = render([row(1, 0, **PHASES)])
+    assert "25.0" in text
+    assert "the time between steps." in text
+    assert "all their tokens share" in render([row(1, 0, **{**PHASES, "phase_method": "phase_token_regression"})])
 
 
 def test_columns_that_nobody_knows_are_left_out() -> None:
