@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, Final
@@ -29,6 +29,8 @@ LOOK_S: Final = 0.2
 OF_THIS_PROCESS: Final = (VISIBLE, "RAY_RAYLET_PID", "RAY_JOB_ID", "RAY_NODE_ID", "RAY_ADDRESS", "HOSTNAME")
 """The library hands the environment of this process to workers on all hosts: these, and ours (`OURS`), speak of this one."""
 OURS: Final = "LLEM_RAY_"
+SECRET: Final = ("RAY_AUTH_TOKEN",)
+"""Each node's Ray has it; what is handed over stands in Ray's logs."""
 
 
 def require_ray(reservation: Reservation) -> None:
@@ -77,8 +79,8 @@ def start_llm(llm_class: Any, arguments: Mapping[str, Any], reservation: Reserva
     """
     from tensorrt_llm.llmapi.llm_args import RayPlacementConfig  # noqa: PLC0415 - needed on several nodes only
 
+    join_cluster(reservation)
     with environment_for_workers():
-        join_cluster(reservation)
         config = RayPlacementConfig(
             placement_groups=[placement_group(reservation)],
             placement_bundle_indices=[list(range(len(reservation.gpu_ids)))],
@@ -90,8 +92,13 @@ def start_llm(llm_class: Any, arguments: Mapping[str, Any], reservation: Reserva
 @contextmanager
 def environment_for_workers() -> Iterator[None]:
     """The environment of this process without what would be wrong on another host, or would hide GPUs from the workers."""
-    names = [name for name in os.environ if name in OF_THIS_PROCESS or name.startswith(OURS)]
-    kept = {name: os.environ.pop(name) for name in names}
+    with _without(name for name in os.environ if name in OF_THIS_PROCESS + SECRET or name.startswith(OURS)):
+        yield
+
+
+@contextmanager
+def _without(names: Iterable[str]) -> Iterator[None]:
+    kept = {name: os.environ.pop(name) for name in list(names) if name in os.environ}
     try:
         yield
     finally:
@@ -122,7 +129,8 @@ def join_cluster(reservation: Reservation) -> None:
         )
 
     try:
-        within(JOIN_S, f"to join the Ray cluster at {reservation.address}", join)
+        with _without(OF_THIS_PROCESS):  # of the actor that started this process
+            within(JOIN_S, f"to join the Ray cluster at {reservation.address}", join)
     except Exception as error:
         hint = "the engine's process has the environment of its node's Ray: token and TLS settings must be variables there"
         raise LoadError(f"the engine could not join the Ray cluster at {reservation.address}: {error}", hint) from error

@@ -381,12 +381,14 @@ def test_workers_are_known_by_host_process_and_gpu() -> None:
 def test_workers_on_other_hosts_get_nothing_that_speaks_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "RAY_RAYLET_PID", "RAY_JOB_ID", "HOSTNAME", "LLEM_RAY_HOST_ID"):
         monkeypatch.setenv(name, "1")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "t")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     before = dict(os.environ)
     with environment_for_workers():
         assert set(before) - set(os.environ) >= {"CUDA_VISIBLE_DEVICES", "RAY_RAYLET_PID", "RAY_JOB_ID", "HOSTNAME"}
         assert not [name for name in os.environ if name.startswith("LLEM_RAY_")]
-        assert os.environ["RAY_AUTH_TOKEN"] == "t"
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert "secret" not in os.environ.values()
     assert dict(os.environ) == before
 
 
