@@ -31,6 +31,7 @@ base:
   model: {config: llama-tiny}
   engine: {backend: tensorrt, PYTHON tensor_parallel: WORKERS, nodes: 2, engine_args: {max_seq_len: 128, iteration_stats: STATS}}
   workload: {batch_size: 2, output_tokens: 10}
+repeats: 1
 measure: {min_window_s: 1.5, idle_baseline_s: 0.5, sources: [nvml], warmup: {batches: 0}, gates: {min_coverage: 0.3}}
 """
 
