@@ -11,8 +11,9 @@ from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 FinishReason = Literal["length", "stop", "abort"]
 StepKind = Literal["prefill", "decode", "mixed"]
-WorkerLayout = Literal["host", "rank"]
-"""How many processes serve a gang: one on each of its hosts, or one for each rank (GPU)."""
+WorkerLayout = Literal["host", "rank", "ray"]
+"""How many processes serve a gang: one on each of its hosts, or one for each rank (GPU). ``ray``: one for each rank, which only
+keeps its place; the engine starts workers of its own by Ray there, see ``Reservation``."""
 
 
 class ChatMessage(NamedTuple):
@@ -167,6 +168,25 @@ class Rank:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Reservation:
+    """A gang's GPUs as Ray holds them, for an engine of the layout ``ray``: one bundle of one GPU for each rank."""
+
+    ray_version: str
+    """Of the cluster, as is the next."""
+    python_version: str
+    address: str = ""
+    """Of the cluster's head, ``host:port``; empty before there is a gang, as is all that follows."""
+    group: str = ""
+    """Id of the placement group, hexadecimal."""
+    gpu_share: float = 0.0
+    """How much of its bundle's GPU Ray may still give to each worker."""
+    gpu_ids: tuple[str, ...] = ()
+    """By rank, as Ray numbers them on each host; the bundle of rank i is number i."""
+    gpu_uuids: tuple[str, ...] = ()
+    """The same as UUIDs; empty where NVML does not answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rendezvous:
     """Where the processes of one gang meet, and which of them this one is. Rank 0 leads."""
 
@@ -184,6 +204,8 @@ class Rendezvous:
     """A port that was free there a moment ago; engines may use some of those that follow, too."""
     node_addr: str
     """IP address of this process's host, on the network that the others reach it by."""
+    reservation: Reservation | None = None
+    """For engines of the layout ``ray`` only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +233,7 @@ class InferenceBackend(Protocol):
     A gang on several hosts, or of an engine whose factory has the attribute ``worker_layout = "rank"``, is served by several
     processes. Each has a backend of its own, whose ``load`` meets the others at ``BackendConfig.rendezvous``. Rank 0 leads: it
     alone is asked to ``encode``, ``run`` and ``reset``. The others are ``FollowerBackend``: they are left in ``follow``.
+    ``worker_layout`` may be a function of the ``EngineSpec``, too.
 
     The constructor is cheap and touches no device. Calls come from one thread, in the order check, load, (encode | run |
     reset)*, close. ``close`` may be called at any point and more than once.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, cast
 
@@ -19,6 +21,7 @@ from llem_ray.core.backend import (
     Rendezvous,
     Request,
     RequestRecord,
+    Reservation,
     StepEvent,
 )
 from llem_ray.core.clock import Clock, SystemClock
@@ -360,13 +363,30 @@ def check_group(group: LoadGroup, base_dir: str, cache_dir: str | None, *, alone
 
 def _pretended(engine: EngineSpec) -> Rendezvous | None:
     """What the first of a gang's processes is told, before there is a gang; None where it is the only one."""
-    size = engine.world_size if worker_layout(engine) == "rank" else engine.nodes or 1
+    layout = worker_layout(engine)
+    size = engine.nodes or 1 if layout == "host" else engine.world_size
     if size == 1:
         return None
     me = host_id()
     return Rendezvous(
-        rank=0, world_size=size, local_rank=0, hosts=(me,) * size, master_addr="127.0.0.1", master_port=1, node_addr="127.0.0.1"
+        rank=0,
+        world_size=size,
+        local_rank=0,
+        hosts=(me,) * size,
+        master_addr="127.0.0.1",
+        master_port=1,
+        node_addr="127.0.0.1",
+        reservation=Reservation(ray_version=_installed("ray"), python_version=platform.python_version())
+        if layout == "ray"
+        else None,
     )
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _tokens(work: tuple[tuple[Request, ...], ...]) -> int:

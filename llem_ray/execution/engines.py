@@ -39,7 +39,7 @@ def serves_online(engine: EngineSpec) -> bool | None:
 
 
 def worker_layout(engine: EngineSpec) -> WorkerLayout:
-    """How many processes serve a gang of this engine: one on each host, unless its factory says one for each rank.
+    """How many processes serve a gang of this engine: one on each host, unless its factory says otherwise.
 
     The factory's module is imported, which imports no inference library. Where that fails, as for an engine of another
     interpreter, the answer is ``host``.
@@ -52,4 +52,5 @@ def worker_layout(engine: EngineSpec) -> WorkerLayout:
         factory = load_plugin("llem_ray.backends", engine.backend)
     except PluginError:
         return "host"
-    return cast("WorkerLayout", getattr(factory, "worker_layout", "host"))
+    layout = getattr(factory, "worker_layout", "host")
+    return cast("WorkerLayout", layout(engine) if callable(layout) else layout)

@@ -34,6 +34,11 @@ OBJECTS = {
     "completion": {*FACTS["completion_output"]["fields"], *FACTS["completion_output"]["properties"]},
 }
 """How the engine's sources call the library's objects -> what these have."""
+CLASSES = {
+    "SamplingParams": "sampling_params",
+    "KvCacheConfig": "kv_cache_config",
+    "RayPlacementConfig": "ray_placement_config",
+}
 OBJECTS["row.output"] = OBJECTS["self.output"] = OBJECTS["output"]
 
 
@@ -62,8 +67,8 @@ def unknown_keywords(call: ast.Call) -> list[str]:
     known: Any = None
     if name.startswith(("self._llm.", "llm.")):
         known = FACTS["llm_methods"].get(name.rpartition(".")[2], {}).get("params", ())
-    elif name in ("SamplingParams", "KvCacheConfig"):
-        known = FACTS["sampling_params" if name == "SamplingParams" else "kv_cache_config"]
+    elif name in CLASSES:
+        known = FACTS[CLASSES[name]]
     return [] if known is None else [f"{name}({k.arg}=)" for k in call.keywords if k.arg is not None and k.arg not in known]
 
 
@@ -82,6 +87,8 @@ def test_every_name_in_the_sources_is_in_the_recorded_api(path: Path) -> None:
         "completion.token_ids_new",
         "SamplingParams(max_new_tokens=4)",
         "KvCacheConfig(enable_blocks=True)",
+        "RayPlacementConfig(gpu_share=0.5)",
+        "def f(llm): llm._collective_rpc('report_device_id', blocking=False)",
         "X = 'TLLM_WORKER_USE_ONE_PROCESS'",
     ],
 )
@@ -98,19 +105,22 @@ def test_the_sources_use_the_names_that_matter() -> None:
         "completion.token_ids_diff",
         "output.abort",
         "SamplingParams(",
+        "RayPlacementConfig(",
+        "llm._collective_rpc(",
     ):
         assert name in text
 
 
-def config_of(**args: Any) -> BackendConfig:
-    spec = EngineSpec(backend="tensorrt", engine_args=args)
+def config_of(nodes: int = 1, **args: Any) -> BackendConfig:
+    spec = EngineSpec(backend="tensorrt", tensor_parallel=2, nodes=nodes, engine_args=args)
     model = ModelSpec(config="llama-tiny")
     return BackendConfig(model=model, engine=spec, device="cuda", host="h", base_dir=".", cache_dir=".", online=True)
 
 
 def test_every_argument_that_is_set_is_in_the_recorded_api() -> None:
-    for backend, known in (("pytorch", FACTS["torch_llm_args"]), ("tensorrt", FACTS["base_llm_args_names"])):
-        config = config_of(backend=backend)
+    torch, base = FACTS["torch_llm_args"], FACTS["base_llm_args_names"]
+    for backend, nodes, known in (("pytorch", 1, torch), ("pytorch", 2, torch), ("tensorrt", 1, base)):
+        config = config_of(nodes, backend=backend)
         given = engine_arguments(config, find_model(config.model, "."), "folder", "bfloat16", 2048)
         assert set(given) <= set(known), backend
         assert set(given["kv_cache_config"]) <= set(FACTS["kv_cache_config"])
@@ -119,7 +129,9 @@ def test_every_argument_that_is_set_is_in_the_recorded_api() -> None:
     drawn = sampling_arguments(request, SamplingSpec(temperature=1.0, top_k=3), 0, (1, 2))
     assert {"temperature", "stop_token_ids", "top_k"} <= set(drawn) <= set(FACTS["sampling_params"])
     assert set(arguments.RESERVED) <= {*FACTS["torch_llm_args"], *FACTS["llm_init"]["extra_accepted_kwargs"]}
-    assert {settings.SINGLE_PROCESS, *settings.TAKEN_OUT} <= set(FACTS["environment_variables"])
+    assert {settings.SINGLE_PROCESS, *settings.TAKEN_OUT, *settings.MISLEADING_ORCHESTRATOR} <= set(
+        FACTS["environment_variables"]
+    )
 
 
 def test_our_own_arguments_take_no_name_of_the_library_but_backend() -> None:
@@ -171,6 +183,10 @@ def test_the_stand_in_refuses_what_the_library_refuses(runtime: Any) -> None:
         runtime.LLM("folder", backend="tensorrt")
     with pytest.raises(ValueError, match="quant_config"):
         runtime.LLM("folder", quant_config={})
+    with pytest.raises(ValueError, match="only supported with orchestrator_type='ray'"):
+        runtime.TorchLlmArgs(model="folder", ray_worker_extension_cls="module.Class")
+    with pytest.raises(ValueError, match="does not support collective RPC"):
+        object.__new__(runtime.LLM)._collective_rpc("report_device_id")
     runtime.BEHAVIOUR.gpus = 0
     with pytest.raises(RuntimeError, match="No CUDA GPUs"):
         runtime.TorchLlmArgs(model="folder")
@@ -187,3 +203,20 @@ def test_the_recorded_api_is_an_extract_of_the_one_it_was_taken_from() -> None:
             assert value["iteration_stats"] == whole["metrics"]["iteration_stats"]
         elif name != "imports":
             assert value == whole[name], name
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"gpu_share": 0.5}, "Extra inputs are not permitted"),
+        ({"placement_groups": []}, "must be provided together"),
+        ({"placement_groups": [], "placement_bundle_indices": [[0]]}, "must equal placement_bundle_indices length"),
+        ({"placement_groups": ["0f"], "placement_bundle_indices": [[0]]}, "must be a Ray PlacementGroup, got str"),
+        ({"per_worker_gpu_share": 0.0}, "between 0 and 1"),
+    ],
+)
+def test_the_stand_in_refuses_placements_that_the_library_refuses(runtime: Any, given: dict[str, Any], told: str) -> None:
+    del runtime
+    config = importlib.import_module("tensorrt_llm.llmapi.llm_args").RayPlacementConfig
+    with pytest.raises((ValueError, TypeError), match=told):
+        config(**given)

@@ -54,6 +54,35 @@ class BackendOfChild(PretendedBackend):
         super().__init__(config)
 
 
+class NvmlMachine(PretendedMachine):
+    """Its GPUs are those of the (fake) NVML, as CUDA_VISIBLE_DEVICES numbers them."""
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        pynvml = importlib.import_module("pynvml")
+        pynvml.nvmlInit()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        indices = range(pynvml.nvmlDeviceGetCount()) if visible is None else [int(index) for index in visible.split(",") if index]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in indices]
+        found = [Gpu(name="GPU", uuid=str(pynvml.nvmlDeviceGetUUID(one)), capability=self.capability) for one in handles]
+        importlib.import_module("tensorrt_llm._runtime").BEHAVIOUR.gpus = len(found)
+        return tuple(found)
+
+
+class BackendOfCluster(TensorrtBackend):
+    """For the hosts of a lab, where it is registered as `tensorrt`: see ``cluster_path``."""
+
+    def __init__(self, config: BackendConfig) -> None:
+        if FOLDER not in sys.path:  # in an interpreter of its own
+            sys.path.insert(0, FOLDER)
+        super().__init__(config, NvmlMachine())
+
+
+def cluster_path() -> str:
+    """PYTHONPATH of processes that find the stand-in, and this engine as `tensorrt`."""
+    here = Path(__file__).parent
+    return os.pathsep.join([str(here), str(here / "tensorrt_plugin"), FOLDER, os.environ.get("PYTHONPATH", "")])
+
+
 @contextmanager
 def fake_tensorrt(gpus: int = GPUS) -> Iterator[Any]:
     """Makes `tensorrt_llm` importable; yields what tells it how to behave. Afterwards it is gone, and what imported it."""

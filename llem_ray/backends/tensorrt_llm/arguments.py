@@ -11,7 +11,7 @@ from llem_ray.backends.engine_args import FIELD, parse_engine_args
 from llem_ray.backends.model_source import ModelSource
 from llem_ray.core.backend import BackendConfig, Request
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import SamplingSpec
+from llem_ray.core.spec import EngineSpec, SamplingSpec
 
 RESERVED: Final[Mapping[str, str]] = {
     "model": "set `model.id` or `model.config`",
@@ -28,12 +28,12 @@ RESERVED: Final[Mapping[str, str]] = {
     "tensor_parallel_size": "set `engine.tensor_parallel`",
     "pipeline_parallel_size": "set `engine.pipeline_parallel`",
     "context_parallel_size": "the gang has `engine.tensor_parallel` x `engine.pipeline_parallel` GPUs",
-    "gpus_per_node": "a gang of this engine is on one host",
-    "orchestrator_type": "workers are started by MPI; docs/limits.md says why not by its Ray orchestrator",
-    "ray_placement_config": "workers are started by MPI; docs/limits.md says why not by its Ray orchestrator",
-    "ray_worker_extension_cls": "workers are started by MPI; docs/limits.md says why not by its Ray orchestrator",
-    "mpi_session": "workers are started by MPI when the model is loaded",
-    "_mpi_session": "workers are started by MPI when the model is loaded",
+    "gpus_per_node": "set `engine.nodes`",
+    "orchestrator_type": "workers are started by MPI on one node, by Ray on several: set `engine.nodes`",
+    "ray_placement_config": "workers that Ray starts are placed where the gang's GPUs are",
+    "ray_worker_extension_cls": "workers that Ray starts tell us who they are by one of ours",
+    "mpi_session": "workers are started when the model is loaded",
+    "_mpi_session": "workers are started when the model is loaded",
     "stream_interval": "the time of each token is measured",
     "enable_iter_perf_stats": "set `iteration_stats`",
     "max_stats_len": "all statistics of a run are kept",
@@ -42,6 +42,8 @@ RESERVED: Final[Mapping[str, str]] = {
 
 DEFAULT_MEMORY_FRACTION: Final = 0.9
 """Share of the GPU's free memory that the KV cache takes: TensorRT-LLM's own default, stated so that it stays."""
+
+RAY_EXTENSION: Final = "llem_ray.backends.tensorrt_llm.ray_extension.WorkerExtension"
 
 STATS_KEPT: Final = 200_000
 """Iterations of one run whose statistics are kept; TensorRT-LLM alone keeps 1000 and forgets the rest."""
@@ -54,7 +56,7 @@ class OwnArgs:
     backend: Literal["pytorch", "tensorrt"] = "pytorch"
     """`pytorch` runs the model by TensorRT-LLM's PyTorch backend, `tensorrt` builds a TensorRT engine and runs that."""
     iteration_stats: bool | None = None
-    """Read the engine's statistics of every iteration; default: where requests are sent one by one."""
+    """Read the engine's statistics of every iteration; default: where requests are sent one by one, on one node."""
     stats_wait_s: float = 0.6
     """Statistics travel in bunches, 0.2 s apart: after this long without any, those of a run are complete."""
     step_timeout_s: float = 300.0
@@ -85,7 +87,12 @@ def foreign_args(config: BackendConfig) -> dict[str, Any]:
 def reads_stats(config: BackendConfig) -> bool:
     """Whether the engine's statistics become steps. They come late, so a batch would wait for them inside its window."""
     asked = own_args(config).iteration_stats
-    return config.online if asked is None else asked
+    return (config.online and not spans_nodes(config.engine)) if asked is None else asked
+
+
+def spans_nodes(engine: EngineSpec) -> bool:
+    """Whether the gang has several nodes: its workers are started by Ray then."""
+    return (engine.nodes or 1) > 1
 
 
 def check_spec(config: BackendConfig) -> None:
@@ -120,14 +127,42 @@ def _check_gang(config: BackendConfig) -> None:
             found=str(engine.data_parallel),
             allowed="1",
         )
-    processes = config.rendezvous.world_size if config.rendezvous is not None else engine.nodes or 1
-    if processes != 1:
+    if spans_nodes(engine):
+        _check_nodes(config)
+    elif config.rendezvous is not None:
         raise ConfigError(
-            "the tensorrt engine runs on one node",
-            "choose a gang that one node holds; docs/limits.md says why",
+            "the gang was placed on several nodes, which the tensorrt engine must know beforehand",
+            "say how many, or choose a gang that one node holds",
             field="engine.nodes",
-            found=str(processes),
+            found=str(engine.nodes or "none"),
+            allowed="the number of nodes",
+        )
+
+
+def _check_nodes(config: BackendConfig) -> None:
+    engine = config.engine
+    if config.rendezvous is None or config.rendezvous.reservation is None:
+        raise ConfigError(
+            "TensorRT-LLM's workers on several nodes are started by Ray, and there is no Ray here",
+            "submit it to a Ray cluster",
+            field="engine.nodes",
+            found=str(engine.nodes),
             allowed="1",
+        )
+    if engine.gpus not in (None, engine.world_size):
+        raise ConfigError(
+            "each of TensorRT-LLM's workers has one GPU",
+            "leave it out",
+            field="engine.gpus",
+            found=str(engine.gpus),
+            allowed=str(engine.world_size),
+        )
+    if own_args(config).backend != "pytorch":
+        raise ConfigError(
+            "only TensorRT-LLM's PyTorch backend runs on several nodes",
+            field=f"{FIELD}.backend",
+            found=own_args(config).backend,
+            allowed="pytorch",
         )
 
 
@@ -193,12 +228,24 @@ def engine_arguments(
     if own_args(config).backend == "pytorch":
         values["backend"] = "pytorch"
         values["stream_interval"] = 1
+        if spans_nodes(config.engine):
+            values |= ray_arguments(config.engine)
         if reads_stats(config):
             values["enable_iter_perf_stats"] = True
             values["max_stats_len"] = STATS_KEPT
     elif (longest := given.get("max_seq_len", context_tokens)) is not None:
         values["max_input_len"] = longest  # the engine would be built for prompts of 1024 tokens
     return values | given | {"kv_cache_config": cache_arguments(cache)}
+
+
+def ray_arguments(engine: EngineSpec) -> dict[str, Any]:
+    """Keyword arguments of the LLM class for workers that Ray starts on several nodes, but for where: see ``ray_workers``."""
+    return {
+        "orchestrator_type": "ray",
+        "gpus_per_node": engine.world_size // (engine.nodes or 1),
+        "allreduce_strategy": "NCCL",  # stated, so that it is known: what `AUTO` becomes between hosts is not
+        "ray_worker_extension_cls": RAY_EXTENSION,
+    }
 
 
 def cache_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

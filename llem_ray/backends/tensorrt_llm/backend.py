@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module, metadata
@@ -10,13 +11,25 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from llem_ray.backends.model_source import find_model
-from llem_ray.backends.tensorrt_llm.arguments import check_spec
+from llem_ray.backends.tensorrt_llm.arguments import check_spec, spans_nodes
 from llem_ray.backends.tensorrt_llm.machine import Machine, ThisMachine, require_gpus, require_python
+from llem_ray.backends.tensorrt_llm.ray_workers import local_gpu_ids, require_ray
 from llem_ray.backends.tensorrt_llm.settings import WorkerEnvironment
-from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import (
+    BackendConfig,
+    ChatMessage,
+    LoadReport,
+    LoadSchedule,
+    Rank,
+    Request,
+    RequestRecord,
+    Reservation,
+    StepEvent,
+    WorkerLayout,
+)
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.plugins import install_command
-from llem_ray.core.spec import SamplingSpec
+from llem_ray.core.spec import EngineSpec, SamplingSpec
 
 if TYPE_CHECKING:
     from llem_ray.backends.tensorrt_llm.engine import Engine
@@ -45,13 +58,24 @@ class TensorrtBackend:
         self._prepared: Prepared | None = None
         self._engine: Engine | None = None
         self._import_s = 0.0
+        self._ended = threading.Event()
+
+    @staticmethod
+    def worker_layout(engine: EngineSpec) -> WorkerLayout:
+        """Several nodes: a process for each GPU keeps its place there, and the library's own workers are started by Ray."""
+        return "ray" if spans_nodes(engine) else "host"
 
     def check(self) -> None:
         """Refuse a host, a model and arguments that do not suit. Imports the library, which validates; loads no weights."""
-        self._prepared = self._prepare()
+        if self._follows:
+            self._check_follower()
+        else:
+            self._prepared = self._prepare()
 
     def load(self) -> LoadReport:
         """Build the engine, start its workers and run one short request."""
+        if self._follows:
+            return self._load_follower()
         prepared, self._prepared = self._prepared or self._prepare(), None
         if self._environment.shows_foreign_gpus:
             raise PluginError("no GPU was leased for the tensorrt engine", "leave out engine.gpus, or set it to 1 or more")
@@ -62,7 +86,9 @@ class TensorrtBackend:
         return report
 
     def identity(self) -> tuple[Rank, ...]:
-        """One rank for each worker, on the GPUs in the order in which CUDA counts them."""
+        """One rank for each worker; on one node, on the GPUs in the order in which CUDA counts them."""
+        if self._follows:
+            return ()
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._engine.ranks
@@ -92,11 +118,50 @@ class TensorrtBackend:
         if self._engine is not None:
             self._engine.reset()
 
+    def follow(self) -> None:
+        """Keep the place of a worker, which rank 0 drives, until ``close``."""
+        self._ended.wait()
+
     def close(self) -> None:
         """End the workers and free the devices, within 12 s."""
+        self._ended.set()
         self._close_engine()
         self._prepared = None
         self._environment.take_back()
+
+    @property
+    def _follows(self) -> bool:
+        return self._config.rendezvous is not None and self._config.rendezvous.rank > 0
+
+    @property
+    def _reservation(self) -> Reservation | None:
+        return None if self._config.rendezvous is None else self._config.rendezvous.reservation
+
+    def _check_follower(self) -> None:
+        """Refuse a host where no worker could run. Imports nothing of the library."""
+        check_spec(self._config)
+        require_python(self._machine.python())
+        _require_packages()
+        if self._reservation is not None:
+            require_ray(self._reservation)
+        find_model(self._config.model, self._config.base_dir)
+
+    def _load_follower(self) -> LoadReport:
+        """Nothing is loaded into this process: the worker is one of its own."""
+        return LoadReport(
+            import_s=0.0,
+            construct_s=0.0,
+            compile_s=None,
+            warm_s=None,
+            context_tokens=0,
+            vocab_size=0,
+            parameters=None,
+            weight_bytes=None,
+            dtype=self._config.model.dtype,
+            device=self._config.device,
+            model_commit=None,
+            random_weights=False,
+        )
 
     def _close_engine(self) -> None:
         engine, self._engine = self._engine, None
@@ -108,11 +173,18 @@ class TensorrtBackend:
         require_python(self._machine.python())
         _require_packages()
         source = find_model(self._config.model, self._config.base_dir)
-        self._environment.apply()
+        needed = self._config.engine.world_size // (self._config.engine.nodes or 1)
+        reservation = self._reservation
+        if reservation is None:
+            self._environment.apply()
+        else:
+            require_ray(reservation)
+            assert self._config.rendezvous is not None
+            self._environment.apply_for_ray(local_gpu_ids(self._config.rendezvous) if reservation.group else ())
         gpus = self._machine.gpus()
         if self._environment.shows_foreign_gpus:  # which of the node's the gang will get is not known yet
             gpus = tuple(sorted(gpus, key=lambda gpu: gpu.capability, reverse=True))
-        require_gpus(gpus, self._config.engine.world_size)
+        require_gpus(gpus, needed)
         begin_s = time.monotonic()
         try:
             import_module("llem_ray.backends.tensorrt_llm.engine")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,12 +27,14 @@ from llem_ray.backends.tensorrt_llm import workers
 from llem_ray.backends.tensorrt_llm.arguments import cache_arguments, own_args, reads_stats, sampling_arguments
 from llem_ray.backends.tensorrt_llm.iteration_stats import steps_of
 from llem_ray.backends.tensorrt_llm.preparing import Prepared, end_token_ids
+from llem_ray.backends.tensorrt_llm.ray_workers import RayWorkers, start_llm
 from llem_ray.backends.tensorrt_llm.serving import Stream
 from llem_ray.backends.tensorrt_llm.settings import runs_in_this_process
 from llem_ray.backends.tensorrt_llm.waiting import EventLoop, within
+from llem_ray.backends.tensorrt_llm.workers import MpiWorkers
 from llem_ray.backends.tokenizer import encode_chats, find_tokenizer, special_token_ids
-from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
-from llem_ray.core.errors import BackendError, DeviceMemoryError, EngineDied, GenerationError, LoadError
+from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Request, RequestRecord, StepEvent
+from llem_ray.core.errors import BackendError, DeviceMemoryError, EngineDied, GenerationError, LlemRayError, LoadError
 from llem_ray.core.spec import SamplingSpec
 
 LOG: Final = logging.getLogger(__name__)
@@ -55,11 +56,13 @@ class Engine:
         config: Model, engine and device.
         prepared: What was validated.
         tokenizer: Of transformers.
-        started: Process ids of what came with ``llm``.
+        crew: The workers of ``llm``.
     """
 
-    def __init__(self, llm: Any, config: BackendConfig, prepared: Prepared, tokenizer: Any, started: frozenset[int]) -> None:
-        self._llm, self._tokenizer, self._processes = llm, tokenizer, started
+    def __init__(
+        self, llm: Any, config: BackendConfig, prepared: Prepared, tokenizer: Any, crew: MpiWorkers | RayWorkers
+    ) -> None:
+        self._llm, self._tokenizer, self.crew = llm, tokenizer, crew
         self._step_timeout_s, self._stats_wait_s = own_args(config).step_timeout_s, own_args(config).stats_wait_s
         self._reads_stats = reads_stats(config)
         self._overlapped = own_args(config).backend == "pytorch" and not prepared.arguments.get("disable_overlap_scheduler")
@@ -68,13 +71,8 @@ class Engine:
         self.reuses_blocks = bool(cache_arguments(cache)["enable_block_reuse"])
         self.context_tokens = int(prepared.arguments.get("max_seq_len") or UNLIMITED_CONTEXT_TOKENS)
         self.vocab_size = int(prepared.model_config.get_text_config().vocab_size)
-        count = config.engine.world_size
-        self.in_this_process = runs_in_this_process(count)
-        self.worker_pids = {} if self.in_this_process else dict(workers.ranked(started))
-        self.ranks = tuple(
-            Rank(rank=rank, host=config.host, pid=self.worker_pids.get(rank, os.getpid()), gpu_uuid=prepared.gpus[rank].uuid)
-            for rank in range(count)
-        )
+        self.ranks = crew.ranks
+        self.stats_problem: str | None = None
         self._epoch = 0
         self._broken: str | None = None
         self._loop = EventLoop()
@@ -128,7 +126,17 @@ class Engine:
         params = SamplingParams(**sampling_arguments(request, SamplingSpec(), 0, ()))
         within(self._step_timeout_s, "the first request", lambda: self._llm.generate(list(prompt), params, use_tqdm=False))
         if self._reads_stats:
+            self._try_stats()
+
+    def _try_stats(self) -> None:
+        """Whether they can be read under the Ray orchestrator is not known: releases differ."""
+        try:
             self._get_stats()
+        except Exception as problem:
+            if not isinstance(self.crew, RayWorkers):
+                raise
+            self._reads_stats = False
+            self.stats_problem = first_line(problem)
 
     def reset(self) -> None:
         """Prefixes cached so far belong to the past: later requests carry another salt. Raises once the engine is broken."""
@@ -139,9 +147,10 @@ class Engine:
     def close(self) -> None:
         """End the workers, free the devices; bounded in time."""
         self._loop.stop()
-        shut_down(self._llm, self._processes)
+        shut_down(self._llm)
+        self.crew.end()
         del self._llm, self._tokenizer
-        if self.in_this_process:
+        if self.crew.in_this_process:
             release_memory()
 
     def _online(self, stream: Stream, requests: Sequence[Request]) -> Iterator[StepEvent | RequestRecord]:
@@ -175,12 +184,11 @@ class Engine:
         return list(within(STATS_TIMEOUT_S, "iteration statistics", lambda: self._llm.get_stats(timeout=self._stats_wait_s)))
 
     def _require_workers(self) -> None:
-        gone = [rank for rank, pid in sorted(self.worker_pids.items()) if not workers.is_alive(pid)]
-        if gone:
-            self._broken = f"the process of worker {gone[0]} ended"
-            raise EngineDied(
-                f"TensorRT-LLM's worker {gone[0]} of {len(self.ranks)} ended", "its last words are in the engine's log"
-            )
+        gone = self.crew.gone()
+        if gone is not None:
+            self._broken = f"the process of worker {gone} ended"
+            log = "Ray's log of that worker" if isinstance(self.crew, RayWorkers) else "the engine's log"
+            raise EngineDied(f"TensorRT-LLM's worker {gone} of {len(self.ranks)} ended", f"its last words are in {log}")
 
 
 def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> tuple[Engine, LoadReport]:
@@ -193,21 +201,30 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
     begin_s = time.monotonic()
     source = prepared.source
     before = workers.descendants()
+    reservation = config.rendezvous.reservation if config.rendezvous is not None else None
     llm: Any = None
     engine: Engine | None = None
     try:
         tokenizer, origin = find_tokenizer(config, source, prepared.model_config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            llm = prepared.llm_class(**prepared.arguments)
-            engine = Engine(llm, config, prepared, tokenizer, workers.descendants() - before)
+            crew: MpiWorkers | RayWorkers
+            if reservation is not None:
+                llm = start_llm(prepared.llm_class, prepared.arguments, reservation)
+                crew = RayWorkers(llm, config)
+            else:
+                llm = prepared.llm_class(**prepared.arguments)
+                uuids = [gpu.uuid for gpu in prepared.gpus[: config.engine.world_size]]
+                crew = MpiWorkers(workers.descendants() - before, config.host, uuids)
+            engine = Engine(llm, config, prepared, tokenizer, crew)
             constructed_s = time.monotonic()
             engine.warm()
     except Exception as error:  # the library and model code of third parties may raise anything
         if engine is not None:
             engine.close()
         else:
-            shut_down(llm, workers.descendants() - before)
+            shut_down(llm)
+            workers.end(pid for pid in workers.descendants() - before if workers.is_alive(pid))
             if runs_in_this_process(config.engine.world_size):
                 release_memory()
         raise _load_failure(source, error) from error
@@ -232,14 +249,13 @@ def load_engine(config: BackendConfig, prepared: Prepared, import_s: float) -> t
     )
 
 
-def shut_down(llm: Any, processes: frozenset[int]) -> None:
-    """Ask the library to end, then end what is left of its processes."""
+def shut_down(llm: Any) -> None:
+    """Ask the library to end its workers, and wait ``SHUTDOWN_S`` for that."""
     if llm is not None:
         try:
             within(SHUTDOWN_S, "shutdown", llm.shutdown)
         except Exception as error:  # noqa: BLE001 - whatever it says, its processes are ended next
             LOG.warning("TensorRT-LLM did not shut down in good order: %s", error)
-    workers.end(pid for pid in processes if workers.is_alive(pid))
 
 
 def release_memory() -> None:
@@ -259,14 +275,14 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def _load_failure(source: ModelSource, error: Exception) -> BackendError:
+def _load_failure(source: ModelSource, error: Exception) -> LlemRayError:
     if is_out_of_memory(error):
         return DeviceMemoryError(f"the model does not fit: {first_line(error)}")
-    if isinstance(error, BackendError) and not isinstance(error, GenerationError):
+    if isinstance(error, LlemRayError) and not isinstance(error, GenerationError):
         return error
     failure = load_error(f"model {source.location!r}", error)
     if "worker" in str(error).lower():
-        return LoadError(failure.message, "the cause stands on standard error, written by TensorRT-LLM's own process")
+        return LoadError(failure.message, "the cause stands on standard error, or in Ray's log of the worker")
     return failure
 
 
@@ -283,27 +299,27 @@ def _weight_bytes(prepared: Prepared, parameters: int | None) -> int | None:
 def _notes(engine: Engine, config: BackendConfig, prepared: Prepared, tokenizer_origin: str) -> dict[str, str]:
     cache = cache_arguments(config.engine.engine_args.get("kv_cache_config") or {})
     on_pytorch = own_args(config).backend == "pytorch"
-    if engine.worker_pids:
-        where = "in processes of their own"
-    elif engine.in_this_process:
-        where = "in the engine's process"
-    else:
-        where = "in processes of their own, whose ids MPI does not tell; the engine's process stands for them"
+    steps = "from the engine's statistics, read after each run" if reads_stats(config) else "none: iteration_stats is off"
+    if engine.stats_problem is not None:
+        steps = f"none: the statistics cannot be read: {engine.stats_problem}"
     notes = {
         "engine": f"tensorrt_llm {tensorrt_llm.__version__}",
         "torch": str(torch.__version__),
         "model": prepared.source.location,
         "tokenizer": tokenizer_origin,
         "tensorrt_llm_backend": "pytorch" if on_pytorch else "tensorrt",
-        "workers": where,
+        "orchestrator": "ray" if isinstance(engine.crew, RayWorkers) else "mpi",
+        "workers": engine.crew.where,
         "prefix_caching": "on, reset between trials" if engine.reuses_blocks else "off",
         "kv_cache": ", ".join(f"{name}={value}" for name, value in sorted(cache.items())),
-        "steps": "from the engine's statistics, read after each run" if reads_stats(config) else "none: iteration_stats is off",
+        "steps": steps,
         "numerics": "NaN and Inf logits are not detected by this engine",
     }
     method, _ = weight_bits(prepared.model_config.to_dict(), config.model)  # a checkpoint may be quantised already
     if method is not None:
         notes["quantization"] = method
+    if on_pytorch:
+        notes["allreduce_strategy"] = str(prepared.arguments.get("allreduce_strategy") or "AUTO")
     if prepared.source.random:
         notes["weights"] = "TensorRT-LLM's dummy weights: joules don't compare with other engines' or real weights"
     return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Final
 
 LAUNCHERS: Final = (
@@ -27,6 +28,13 @@ TAKEN_OUT: Final = ("TLLM_DISABLE_MPI", "RAY_LOCAL_WORLD_SIZE")
 """The first turns the workers over to Ray, the second switches TensorRT-LLM's count of GPUs off."""
 
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+NO_VISIBLE: Final = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+
+SET_BY_ORCHESTRATOR: Final = (NO_VISIBLE, "RAY_DEDUP_LOGS")
+"""Its Ray orchestrator leaves these behind in the environment of the engine's process."""
+
+MISLEADING_ORCHESTRATOR: Final = ("TLLM_RAY_FORCE_LOCAL_CLUSTER", "TRTLLM_RAY_PER_WORKER_GPUS", "TRTLLM_RAY_BUNDLE_INDICES")
+"""They would lead its Ray workers to another cluster, or to other bundles than the gang's."""
 
 SINGLE_PROCESS: Final = "TLLM_WORKER_USE_SINGLE_PROCESS"
 
@@ -36,6 +44,7 @@ class WorkerEnvironment:
 
     def __init__(self) -> None:
         self._taken: dict[str, str] = {}
+        self._set: dict[str, str | None] = {}
 
     @property
     def shows_foreign_gpus(self) -> bool:
@@ -54,8 +63,35 @@ class WorkerEnvironment:
             if launcher or name in TAKEN_OUT:
                 self._taken[name] = os.environ.pop(name)
 
+    def apply_for_ray(self, gpu_ids: Sequence[str]) -> None:
+        """The same, for workers that are started by Ray.
+
+        Args:
+            gpu_ids: The gang's GPUs of this host as Ray numbers them, which is NVML's order; empty before there is a gang. The
+                library counts those that this process sees, and it must see no others.
+        """
+        self.apply()
+        for name in MISLEADING_ORCHESTRATOR:
+            if name in os.environ:
+                self._taken[name] = os.environ.pop(name)
+        for name in SET_BY_ORCHESTRATOR:
+            self._set.setdefault(name, os.environ.get(name))
+        self._assign("TLLM_DISABLE_MPI", "1")
+        if gpu_ids:
+            self._assign(VISIBLE, ",".join(gpu_ids))
+            self._assign("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+    def _assign(self, name: str, value: str) -> None:
+        self._set.setdefault(name, os.environ.get(name))
+        os.environ[name] = value
+
     def take_back(self) -> None:
-        """Put back what ``apply`` took out and nobody has set since."""
+        """Put back what ``apply`` took out and nobody has set since, and what was set for Ray."""
+        for name, before in self._set.items():
+            os.environ.pop(name, None)
+            if before is not None:
+                os.environ[name] = before
+        self._set.clear()
         for name, value in self._taken.items():
             os.environ.setdefault(name, value)
         self._taken.clear()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
 import psutil
+
+from llem_ray.backends.tensorrt_llm.settings import runs_in_this_process
+from llem_ray.core.backend import Rank
 
 TERMINATE_S: Final = 2.0
 KILL_S: Final = 2.0
@@ -15,6 +19,42 @@ LOOK_S: Final = 0.02
 
 RANK_VARIABLES: Final = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 """How MPI tells a process its number."""
+
+
+class MpiWorkers:
+    """Those of a loaded LLM object, on the GPUs in the order in which CUDA counts them.
+
+    Args:
+        started: Process ids of what came with the LLM object.
+        host: Stable host id.
+        gpu_uuids: Of the workers, by rank.
+    """
+
+    def __init__(self, started: frozenset[int], host: str, gpu_uuids: Sequence[str]) -> None:
+        self._started = started
+        self.in_this_process = runs_in_this_process(len(gpu_uuids))
+        self._pids = {} if self.in_this_process else dict(ranked(started))
+        self.ranks = tuple(
+            Rank(rank=rank, host=host, pid=self._pids.get(rank, os.getpid()), gpu_uuid=uuid)
+            for rank, uuid in enumerate(gpu_uuids)
+        )
+
+    @property
+    def where(self) -> str:
+        """Where they run, for the notes of a load."""
+        if self._pids:
+            return "in processes of their own"
+        if self.in_this_process:
+            return "in the engine's process"
+        return "in processes of their own, whose ids MPI does not tell; the engine's process stands for them"
+
+    def gone(self) -> int | None:
+        """Number of a worker that has ended, if there is one."""
+        return next((rank for rank, pid in sorted(self._pids.items()) if not is_alive(pid)), None)
+
+    def end(self) -> None:
+        """End what is left of the processes."""
+        end(pid for pid in self._started if is_alive(pid))
 
 
 def descendants() -> frozenset[int]:

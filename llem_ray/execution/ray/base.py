@@ -27,6 +27,8 @@ SAMPLER_LEASE_S: Final = 120.0
 CHECK_TIMEOUT_S: Final = 120.0
 HOLD_TIMEOUT_S: Final = 30.0
 CLOSE_TIMEOUT_S: Final = 5.0
+HELD_SHARE: Final = 0.1
+"""Of a GPU, for a process of ours that only keeps a place: the rest is for the worker that the engine starts there by Ray."""
 TYPE_RESOURCE: Final = "accelerator_type:"
 TYPE_LABEL: Final = "ray.io/accelerator-type"
 
@@ -71,7 +73,8 @@ class RayExecutor:
     """What embedded Ray and a cluster have in common.
 
     A gang on GPUs has a placement group with one bundle for each of its nodes, pinned there: its GPUs are granted together
-    or not at all, and each of its processes takes its own from the bundle.
+    or not at all, and each of its processes takes its own from the bundle. Where the engine starts workers by Ray, there is a
+    bundle for each GPU, of which our process takes a part, so that Ray tells which GPU it is, and the worker the rest.
     """
 
     def __init__(self) -> None:
@@ -128,20 +131,17 @@ class RayExecutor:
         """Engine actors that hold the group's GPUs on the seats."""
         ray = import_ray()
         processes = seats_of_processes(group, seats)
-        placement = None
-        if group.gpus:
-            placement = ray.util.placement_group(
-                [{"GPU": seat.gpus} for seat in seats],
-                strategy="STRICT_PACK" if len(seats) == 1 else "STRICT_SPREAD",
-                bundle_label_selector=[{"ray.io/node-id": seat.node} for seat in seats],
-            )
+        shared = worker_layout(group.experiment.engine) == "ray"
+        if shared:
+            require_cpus(seats, ray.nodes())
+        placement = _placement_group(seats, single=shared) if group.gpus else None
         actors = []
         for rank, (index, gpus) in enumerate(processes):
-            strategy = pinned(seats[index].node) if placement is None else _in_bundle(placement, index)
+            strategy = pinned(seats[index].node) if placement is None else _in_bundle(placement, rank if shared else index)
             hidden = {} if gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
             actor = ray.remote(
                 num_cpus=0,
-                num_gpus=gpus,
+                num_gpus=HELD_SHARE if shared else gpus,
                 max_restarts=0,
                 concurrency_groups={"watch": 1},
                 runtime_env=hidden,
@@ -160,7 +160,7 @@ class RayExecutor:
                     rank=rank,
                 )
             )
-        gang = RayGang(actors, placement, self._logs)
+        gang = RayGang(actors, placement, self._logs, 1.0 - HELD_SHARE if shared else None)
         with self._lock:
             self._gangs = [(known, held) for known, held in self._gangs if not known.closed] + [(gang, tuple(seats))]
         return gang
@@ -236,6 +236,37 @@ def seats_of_processes(group: LoadGroup, seats: Sequence[Seat]) -> list[tuple[in
         raise PlacementError(f"{group.gpus} GPUs cannot be dealt evenly to {engine.world_size} ranks", "leave engine.gpus out")
     share = engine.world_size // len(seats)
     return [(index, group.gpus // engine.world_size) for index in range(len(seats)) for _ in range(share)]
+
+
+def require_cpus(seats: Sequence[Seat], known: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse nodes without a CPU for each worker that an engine starts by Ray: its placement would be waited for in vain.
+
+    Args:
+        seats: The gang's.
+        known: What ``ray.nodes()`` tells.
+
+    Raises:
+        PlacementError: One has too few.
+    """
+    cpus = {entry["NodeID"]: int(entry.get("Resources", {}).get("CPU", 0)) for entry in known}
+    for seat in seats:
+        if cpus.get(seat.node, 0) < seat.gpus:
+            raise PlacementError(
+                f"node {seat.node[:12]} has {cpus.get(seat.node, 0)} CPUs in Ray, the engine's workers there need {seat.gpus}",
+                "Ray places an actor of the engine's own only where a CPU is free: start that node with a larger --num-cpus",
+            )
+
+
+def _placement_group(seats: Sequence[Seat], *, single: bool) -> Any:
+    """A bundle for each seat; ``single``: for each GPU, with the CPU that Ray asks to place an actor of the engine's own."""
+    bundles = [({"GPU": 1, "CPU": 1}, seat.node) for seat in seats for _ in range(seat.gpus)]
+    if not single:
+        bundles = [({"GPU": seat.gpus}, seat.node) for seat in seats]
+    return import_ray().util.placement_group(
+        [resources for resources, _ in bundles],
+        strategy="STRICT_PACK" if len(seats) == 1 else "PACK" if single else "STRICT_SPREAD",
+        bundle_label_selector=[{"ray.io/node-id": node} for _, node in bundles],
+    )
 
 
 def pinned(node_id: str) -> Any:

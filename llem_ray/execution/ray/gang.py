@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from llem_ray.core.backend import Rendezvous
+from llem_ray.core.backend import Rendezvous, Reservation
 from llem_ray.core.errors import EngineDied
 from llem_ray.core.outcome import Outcome
 from llem_ray.execution.calls import Leased, Loaded, PowerSeen, TrialOrder, WarmupProgress
@@ -27,12 +28,14 @@ class RayGang:
         actors: Its engine actors, by rank.
         group: Its placement group, or None on the CPU.
         logs: Folder with Ray's logs of this host, or None where the gang runs elsewhere.
+        worker_share: Part of each bundle's GPU that is left to workers of the engine's own; None: it starts none by Ray.
     """
 
-    def __init__(self, actors: Sequence[Any], group: Any, logs: Path | None) -> None:
+    def __init__(self, actors: Sequence[Any], group: Any, logs: Path | None, worker_share: float | None = None) -> None:
         self._actors = list(actors)
         self._group = group
         self._logs = logs
+        self._worker_share = worker_share
         self._leased: tuple[Leased, ...] = ()
         self._following: list[Any] = []
         self.closed = False
@@ -52,9 +55,24 @@ class RayGang:
         if not self._leased:
             self.lease().result(PORT_TIMEOUT_S)
         port = answer_of(self._actors[0].reserve_port.remote(), PORT_TIMEOUT_S, "rendezvous")
-        meetings = rendezvous_of(self._leased, port)
+        meetings = rendezvous_of(self._leased, port, self._reservation())
         refs = [actor.meet.remote(meeting) for actor, meeting in zip(self._actors, meetings, strict=True)]
         return RayCalls(refs, "load", self._loaded)
+
+    def _reservation(self) -> Reservation | None:
+        if self._worker_share is None:
+            return None
+        ray = import_ray()
+        uuids = tuple(uuid for leased in self._leased for uuid in leased.gpu_uuids)
+        return Reservation(
+            ray_version=str(ray.__version__),
+            python_version=platform.python_version(),
+            address=str(ray.get_runtime_context().gcs_address),
+            group=self._group.id.hex(),
+            gpu_share=self._worker_share,
+            gpu_ids=tuple(gpu for leased in self._leased for gpu in leased.gpu_ids),
+            gpu_uuids=uuids if len(uuids) == len(self._actors) else (),
+        )
 
     def _loaded(self, answers: list[Loaded]) -> Loaded:
         if not self._following:
@@ -86,6 +104,9 @@ class RayGang:
         with contextlib.suppress(Exception):
             if timeout_s > 0:
                 ray.get(self._actors[0].close.remote(), timeout=timeout_s)
+                if self._worker_share is not None:  # the engine's workers are no processes of theirs: nothing tells them
+                    for actor in self._actors[1:]:
+                        actor.close.options(concurrency_group="watch").remote()
                 if self._following:  # they learn of it over the engine's network, and unload
                     ray.wait(self._following, num_returns=len(self._following), timeout=min(timeout_s, FOLLOWERS_END_S))
         for actor in self._actors:
@@ -140,7 +161,7 @@ class _Led(RayCall[Outcome]):
         raise EngineDied(f"the process of rank {rank} on {where} ended while it was to follow")
 
 
-def rendezvous_of(leased: Sequence[Leased], port: int) -> list[Rendezvous]:
+def rendezvous_of(leased: Sequence[Leased], port: int, reservation: Reservation | None = None) -> list[Rendezvous]:
     """Where each process meets the others."""
     hosts = tuple(one.node for one in leased)
     return [
@@ -152,6 +173,7 @@ def rendezvous_of(leased: Sequence[Leased], port: int) -> list[Rendezvous]:
             master_addr=leased[0].address,
             master_port=port,
             node_addr=one.address,
+            reservation=reservation,
         )
         for rank, one in enumerate(leased)
     ]

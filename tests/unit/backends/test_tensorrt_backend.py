@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,14 +30,24 @@ from llem_ray.backends.tensorrt_llm.arguments import (
 from llem_ray.backends.tensorrt_llm.backend import TensorrtBackend
 from llem_ray.backends.tensorrt_llm.iteration_stats import UnusableStats, steps_of
 from llem_ray.backends.tensorrt_llm.machine import ThisMachine, require_gpus, require_python
+from llem_ray.backends.tensorrt_llm.ray_workers import RayWorkers, environment_for_workers, local_gpu_ids, require_ray
 from llem_ray.backends.tensorrt_llm.settings import WorkerEnvironment
 from llem_ray.backends.tensorrt_llm.waiting import within
-from llem_ray.core.backend import BackendConfig, Rendezvous, Request
-from llem_ray.core.errors import BackendError, ConfigError, HangError, PluginError
+from llem_ray.core.backend import BackendConfig, Rank, Rendezvous, Request, Reservation
+from llem_ray.core.errors import BackendError, ConfigError, HangError, PlacementError, PluginError
 from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 TINY = ModelSpec(config="llama-tiny")
+HELD = Reservation(
+    ray_version=metadata.version("ray"),
+    python_version=platform.python_version(),
+    address="10.0.0.1:6379",
+    group="0f",
+    gpu_share=0.9,
+    gpu_ids=("3", "1"),
+    gpu_uuids=("GPU-a", "GPU-b"),
+)
 HERE = Rendezvous(
     rank=0, world_size=2, local_rank=0, hosts=("a", "b"), master_addr="10.0.0.1", master_port=1, node_addr="10.0.0.1"
 )
@@ -43,6 +56,10 @@ HERE = Rendezvous(
 def config_of(model: ModelSpec = TINY, args: dict[str, Any] | None = None, device: Any = "cuda", **engine: Any) -> BackendConfig:
     spec = EngineSpec(backend="tensorrt", engine_args=args or {}, **engine)
     return BackendConfig(model=model, engine=spec, device=device, host="h", base_dir=".", cache_dir=".")
+
+
+def on_two_nodes(**engine: Any) -> BackendConfig:
+    return replace(config_of(tensor_parallel=2, nodes=2, **engine), rendezvous=replace(HERE, reservation=HELD))
 
 
 def arguments_of(config: BackendConfig) -> dict[str, Any]:
@@ -99,14 +116,17 @@ def test_an_engine_that_is_not_loaded_says_so_and_closes() -> None:
     [
         (config_of(device="cpu"), "engine.device", "NVIDIA GPUs only"),
         (config_of(data_parallel=2), "engine.data_parallel", "replica"),
-        (config_of(nodes=2), "engine.nodes", "docs/limits.md"),
+        (config_of(nodes=2), "engine.nodes", "submit it to a Ray cluster"),
         (replace(config_of(), rendezvous=HERE), "engine.nodes", "one node"),
+        (on_two_nodes(gpus=4), "engine.gpus", "has one GPU"),
+        (on_two_nodes(args={"backend": "tensorrt"}), "engine.engine_args.backend", "PyTorch backend"),
+        (on_two_nodes(args={"gpus_per_node": 1}), "engine.engine_args.gpus_per_node", "engine.nodes"),
         (config_of(replace(TINY, quantization="fp8")), "model.quantization", "ModelOpt"),
         (config_of(replace(TINY, initializer_range=0.1)), "model.initializer_range", "model.id"),
         (config_of(args={"load_format": "auto"}), "engine.engine_args.load_format", "dummy"),
         (config_of(args={"dtype": "half"}), "engine.engine_args.dtype", "model.dtype"),
         (config_of(args={"tensor_parallel_size": 2}), "engine.engine_args.tensor_parallel_size", "engine.tensor_parallel"),
-        (config_of(args={"orchestrator_type": "ray"}), "engine.engine_args.orchestrator_type", "docs/limits.md"),
+        (config_of(args={"orchestrator_type": "ray"}), "engine.engine_args.orchestrator_type", "engine.nodes"),
         (config_of(args={"backend": "pytorsh"}), "engine.engine_args.backend", "did you mean 'pytorch'"),
         (config_of(args={"step_timeout_s": 0}), "engine.engine_args.step_timeout_s", "more than 0"),
     ],
@@ -287,3 +307,114 @@ def test_statistics_that_do_not_account_for_the_run_are_none(rows: list[dict[str
 
 def test_reused_blocks_may_leave_prompt_tokens_out() -> None:
     assert [step[3:] for step in steps([row(2, 3, context=2, prompt=7)], prompt=8, output=2, cached=1)] == [(7, 2)]
+
+
+def test_several_nodes_are_run_by_ray_and_say_how_they_reduce() -> None:
+    config = on_two_nodes()
+    check_spec(config)
+    given = arguments_of(config)
+    assert (given["orchestrator_type"], given["allreduce_strategy"], given["gpus_per_node"]) == ("ray", "NCCL", 1)
+    assert arguments_of(on_two_nodes(args={"allreduce_strategy": "AUTO"}))["allreduce_strategy"] == "AUTO"
+    assert not {"orchestrator_type", "allreduce_strategy", "gpus_per_node"} & set(arguments_of(config_of(tensor_parallel=2)))
+    assert not reads_stats(replace(config, online=True))
+    assert TensorrtBackend.worker_layout(config.engine) == "ray"
+    assert TensorrtBackend.worker_layout(config_of(tensor_parallel=2).engine) == "host"
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        (replace(HELD, ray_version="2.9.1"), r"has Ray \S+ and Python \S+, the cluster has Ray 2\.9\.1 and Python"),
+        (replace(HELD, python_version="3.8.1"), r"the cluster has Ray \S+ and Python 3\.8\.1"),
+    ],
+)
+def test_another_ray_or_python_than_the_cluster_s_is_refused(held: Reservation, told: str) -> None:
+    require_ray(HELD)
+    with pytest.raises(PluginError, match=told):
+        require_ray(held)
+
+
+def test_an_interpreter_without_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(PluginError, match="has no Ray and Python"):
+        require_ray(HELD)
+
+
+def test_this_host_s_gpus_are_those_of_its_ranks_by_number() -> None:
+    held = replace(HELD, gpu_ids=("3", "1", "3", "1"))
+    meeting = replace(HERE, world_size=4, hosts=("a", "a", "b", "b"), reservation=held)
+    assert local_gpu_ids(meeting) == ("3", "1")
+    with pytest.raises(PluginError, match="Ray calls them GPU-a"):
+        local_gpu_ids(replace(meeting, reservation=replace(held, gpu_ids=("GPU-a", "1", "2", "3"))))
+
+
+class Crew:
+    """A library whose workers answer as they are told."""
+
+    def __init__(self, uuids: list[str]) -> None:
+        self.answers = {"report_device_id": uuids, "llem_ray_pid": [71, 72][: len(uuids)]}
+
+    def _collective_rpc(self, method: str) -> list[Any]:
+        return list(self.answers[method])
+
+
+@pytest.mark.parametrize(
+    ("uuids", "told"),
+    [
+        (["GPU-a", "GPU-c"], "worker 1 on b runs on GPU-c, its bundle has GPU-b"),
+        (["GPU-b", "GPU-a"], "worker 0 on a runs on GPU-b, its bundle has GPU-a"),
+        (["GPU-a", "GPU-a"], "has workers on GPU-a, GPU-a, the gang has 2 GPUs"),
+        (["GPU-a"], "has workers on GPU-a, the gang has 2 GPUs"),
+    ],
+)
+def test_workers_on_other_gpus_than_placed_are_refused(uuids: list[str], told: str) -> None:
+    with pytest.raises(PlacementError, match=told):
+        RayWorkers(Crew(uuids), on_two_nodes())
+
+
+def test_workers_are_known_by_host_process_and_gpu() -> None:
+    assert RayWorkers(Crew(["a", "GPU-b"]), on_two_nodes()).ranks == (
+        Rank(rank=0, host="a", pid=71, gpu_uuid="GPU-a"),
+        Rank(rank=1, host="b", pid=72, gpu_uuid="GPU-b"),
+    )
+
+
+def test_workers_on_other_hosts_get_nothing_that_speaks_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "RAY_RAYLET_PID", "RAY_JOB_ID", "HOSTNAME", "LLEM_RAY_HOST_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    before = dict(os.environ)
+    with environment_for_workers():
+        assert set(before) - set(os.environ) >= {"CUDA_VISIBLE_DEVICES", "RAY_RAYLET_PID", "RAY_JOB_ID", "HOSTNAME"}
+        assert not [name for name in os.environ if name.startswith("LLEM_RAY_")]
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert "secret" not in os.environ.values()
+    assert dict(os.environ) == before
+
+
+def test_the_orchestrator_s_variables_are_gone_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("TRTLLM_RAY_BUNDLE_INDICES", "0,1")
+    before = dict(os.environ)
+    environment = WorkerEnvironment()
+    environment.apply_for_ray(("3", "1"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,1"
+    assert (os.environ["CUDA_DEVICE_ORDER"], os.environ["TLLM_DISABLE_MPI"]) == ("PCI_BUS_ID", "1")
+    assert "TRTLLM_RAY_BUNDLE_INDICES" not in os.environ
+    os.environ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"  # as the library does
+    environment.take_back()
+    assert dict(os.environ) == before
+
+
+def test_a_follower_keeps_its_place_until_it_is_closed() -> None:
+    backend = TensorrtBackend(replace(on_two_nodes(), rendezvous=replace(HERE, rank=1, reservation=HELD)))
+    backend.load()
+    assert backend.identity() == ()
+    thread = threading.Thread(target=backend.follow, daemon=True)
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive()
+    backend.close()
+    thread.join(10)
+    assert not thread.is_alive()

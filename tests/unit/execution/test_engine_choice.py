@@ -92,6 +92,7 @@ def test_preflight_checks_in_that_interpreter(tmp_path: Path, override: str, err
 def test_layout_of_workers_is_the_factorys() -> None:
     assert worker_layout(EngineSpec(backend="transformers")) == "rank"
     assert worker_layout(EngineSpec(backend="fake")) == "host"
+    assert [worker_layout(EngineSpec(backend="tensorrt", nodes=nodes)) for nodes in (None, 1, 2)] == ["host", "host", "ray"]
     with pytest.raises(PluginError, match="no-such-engine"):
         worker_layout(EngineSpec(backend="no-such-engine"))
 

@@ -8,6 +8,8 @@ from llem_ray.core.errors import PlacementError
 from llem_ray.core.power import Device, Method, Scope
 from llem_ray.execution.calls import Leased
 from llem_ray.execution.placement import gang_devices
+from llem_ray.execution.ray.base import require_cpus
+from llem_ray.planning.packing import Seat
 
 
 def device(uuid: str, index: int = 0, scope: Scope = "gpu", method: Method = "measured_counter") -> Device:
@@ -71,3 +73,10 @@ def test_an_estimate_is_never_the_gang_s() -> None:
 def test_gpus_that_cannot_be_measured_or_are_held_twice_are_refused(ids: tuple[str, ...]) -> None:
     with pytest.raises(PlacementError, match="host"):
         gang_devices([leased(*ids)], max(len(ids), 1), GPUS)
+
+
+def test_a_node_without_a_cpu_for_each_of_the_engine_s_own_actors_is_refused() -> None:
+    known = [{"NodeID": "a", "Resources": {"CPU": 2.0, "GPU": 2.0}}, {"NodeID": "b", "Resources": {"GPU": 2.0}}]
+    require_cpus([Seat(node="a", gpus=2)], known)
+    with pytest.raises(PlacementError, match="node b has 0 CPUs in Ray, the engine's workers there need 2"):
+        require_cpus([Seat(node="a", gpus=2), Seat(node="b", gpus=2)], known)

@@ -6,12 +6,14 @@
 - ``end_id`` is required where there is no tokenizer;
 - statistics come late and in bunches, from a ring of ``max_stats_len``, and not at all from ``get_stats`` where the first request
   was made in an event loop; once it came back empty-handed, it does so until another request is made;
-- iterations are handed out while the next one runs, and their latency counts from before they waited for requests.
+- iterations are handed out while the next one runs, and their latency counts from before they waited for requests;
+- the Ray orchestrator is chosen by an environment variable, too, which is left behind: see ``_ray``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import queue
@@ -72,10 +74,20 @@ class _LlmArgs(arguments_class("BaseLlmArgs", BASE_FIELDS)):  # type: ignore[mis
             raise ValueError(f"Invalid LoadFormat: {self.load_format}")
         if self.max_batch_size is None:
             self.max_batch_size = 2048
+        if os.environ.get("RAY_LOCAL_WORLD_SIZE") is not None:
+            self.gpus_per_node = self.tensor_parallel_size
+        elif self.gpus_per_node is None:
+            self.gpus_per_node = BEHAVIOUR.gpus
 
 
 class TorchLlmArgs(_LlmArgs):
     model_fields = FACTS["torch_llm_args"]
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        for name in ("ray_worker_extension_cls", "ray_placement_config"):
+            if getattr(self, name) is not None and self.orchestrator_type != "ray":
+                raise ValueError(f"{name} is only supported with orchestrator_type='ray'")
 
 
 class TrtLlmArgs(_LlmArgs):
@@ -154,6 +166,8 @@ class RequestOutput:
 
 
 class LLM:
+    _executor: Any = None
+
     def __init__(
         self,
         model: str | Path,
@@ -171,6 +185,9 @@ class LLM:
         BEHAVIOUR.calls.append(("LLM", dict(given)))
         if kwargs.get("backend", "pytorch") not in FACTS["llm_init"]["backend"]["values"]:
             raise ValueError(f"Invalid backend: {kwargs['backend']}")
+        if self._args_class() is TorchLlmArgs and "ray" in (given.get("orchestrator_type"), _orchestrator_of_environment()):
+            os.environ["TLLM_DISABLE_MPI"] = "1"
+            given["orchestrator_type"] = "ray"
         self._args = self._args_class()(**given)
         if not skip_tokenizer_init:
             raise RuntimeError("this stand-in has no tokenizer")
@@ -192,7 +209,13 @@ class LLM:
         return TorchLlmArgs
 
     def _start_workers(self, count: int) -> list[subprocess.Popen[bytes]]:
-        """As MPI_Comm_spawn does; they only sleep."""
+        """As MPI_Comm_spawn does; they only sleep. With the Ray orchestrator they are actors."""
+        needed = min(count, self._args.gpus_per_node)
+        if count > 1 and os.environ.get("RAY_LOCAL_WORLD_SIZE") is None and needed > BEHAVIOUR.gpus:
+            raise RuntimeError(f"Only {BEHAVIOUR.gpus} GPUs are available, but {count} are required.")
+        if getattr(self._args, "orchestrator_type", None) == "ray":
+            self._executor = importlib.import_module("tensorrt_llm._ray").RayExecutor(self._args, count)
+            return []
         if count > BEHAVIOUR.gpus:
             raise ValueError(f"world size {count} exceeds the {BEHAVIOUR.gpus} GPUs of the node")
         if count == 1 and os.environ.get("TLLM_WORKER_USE_SINGLE_PROCESS") == "1":
@@ -250,6 +273,8 @@ class LLM:
         return output
 
     def get_stats(self, timeout: float | None = 2) -> list[dict[str, Any]]:
+        if self._executor is not None:
+            raise NotImplementedError("get_stats is not implemented")
         if self._stats is None:
             return []
         if not self._stats_are_for_threads:
@@ -263,6 +288,18 @@ class LLM:
                 self._stats_done = not (self._ring or self._running or self._handing_out)
         return found
 
+    def _collective_rpc(
+        self,
+        method: str,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+        unique_reply_rank: int | None = None,
+    ) -> list[Any]:
+        if self._executor is None:
+            raise ValueError(f"Executor does not support collective RPC: {method}")
+        return list(self._executor.collective_rpc(method, args, kwargs, non_block, unique_reply_rank))
+
     def shutdown(self) -> None:
         while BEHAVIOUR.shutdown_hangs:
             time.sleep(0.05)
@@ -272,6 +309,8 @@ class LLM:
             worker.wait()
         for thread in self._threads:
             thread.join()
+        if self._executor is not None:
+            self._executor.shutdown()
 
     def _dispatch(self) -> None:
         while not self._closing.wait(STATS_S):
@@ -289,6 +328,9 @@ class LLM:
             if batch is None and previous is None:
                 continue
             time.sleep(STEP_S)
+            if self._executor is not None and not self._executor.step():
+                self._closing.wait()
+                break
             if previous is not None:
                 self._hand_out(*previous)
             previous = batch
@@ -359,6 +401,10 @@ class LLM:
         ordinary = self._vocab_size - SPECIAL_TOKENS
         start = zlib.crc32(repr((tuple(request.prompt_token_ids), seed)).encode())
         return SPECIAL_TOKENS + (start + 7919 * request._produced) % ordinary
+
+
+def _orchestrator_of_environment() -> str | None:
+    return "ray" if os.environ.get("TLLM_DISABLE_MPI") == "1" else None
 
 
 class TrtLLM(LLM):

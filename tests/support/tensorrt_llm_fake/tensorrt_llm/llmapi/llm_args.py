@@ -1,0 +1,3 @@
+from tensorrt_llm._ray import RayPlacementConfig
+
+__all__ = ["RayPlacementConfig"]
