@@ -37,6 +37,9 @@ class OnlineArgs:
     """Share of the free memory that the cache may take, 0 to 1; default 0.9."""
     allow_block_sharing: bool = False
     """Prefixes that another request computed are reused. The library's default is true."""
+    cudnn_attention: bool = True
+    """`sdpa` may take cuDNN's kernels, as torch prefers on Hopper GPUs. They prepare anew for every number of requests and length
+    of context: false makes steps of changing shapes several times faster there. Not of the library."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -71,6 +71,8 @@ class Server:
             self._submit(request)
 
         generator = LoadGenerator(requests, schedule, submit)
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(cudnn and self._args.cudnn_attention)
         batching.begin(sampling, happened.put)
         generator.start()
         try:
@@ -85,6 +87,7 @@ class Server:
                     if new.last:
                         yield self._record(answers.pop(new.request_id), generator)
         finally:
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
             generator.stop()
             if answers:
                 self.drop()
@@ -118,10 +121,12 @@ class Server:
         """Of the load report."""
         batching = self._ready()
         config = batching.continuous_batching_config
+        without = "" if self._args.cudnn_attention else ", not by cuDNN"
         return {
             "online_cache_tokens": str(batching.cache_tokens),
             "online_batch_tokens": str(config.max_batch_tokens),
-            "online_attention": self._model.config._attn_implementation,
+            "online_attention": self._model.config._attn_implementation
+            + ("" if self._args.cudnn_attention else ", not by cuDNN"),
         }
 
     def _ready(self) -> WatchedBatching:

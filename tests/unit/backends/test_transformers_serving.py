@@ -169,6 +169,18 @@ def test_shared_prefixes_are_computed_once_until_reset(tmp_path: Path) -> None:
     backend.close()
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_cudnn_may_be_kept_out_of_attention_while_it_serves(tmp_path: Path, allowed: bool) -> None:
+    backend = backend_of(tmp_path, online={"cudnn_attention": allowed})
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    events = backend.run(requests_of([5], 4), SamplingSpec(), ONE)
+    next(events)
+    assert torch.backends.cuda.cudnn_sdp_enabled() is allowed
+    events.close()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    backend.close()
+
+
 def test_eager_attention_is_given_back_for_batches(tmp_path: Path) -> None:
     backend = backend_of(tmp_path, attn_implementation="eager")
     requests = requests_of([5, 9], 6)
