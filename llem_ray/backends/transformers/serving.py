@@ -125,8 +125,7 @@ class Server:
         return {
             "online_cache_tokens": str(batching.cache_tokens),
             "online_batch_tokens": str(config.max_batch_tokens),
-            "online_attention": self._model.config._attn_implementation
-            + ("" if self._args.cudnn_attention else ", not by cuDNN"),
+            "online_attention": f"{self._model.config._attn_implementation}{without}",
         }
 
     def _ready(self) -> WatchedBatching:
