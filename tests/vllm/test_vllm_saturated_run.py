@@ -229,6 +229,6 @@ def test_show_prints_every_table(ran: Ran, monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["show", str(ran.folder)])
     shown = capsys.readouterr().out
-    for words in ("J/output token", "steady_state", "TTFT ms", "good req/s", "gCO2", "vllm:", "Target ±0.5", "Dataset:"):
+    for words in ("J/output token", "steady_state", "TTFT ms", "good req/s", "gCO2", "vllm:", "Target ±50 %", "Dataset:"):
         assert words in shown, words
         assert words in ran.said, words
