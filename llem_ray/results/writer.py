@@ -25,7 +25,7 @@ COMPACT_BYTES: Final = 256 * 1024 * 1024
 FLUSH_ROWS: Final = 65_536
 """Samples held back at most, in rows; the next trial takes them along in its segment."""
 
-TRIM_ROWS: Final = 2_000_000
+TRIM_ROWS: Final = 500_000
 """Samples after which what they needed in memory is given back."""
 TABLE_BATCHES: Final = 128
 """Batches turned into one table at a time."""
