@@ -20,7 +20,7 @@ FAST_COUNTER_S: Final = 0.015
 
 BUSY_SHARE: Final = 0.5
 """Reads may take this share of the period before it is lengthened. Reading the counter of one H200 takes 2.4 ms (driver 580), so
-those of eight take 42 % of the period that its ticks want; half as many polls would cost four times the accuracy."""
+those of eight take 42 % of the period that its ticks want; fewer polls leave wider brackets around each tick."""
 
 SLOWER: Final = 1.5
 """A longer period is at least so many times the one before."""
