@@ -164,7 +164,8 @@ def _lines(report: HostReport) -> Iterator[str]:
     yield "versions: " + ", ".join(f"{name} {version}" for name, version in report.versions.items())
     cpu = f"{host['cpu_model'] or 'unknown CPU'}, {count_noun(host['cpu_count_logical'] or 1, 'logical CPU')}"
     memory = f"{host['memory_bytes'] / 2**30:.1f} GiB"
-    if (limit := host_bytes(host) or 0) < host["memory_bytes"]:
+    limit = host_bytes(host)
+    if limit is not None and limit < host["memory_bytes"]:
         memory += f" of which {limit / 2**30:.1f} GiB for this container"
     facts = (cpu, memory, f"kernel {host['kernel']}", f"CPU governor {host['cpu_governor'] or 'unknown'}")
     yield f"host: {', '.join(facts)}, NVIDIA driver {host.get('nvidia_driver') or 'none'}"
