@@ -9,8 +9,9 @@ from typing import Any
 
 import psutil
 import pytest
-from submission import Submission, kill_hard
+from submission import Submission, kill_hard, suspended
 
+from llem_ray.core.units import NS_PER_S
 from llem_ray.results.reader import read_table
 
 pytestmark = [pytest.mark.slow]
@@ -89,12 +90,14 @@ def test_every_way_an_engine_can_fail(submission: Callable[[str], Submission]) -
     }, output
     assert all(row["power_valid"] for attempts in rows.values() for row in attempts if row["status"] == "completed")
     assert all(row["total_energy_j"] is None for attempts in rows.values() for row in attempts if row["status"] == "failed")
-    hang = rows[6, 1][0]
-    # It hung for 5 s at 50 W.
-    assert hang["waste_energy_j"] == pytest.approx(250, rel=0.2)
-    assert "no answer" in hang["failure_message"]
     phases = read_table(sweep.rundir.path, "phases").to_pylist()
-    assert sum(row["duration_s"] for row in phases if row["phase"] == "waste" and row["trial_id"] == hang["trial_id"]) > 9
+    for hang in rows[6, 1]:
+        assert "no answer" in hang["failure_message"]
+        key = (hang["trial_id"], hang["attempt"])
+        wasted_s = [row["duration_s"] for row in phases if row["phase"] == "waste" and (row["trial_id"], row["attempt"]) == key]
+        # It hung for 5 s, and for as long as it took to notice, at 50 W.
+        assert sum(wasted_s) >= 4.5
+        assert hang["waste_energy_j"] == pytest.approx(50 * sum(wasted_s), rel=0.1)
 
 
 @pytest.mark.ray
@@ -133,7 +136,7 @@ def test_sigterm_keeps_what_is_done_and_exits_130(submission: Callable[[str], Su
     code, output = sweep.finish(process)
     assert code == 130, output
     assert "resume" in output
-    _gone, alive = psutil.wait_procs(children, timeout=30)
+    _gone, alive = psutil.wait_procs(children, timeout=60)
     assert not alive, [child.cmdline() for child in alive]
     assert sweep.trials()
     code, output = sweep.run("--inline", "--allow-mixed")
@@ -150,13 +153,16 @@ def test_a_sampler_that_dies_is_started_anew_and_the_hole_is_flagged(submission:
     psutil.Process(node["sampler_pid"]).kill()
     code, output = sweep.finish(process)
     assert code == 0, output
-    power = read_table(sweep.rundir.path, "power", ["epoch"]).to_pylist()
+    power = read_table(sweep.rundir.path, "power", ["epoch", "t_ns"]).to_pylist()
     assert {row["epoch"] for row in power} == {1, 2}
     assert [row["epoch"] for row in read_table(sweep.rundir.path, "nodes").to_pylist()] == [1, 2]
     trials = sorted(sweep.trials(), key=lambda row: row["begin_ns"])
     assert len(trials) == 8
     assert not trials[0]["power_valid"]
-    assert all(row["power_valid"] for row in trials[3:])
+    back_ns = min(row["t_ns"] for row in power if row["epoch"] == 2) + NS_PER_S
+    later = [row for row in trials if row["begin_ns"] > back_ns]
+    assert later
+    assert all(row["power_valid"] for row in later)
 
 
 def test_ctrl_c_once_finishes_the_running_trial(submission: Callable[[str], Submission]) -> None:
@@ -165,9 +171,12 @@ def test_ctrl_c_once_finishes_the_running_trial(submission: Callable[[str], Subm
     sweep.wait_until(lambda: '"measuring"' in sweep.journal(), process)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
+    begun = sweep.journal().count('"measuring"')
     code, output = sweep.finish(process)
     assert code == 130, output
-    assert [row["status"] for row in sweep.trials()] == ["completed"]
+    # One that begins before the signal is looked at is a running one too.
+    assert [row["status"] for row in sweep.trials()] in (["completed"] * begun, ["completed"] * (begun + 1))
+    assert begun + 1 < 8
     assert '"interrupted"' in sweep.journal()
 
 
@@ -197,10 +206,11 @@ def test_a_sweep_that_only_fails_is_stopped(submission: Callable[[str], Submissi
 
 
 def test_second_run_driver_is_refused(submission: Callable[[str], Submission]) -> None:
-    sweep = submission(LONG)
+    sweep = submission(LONG.replace("timeout_s: 5", "timeout_s: 100"))
     process = sweep.start("--inline")
     sweep.wait_until(lambda: '"measuring"' in sweep.journal(), process)
-    code, output = sweep.run("--inline")
+    with suspended(process.pid):
+        code, output = sweep.run("--inline")
     assert code == 5, output
     assert str(process.pid) in output
     code, output = sweep.finish(process)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from head import Head, ray_head
-from submission import RECORDING
+from submission import RECORDING, suspended
 
 from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import RunDirectory
@@ -71,6 +71,11 @@ class Remote:
     def run(self, name: str) -> RunDirectory:
         (path,) = self.results.glob(f"{name}-*")
         return RunDirectory.open(path)
+
+    def driver_of(self, name: str) -> int:
+        """Process id of the run's newest driver."""
+        started = [line for line in self.run(name).journal_path.read_text().splitlines() if '"run_started"' in line]
+        return int(json.loads(started[-1])["pid"])
 
     def wait_for(self, name: str, text: str) -> None:
         """Until the run's journal says it."""
@@ -155,13 +160,14 @@ def test_ctrl_c_detaches_and_others_follow(remote: Remote) -> None:
     code, out, _ = remote.call("status", "long")
     assert code == 0
     assert out.startswith(f"{name}: running, Ray job llem-{name}, trial ")
-    code, _, err = remote.submit(sweep, "--detach")
-    assert code == 0
-    assert f"{name} runs already, as the Ray job llem-{name}" in err
+    with suspended(remote.driver_of("long")):
+        code, _, err = remote.submit(sweep, "--detach")
+        assert code == 0
+        assert f"{name} runs already, as the Ray job llem-{name}" in err
 
-    code, out, _ = remote.call("stop", "long")
-    assert code == 0
-    assert f"to stop {name} after its running trial" in out
+        code, out, _ = remote.call("stop", "long")
+        assert code == 0
+        assert f"to stop {name} after its running trial" in out
     code, out, err = remote.call("watch", "long")
     assert code == 0
     assert f"{name}: failed, Ray job llem-{name}, exit code 130" in err

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from lab_fixtures import alive, require_lab, until
 
+from llem_ray.core.units import NS_PER_S
 from llem_ray.testing.lab import HostSpec, Lab, default_gpus
 from llem_ray.testing.lab.runs import LabRun
 
@@ -91,12 +92,18 @@ def test_a_killed_engine_and_then_a_killed_sampler(lab: Lab, tmp_path: Path) -> 
     assert run.finish() == 0, run.said()
     died, *rest = check_done_once(run, 4)
     assert (died["failure_kind"], died["attempt"]) == ("engine_died", 1)
-    # It ran for a second or two, on two GPUs of 100 to 680 W.
-    assert 200 < died["waste_energy_j"] < 8000
+    wasted = [row for row in run.table("phases") if (row["phase"], row["trial_id"]) == ("waste", died["trial_id"])]
+    wasted_s = sum(row["duration_s"] for row in wasted)
+    assert wasted_s > 2 * 0.9, "it ran for a second at least"
+    # Each of the two GPUs draws 100 to 680 W.
+    assert 100 * wasted_s < died["waste_energy_j"] < 680 * wasted_s
     assert rest[0]["trial_id"] == died["trial_id"]
     assert not rest[0]["power_valid"]
     assert {"dropped_samples", "edge_gap"} & {*rest[0]["invalid_reasons"], *rest[0]["flags"]}
-    assert all(row["power_valid"] for row in rest[2:])
+    back_ns = min(row["t_ns"] for row in run.table("power") if row["epoch"] == 2) + NS_PER_S
+    later = [row for row in rest if row["begin_ns"] > back_ns]
+    assert later
+    assert all(row["power_valid"] for row in later)
     epochs = {(row["hostname"], row["epoch"]) for row in run.table("nodes")}
     assert (again, 2) in epochs
     assert Counter(epoch for _, epoch in epochs) == {1: 3, 2: 1}
@@ -146,8 +153,9 @@ def test_a_cut_link_that_heals_loses_nothing_and_one_that_does_not_loses_the_nod
     assert run.finish() == 0, run.said()
     whole, lost, again = check_done_once(run, 2)
     assert whole["power_valid"], run.said()
-    assert whole["coverage"] > 0.95
-    assert whole["max_gap_s"] < 0.5
+    # Without the samples of the 5 s that it was cut off for, half of its window of 9 s would be missing.
+    assert whole["coverage"] > 0.9
+    assert whole["max_gap_s"] < 2.0
     assert lost["failure_kind"] == "node_died"
     assert again["power_valid"]
     check_ledger(run)
@@ -193,7 +201,8 @@ def test_kill_9_of_the_run_driver_and_a_second_one_refused(lab: Lab, tmp_path: P
     run.wait_for("done", 1)
     second = LabRun(lab, tmp_path / "second", sweep(1, 6, 2))
     second.results = run.results
-    assert second.run(timeout_s=60) == 5
+    with run.suspended():
+        assert second.run() == 5
     assert f"works on {run.path}" in second.said()
     (host,) = run.wait_for("measuring", 2)["host"].split(",")
     run.kill()

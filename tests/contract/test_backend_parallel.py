@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from backend_contract import BackendContract, Engine
-from gang import TARGET, FollowingRank, GangBackend, free_port, place, tokens_of
+from gang import TARGET, FollowingRank, GangBackend, place, tokens_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
@@ -23,6 +23,7 @@ from llem_ray.backends.tokenizer import train_tokenizer
 from llem_ray.backends.transformers.backend import TransformersBackend
 from llem_ray.core.backend import BackendConfig, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import EngineDied, GenerationError, LoadError, NumericsError
+from llem_ray.core.ports import reserve_port
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 TINY = ModelSpec(config="llama-tiny", initializer_range=0.1)
@@ -146,7 +147,7 @@ def test_death_of_a_replica_in_a_batch_is_told_by_name(folder: Path, gangs: Any)
 
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"tp": 2, "dp": 2}], ids=str)
 def test_followers_end_when_rank_0_is_killed(folder: Path, sizes: dict[str, int]) -> None:
-    config, port = config_of(folder, **sizes), free_port()
+    config, port = config_of(folder, **sizes), reserve_port()
     world = config.engine.world_size
 
     def placed(rank: int) -> BackendConfig:
@@ -227,14 +228,14 @@ def test_missing_rank_is_named(folder: Path) -> None:
 
 def test_absent_rank_0_is_named(folder: Path) -> None:
     config = config_of(folder, tp=2, meet_timeout_s=0.5)
-    port = free_port()
+    port = reserve_port()
     backend = TransformersBackend(BackendConfig(**{name: getattr(config, name) for name in NAMES}, rendezvous=place(1, 2, port)))
     with pytest.raises(LoadError, match=rf"rank 0 \(host-1\) at 127\.0\.0\.1:{port} within 0\.5 s"):
         backend.load()
 
 
 def test_rank_of_another_gang_is_refused(folder: Path) -> None:
-    port, config = free_port(), config_of(folder, tp=2)
+    port, config = reserve_port(), config_of(folder, tp=2)
     other = config_of(folder, ModelSpec(config="llama-tiny"), tp=2)
     stranger = FollowingRank(BackendConfig(**{name: getattr(other, name) for name in NAMES}, rendezvous=place(1, 2, port)))
     backend = TransformersBackend(BackendConfig(**{name: getattr(config, name) for name in NAMES}, rendezvous=place(0, 2, port)))
@@ -247,7 +248,7 @@ def test_rank_of_another_gang_is_refused(folder: Path) -> None:
 
 def test_rank_that_cannot_load_is_named_to_rank_0(folder: Path) -> None:
     config = config_of(folder, tp=2)
-    port = free_port()
+    port = reserve_port()
     gang = GangBackend(config)
     broken = BackendConfig(
         **({name: getattr(config, name) for name in NAMES} | {"cache_dir": "/proc/nowhere"}), rendezvous=place(1, 2, port)

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.multiprocessing
 import transformers
-from gang import ADDRESS, free_port
+from gang import ADDRESS
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from llem_ray.backends.transformers.decoding import PaddedBatch
 from llem_ray.backends.transformers.pipeline import PIPELINE_MODELS
 from llem_ray.backends.transformers.process_group import ProcessGroup
+from llem_ray.core.ports import reserve_port
 
 SHAPE = {
     "vocab_size": 512,
@@ -82,7 +83,7 @@ def test_two_stages_compute_what_one_does(tmp_path: Path) -> None:
         config = AutoConfig.for_model(name, **(SHAPE | OWN.get(name, {})))
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / name)
     answers = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    context = torch.multiprocessing.spawn(compare, args=(str(tmp_path), names, free_port(), answers), nprocs=2, join=False)
+    context = torch.multiprocessing.spawn(compare, args=(str(tmp_path), names, reserve_port(), answers), nprocs=2, join=False)
     found = {}
     while len(found) < 2 * len(names):
         if answers.empty():

@@ -12,6 +12,8 @@ import pytest
 from failing_store import wait_until
 from pyarrow import fs
 
+from llem_ray.core.ports import reserve_port
+
 SERVER = Path(os.environ.get("LLEM_RAY_VENV_S3", Path(__file__).parents[2] / ".venv-s3")) / "bin" / "moto_server"
 
 
@@ -19,8 +21,7 @@ class S3Server:
     """Starts and stops; what it holds is gone with it."""
 
     def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = reserve_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     def uri(self, path: str, **options: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,15 +13,11 @@ from typing import Any
 
 from llem_ray.backends.process.proxy import ProcessBackend
 from llem_ray.core.backend import BackendConfig, LoadReport, LoadSchedule, Rank, Rendezvous, Request, RequestRecord, StepEvent
+from llem_ray.core.ports import reserve_port
 from llem_ray.core.spec import SamplingSpec
 
 TARGET = "llem_ray.backends.transformers.backend:TransformersBackend"
 ADDRESS = "127.0.0.1"
-
-
-def free_port() -> int:
-    with socket.create_server((ADDRESS, 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def place(rank: int, world_size: int, port: int, hosts: tuple[str, ...] | None = None) -> Rendezvous:
@@ -97,7 +92,7 @@ class GangBackend:
 
     def load(self) -> LoadReport:
         self.close()
-        port = free_port()
+        port = reserve_port()
         self.leader = self._factory(self._placed(0, port))
         self.followers = [FollowingRank(self._placed(rank, port), target=self._target) for rank in range(1, self._processes)]
         try:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llem_ray.core.ports import reserve_port
+
 TOKEN = "a-token-of-the-tests-that-is-long-enough"
 DEADLINE_S = 90
 
@@ -32,7 +34,7 @@ def ray_head(*, dashboard: bool) -> Iterator[Head]:
     """A head with one CPU that demands ``TOKEN``. Never `ray stop`: it would end every Ray of this machine."""
     folder = Path(tempfile.mkdtemp(prefix="llem-head-", dir="/tmp"))
     (folder / "token").write_text(TOKEN + "\n")
-    port, jobs_port, client_port, agent_port = free_ports(4)
+    port, jobs_port, client_port, agent_port = (reserve_port() for _ in range(4))
     address = _own_address()
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     command += [f"--node-ip-address={address}", f"--temp-dir={folder}", "--num-cpus=1", "--object-store-memory=80000000"]
@@ -63,14 +65,6 @@ def _wait_for(process: subprocess.Popen[bytes], log: Path) -> None:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.2)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as taken:
-        sockets = [taken.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _own_address() -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llem_ray.results.reader import read_table
@@ -60,6 +61,16 @@ class Submission:
         runs = list(self.results.iterdir()) if self.results.is_dir() else []
         path = runs[0] / "journal.jsonl" if runs else None
         return path.read_text() if path is not None and path.exists() else ""
+
+
+@contextlib.contextmanager
+def suspended(pid: int) -> Iterator[None]:
+    """The process runs but gets no further, however long this one takes meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def kill_hard(process: subprocess.Popen[str]) -> None:

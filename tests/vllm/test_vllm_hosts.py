@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from backend_contract import BackendContract, Engine, Loaded, OnlineContract
-from gang import FollowingRank, GangBackend, free_port, place
+from gang import FollowingRank, GangBackend, place
 from vllm_models import SMALL, children, config_of, requests_of
 
 from llem_ray.backends.process.proxy import ProcessBackend
@@ -24,6 +24,7 @@ from llem_ray.backends.vllm.gang import Gang
 from llem_ray.backends.vllm.leftovers import shared_segments
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import EngineDied, GenerationError, LoadError
+from llem_ray.core.ports import reserve_port
 from llem_ray.core.spec import ModelSpec, SamplingSpec
 
 TARGET = "llem_ray.backends.vllm.backend:VllmBackend"
@@ -105,7 +106,7 @@ def test_a_host_that_dies_while_it_generates_ends_the_others(tmp_path: Path) -> 
 
 
 def test_a_host_whose_leader_dies_ends_its_workers(tmp_path: Path) -> None:
-    before, port = children(), free_port()
+    before, port = children(), reserve_port()
     leading, following = (
         replace(config_of(tmp_path, TINY, tensor_parallel=2), rendezvous=place(rank, 2, port)) for rank in (0, 1)
     )
@@ -129,7 +130,7 @@ def test_a_host_whose_leader_dies_ends_its_workers(tmp_path: Path) -> None:
 
 def test_a_host_that_never_comes_is_named(tmp_path: Path) -> None:
     config = config_of(tmp_path, TINY, {**SMALL, "meet_timeout_s": 0.5}, tensor_parallel=2)
-    backend = VllmBackend(replace(config, rendezvous=place(0, 2, free_port(), ("host-1", "host-2"))))
+    backend = VllmBackend(replace(config, rendezvous=place(0, 2, reserve_port(), ("host-1", "host-2"))))
     backend.check()
     with pytest.raises(LoadError, match=r"1 of 2 processes met at .* within 0\.5 s; missing: rank 1 \(host-2\)"):
         backend.load()
@@ -142,7 +143,7 @@ def test_a_host_that_cannot_load_says_why_to_the_others(tmp_path: Path, monkeypa
     def fail(*_: object) -> None:
         raise LoadError("no tokenizer")
 
-    before, port = children(), free_port()
+    before, port = children(), reserve_port()
     config = config_of(tmp_path, TINY, tensor_parallel=2)
     follower = FollowingRank(replace(config, rendezvous=place(1, 2, port)), target=TARGET)
     backend = VllmBackend(replace(config, rendezvous=place(0, 2, port)))
@@ -162,7 +163,7 @@ def test_a_host_that_cannot_load_says_why_to_the_others(tmp_path: Path, monkeypa
 
 def test_a_host_that_goes_while_this_one_loads_is_named(tmp_path: Path) -> None:
     """vLLM itself would wait for its workers for ten minutes."""
-    before, port = children(), free_port()
+    before, port = children(), reserve_port()
     config = config_of(tmp_path, TINY, tensor_parallel=2)
     leading, other = (replace(config, rendezvous=place(rank, 2, port, ("host-1", "host-2"))) for rank in (0, 1))
 

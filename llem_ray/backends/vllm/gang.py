@@ -26,6 +26,7 @@ from llem_ray.backends.process.wire import error_body, pack, restored
 from llem_ray.backends.vllm.arguments import meet_timeout_s
 from llem_ray.core.backend import BackendConfig, Rank, Rendezvous
 from llem_ray.core.errors import BackendError, EngineDied, HangError, LlemRayError, LoadError
+from llem_ray.core.ports import reserve_port
 
 LOAD_S: Final = 6 * 3600.0
 """Longest wait for another host that loads; the caller's own deadline is shorter."""
@@ -219,7 +220,7 @@ class Gang:
         self._links = {link.rank: link for link in ((circle.leader,) if circle.leader is not None else circle.members)}
         try:
             if self.leads:
-                self.port = _free_port(self.place.node_addr)
+                self.port = reserve_port(socket.AF_INET6 if ":" in self.place.node_addr else socket.AF_INET)
                 for link in self._links.values():
                     link.send(0, "join", self.port, SEND_S)
             else:
@@ -294,10 +295,3 @@ def ranks_of(workers: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> tupl
 def _key(config: BackendConfig, version: str) -> str:
     facts = repr((pack(config.model), replace(config.engine, python=None), config.online, version))
     return hashlib.sha256(facts.encode()).hexdigest()
-
-
-def _free_port(address: str) -> int:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any, Final
 
 from llem_ray.core.backend import Rendezvous
 from llem_ray.core.plan import LoadGroup
+from llem_ray.core.ports import reserve_port
 from llem_ray.execution.calls import Leased
 from llem_ray.execution.engine_host import EngineHost, check_group
 from llem_ray.execution.ray.runtime import import_ray
@@ -49,10 +49,8 @@ class EngineActor(EngineHost):
         )
 
     def reserve_port(self) -> int:
-        """A TCP port that is free here now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return int(probe.getsockname()[1])
+        """A TCP port that is free here, and stays so for a minute."""
+        return reserve_port()
 
     def meet(self, rendezvous: Rendezvous) -> Any:
         """Load, together with the other processes of the gang."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,6 +65,17 @@ class LabRun:
         """Start and finish."""
         self.start(*arguments, env=env)
         return self.finish(timeout_s)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within it the command gets no further, however long that takes."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+            os.kill(self._process.pid, signal.SIGCONT)  # nsenter stops with its command
 
     def kill(self) -> None:
         """SIGKILL the command alone."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gang import free_port, place
+from gang import place
 
 from llem_ray.core.backend import BackendConfig, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, GenerationError, LlemRayError, LoadError, NumericsError
 from llem_ray.core.plugins import load_plugin
+from llem_ray.core.ports import reserve_port
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 from llem_ray.testing.backend import FakeBackend
 from llem_ray.testing.clock import VirtualClock
@@ -114,7 +115,7 @@ def test_bad_arguments_are_refused(tmp_path: Path, args: dict[str, Any], field: 
 
 
 def gang_of(size: int) -> list[FakeBackend]:
-    port = free_port()
+    port = reserve_port()
     places = [place(rank, size, port) for rank in range(size)]
     engine = EngineSpec(backend="fake", tensor_parallel=size)
     made = [

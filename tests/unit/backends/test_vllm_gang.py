@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
-from gang import free_port, place
+from gang import place
 
 from llem_ray.backends.model_source import ModelSource
 from llem_ray.backends.process.wire import unpack_each
@@ -23,6 +23,7 @@ from llem_ray.backends.vllm.gang import Gang
 from llem_ray.backends.vllm.settings import EnvironmentDefaults
 from llem_ray.core.backend import BackendConfig, Rank
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, EngineDied, GenerationError, HangError, LoadError
+from llem_ray.core.ports import reserve_port
 from llem_ray.core.spec import EngineSpec, ModelSpec
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ def start(work: Callable[[], T]) -> Future[T]:
 
 @pytest.fixture
 def gangs() -> Iterator[list[Gang]]:
-    port = free_port()
+    port = reserve_port()
     meeting = [start(lambda rank=rank: Gang.meet(config_of(rank, port), "0.32")) for rank in range(len(HOSTS))]
     met = [future.result(30) for future in meeting]
     yield met
@@ -79,7 +80,7 @@ def test_all_learn_of_the_same_port_and_of_their_own_workers(gangs: list[Gang]) 
 
 
 def test_a_meeting_that_is_not_complete_names_who_is_missing() -> None:
-    port, args = free_port(), {"meet_timeout_s": 0.6}
+    port, args = reserve_port(), {"meet_timeout_s": 0.6}
     leader = start(lambda: Gang.meet(config_of(0, port, engine_args=args), "0.32"))
     other = start(lambda: Gang.meet(config_of(1, port, engine_args=args), "0.32"))
     with pytest.raises(LoadError, match=r"2 of 3 processes met at 127\.0\.0\.1:\d+ within 0\.6 s; missing: rank 2 \(c\)"):
@@ -89,13 +90,13 @@ def test_a_meeting_that_is_not_complete_names_who_is_missing() -> None:
 
 
 def test_nobody_there_is_a_load_error_that_names_where() -> None:
-    port = free_port()
+    port = reserve_port()
     with pytest.raises(LoadError, match=rf"rank 1 did not reach rank 0 \(a\) at 127\.0\.0\.1:{port} within 0\.3 s"):
         Gang.meet(config_of(1, port, engine_args={"meet_timeout_s": 0.3}), "0.32")
 
 
 def test_another_version_or_model_is_refused() -> None:
-    port, pair = free_port(), ("a", "b")
+    port, pair = reserve_port(), ("a", "b")
     leader = start(lambda: Gang.meet(config_of(0, port, pair), "0.32.0"))
     other = start(lambda: Gang.meet(config_of(1, port, pair), "0.32.1"))
     with pytest.raises(LoadError, match="rank 1 was given another model, engine or gang"):
@@ -160,7 +161,7 @@ def test_a_worker_s_end_is_told_and_what_was_started_is_killed(gangs: list[Gang]
 
 
 def test_what_was_there_before_the_meeting_is_left_alone() -> None:
-    port, pair = free_port(), ("a", "b")
+    port, pair = reserve_port(), ("a", "b")
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as before:
         met = [start(lambda rank=rank: Gang.meet(config_of(rank, port, pair), "0.32")) for rank in range(2)]
         met[1].result(30).close()
