@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from collections import deque
 
 import pytest
 
@@ -88,12 +89,16 @@ class TestClosedLoop:
         generator = LoadGenerator(some(50), LoadSchedule(max_in_flight=3), submit)
         generator.start()
         before_ns = generator.begin_ns
-        for _ in range(50):
-            name = arrived.get(timeout=WAIT_S).request_id
+        # As many as may be are in flight before each answer.
+        served = deque(arrived.get(timeout=WAIT_S).request_id for _ in range(3))
+        for number in range(50):
+            name = served.popleft()
             with lock:
                 in_flight.remove(name)
             sent = generator.done(name)
             assert before_ns <= sent.scheduled_ns <= sent.sent_ns
+            if number < 47:
+                served.append(arrived.get(timeout=WAIT_S).request_id)
         assert most == 3
         generator.stop()
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from failing_store import wait_until
 from submission import RECORDING
 
 from llem_ray.execution.sampler_host import SamplerHost
@@ -31,12 +32,9 @@ def test_a_sampler_whose_lease_ran_out_polls_again_once_it_is_asked(host: Sample
     """The run driver was suspended (Ctrl-Z), or its disk was slow: the rest of the sweep must not go unmeasured."""
     host.describe()
     _, last = rows(host, 0)
-    time.sleep(4 * LEASE_S)
+    wait_until(lambda: any("lease" in note for note in host.describe().notes))
     _, last = rows(host, last)
-    assert any("lease" in note for note in host.describe().notes)
-    time.sleep(LEASE_S / 2)
-    fresh, _ = rows(host, last)
-    assert fresh > 0
+    wait_until(lambda: rows(host, last)[0] > 0)
     host.close()
 
 
