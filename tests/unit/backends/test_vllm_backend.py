@@ -164,6 +164,7 @@ def test_only_mapped_segments_of_vllm_are_ours() -> None:
 def test_workers_that_do_not_end_are_killed() -> None:
     slow = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     quick = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, quick.pid, os.WEXITED | os.WNOWAIT)  # it has ended and is not reaped
     processes = [psutil.Process(slow.pid), psutil.Process(quick.pid)]
     end_processes(processes, 0.2)
     assert not any(map(is_alive, processes))

@@ -110,17 +110,17 @@ def test_an_interpreter_checks_an_engine_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "says"),
+    ("script", "timeout_s", "says"),
     [
-        ("echo no engine here >&2; exit 3", "it ended with code 3 and no report: no engine here"),
-        ("echo '{}' > report.json", "it ended with code 0 and no report"),
-        ("sleep 60 & wait", "no answer within 0.5 s"),
-        (None, "no such interpreter"),
+        ("echo no engine here >&2; exit 3", 60.0, "it ended with code 3 and no report: no engine here"),
+        ("echo '{}' > report.json", 60.0, "it ended with code 0 and no report"),
+        ("sleep 60 & wait", 0.5, "no answer within 0.5 s"),
+        (None, 60.0, "no such interpreter"),
     ],
 )
-def test_an_interpreter_that_does_not_work_is_told(tmp_path: Path, script: str | None, says: str) -> None:
+def test_an_interpreter_that_does_not_work_is_told(tmp_path: Path, script: str | None, timeout_s: float, says: str) -> None:
     path = command(tmp_path, script) if script else "absent/python"
-    found = probe_engine("fake", path, str(tmp_path), timeout_s=0.5)
+    found = probe_engine("fake", path, str(tmp_path), timeout_s=timeout_s)
     assert not found.importable
     assert (found.problem or "").startswith(says)
 
