@@ -185,8 +185,10 @@ def test_a_command_shorter_than_a_tick_has_an_energy_with_its_uncertainty(ten_mi
         device, truth_j = ten_milliseconds.device(uuid), ten_milliseconds.truth_j(uuid)
         assert device["bound_j"][0] <= truth_j <= device["bound_j"][1]
         assert abs(device["energy_j"] - truth_j) <= 4 * device["u_j"]
-        assert "short_window" in {flag["code"] for flag in device["flags"]}
-        assert device["u_j"] <= 0.5 * device["energy_j"], "still told from none, and from that of a whole tick"
+        flags = {flag["code"] for flag in device["flags"]}
+        assert "short_window" in flags
+        if "edge_gap" not in flags:
+            assert device["u_j"] <= 0.5 * device["energy_j"], "still told from none, and from that of a whole tick"
 
 
 def test_the_total_is_the_sum_of_what_it_covers(ten_milliseconds: Measured) -> None:
