@@ -62,7 +62,7 @@ def measuring(run: LabRun, count: int) -> list[str]:
 
 def measuring_elsewhere(run: LabRun, lost: str) -> str:
     """The host of a gang of one on which the run goes on; trials may have ended on the lost one meanwhile."""
-    run.wait_until(lambda: any(event["host"] != lost for event in run.events("measuring")), f"a trial on another host than {lost}")
+    run.wait_until(lambda: any(event["host"] != lost for event in run.events("measuring")), f"a trial elsewhere than on {lost}")
     return next(str(event["host"]) for event in run.events("measuring") if event["host"] != lost)
 
 
