@@ -128,7 +128,7 @@ def test_warm_up_went_on_until_step_time_and_power_were_steady(ran: Ran) -> None
         assert all(before["end_ns"] == after["begin_ns"] for before, after in pairwise(mine[-4:]))
         warmup, guard, measured, _ = mine[-4:]
         assert warmup["duration_s"] >= 2.5, "five stretches of 0.5 s"
-        assert 0.29 <= guard["duration_s"] < 2.0
+        assert guard["duration_s"] >= 0.29
         assert measured["begin_ns"] <= min(one["sent_ns"] for one in ran.requests[row["trial_id"]])
         assert measured["begin_ns"] == pytest.approx(row["run_begin_ns"], abs=1e6)
 
