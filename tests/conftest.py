@@ -1,12 +1,18 @@
+from typing import Any
+
 import pytest
 
 pytest.register_assert_rewrite("backend_contract")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist the tests of a file run in one process, and so do those of all labs: some look for what a lab leaves."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            name = item.path.name
-            item.add_marker(pytest.mark.xdist_group("labs" if name.startswith("test_lab") else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under pytest-xdist the tests of a file run in one process, and those of all labs: some look for what a lab leaves."""
+    from xdist.scheduler import LoadFileScheduling  # noqa: PLC0415 - not installed in every environment
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "labs" if "/test_lab" in file else file
+
+    return ByFile(config, log)
