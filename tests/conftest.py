@@ -1,12 +1,8 @@
-from typing import Any
-
 import pytest
-
-pytest.register_assert_rewrite("backend_contract")
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Under pytest-xdist the tests of a file run in one process, and those of all labs: some look for what a lab leaves."""
     from xdist.scheduler import LoadFileScheduling  # noqa: PLC0415 - not installed in every environment
 
@@ -16,3 +12,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "labs" if "/test_lab" in file else file
 
     return ByFile(config, log)
+
+
+pytest.register_assert_rewrite("backend_contract")
