@@ -18,7 +18,7 @@ from llem_ray.results.reader import read_table
 from llem_ray.testing.nvml import Gpu, Scenario, Waveform, build, environment
 from llem_ray.testing.nvml.library import default_cache
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 EVERY_NS = 700_000_000
 """Batches begin at multiples of this. From then on the first GPU draws 500 W for as long as a prefill takes, then 300 W."""

@@ -18,7 +18,7 @@ from llem_ray.results.reader import read_table
 from llem_ray.testing.lab import HostSpec, Lab, default_gpus
 from llem_ray.testing.lab.truth import JudgedTrial, judge_trials
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 require_lab()
 

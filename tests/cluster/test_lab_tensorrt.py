@@ -18,7 +18,7 @@ from llem_ray.testing.lab.truth import judge_trials
 
 require_lab()
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 CLOCKS_S = {"h1": 5, "h2": 7_200}
 GPUS = {name: [gpu.uuid for gpu in default_gpus(name, 2)] for name in CLOCKS_S}

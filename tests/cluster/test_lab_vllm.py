@@ -35,6 +35,7 @@ require_lab()
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.timeout(2 * LOAD_S),
     pytest.mark.skipif(
         not Path(vllm_python()).exists(), reason="there is no interpreter with vLLM: scripts/setup-vllm makes one"

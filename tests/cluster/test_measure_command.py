@@ -17,7 +17,7 @@ import pytest
 
 from llem_ray.testing.nvml import Fault, Gpu, Scenario, Sensor, Waveform, build, default_cache, environment
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 PREFILL_DECODE = Waveform.of([(0.0, 680, "step"), (0.08, 400, "step"), (0.55, 640, "step"), (0.64, 390, "step")], repeat_s=1.07)
 SLOW = Waveform.of([(0.0, 150, "linear"), (7.0, 620, "linear"), (13.0, 150, "step")], repeat_s=13.1)

@@ -10,7 +10,7 @@ from submission import Submission
 
 from llem_ray.results.reader import read_table
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
 
 SWEEP = """
 schema_version: 1

@@ -25,7 +25,7 @@ from llem_ray.results.reader import read_table
 from llem_ray.testing.nvml import Gpu, Scenario, Waveform, build, environment
 from llem_ray.testing.nvml.library import default_cache
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(600)]
 
 GPU = Gpu(uuid="GPU-aaaaaaaa-0000-0000-0000-000000000001", waveform=Waveform(((0.0, 350.0, "step"), (0.13, 480.0, "step")), 0.31))
 AT_ONCE, REQUESTS = 4, 120
