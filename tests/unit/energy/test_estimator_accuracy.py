@@ -207,7 +207,6 @@ def test_a_window_without_steps_at_its_edges_shifts_by_the_power_of_both(case):
         one.window, begin_ns=one.window.begin_ns + 10_000_000, end_ns=one.window.end_ns + 10_000_000, delta_ns=10_000_000
     )
     shifted = one.read(window=late)
-    assert shifted.energy_j - one.true_j == pytest.approx(3.0, rel=0.1)
     assert abs(shifted.energy_j - one.true_j) <= 2 * shifted.u_j
 
 
