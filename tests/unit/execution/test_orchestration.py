@@ -253,6 +253,17 @@ def test_a_node_that_dies_in_a_trial_costs_that_attempt_only(session: Session) -
     assert again["node"] != failed["node"]
 
 
+def test_when_everything_that_was_started_is_gone_the_run_ends_at_once_and_can_be_resumed(tmp_path: Path) -> None:
+    session = Session(tmp_path, host("north"))
+    session.when_trial(2, lambda _: setattr(session.cluster, "gone", True))
+    with pytest.raises(PlacementError, match="has ended"):
+        session.run(ONE_GROUP)
+    assert [row["status"] for row in session.rows()] == ["completed"]
+    session.cluster.gone = False
+    assert session.run(ONE_GROUP).completed == 1
+    assert_each_done_once(session, 2)
+
+
 @pytest.mark.usefixtures("hasty")
 def test_with_no_node_left_the_run_stops_and_can_be_resumed(tmp_path: Path) -> None:
     session = Session(tmp_path, host("north"))
