@@ -36,6 +36,8 @@ class Window:
     end_ns: int
     delta_ns: int = 0
     """Half-width of the clock offset's uncertainty; 0 on the node that marked the window."""
+    common_delta_ns: int = 0
+    """The part of ``delta_ns`` that all nodes but the marking one share: half-width of that one's own offset."""
 
     @property
     def duration_s(self) -> float:
@@ -71,15 +73,18 @@ class EnergyReading:
     """The same window's energy by the independent 1 s average power, scaled to the window; None with a note."""
     cross_check_ratio: float | None
     sensor_rel: float | None
-    edge_step_w: tuple[float, float] | None
-    """Step of power |dP| at both edges, W: what a common clock or lag error multiplies."""
+    shift_w: float | None
+    """By how much the energy errs with a shift of the window, W: what an error of the clock or the lag multiplies."""
     delta_s: float
+    """Half-width of the window's clock offset, s."""
     lag_s: float
     coverage: float
     """Samples that arrived over samples expected inside the window, at most 1."""
     mean_power_w: float | None
     flags: tuple[Flag, ...] = ()
     reason: str | None = None
+    common_delta_s: float = 0.0
+    """The part of ``delta_s`` that is that of the marking node's clock: one error for all other nodes."""
 
     @property
     def valid(self) -> bool:

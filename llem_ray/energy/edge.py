@@ -50,13 +50,27 @@ class Edge:
     t_ns: int
     c_j: float
     u_j: float
-    step_w: float
-    """Power after less power before, absolute: what a shift of the clock multiplies."""
+    powers_w: tuple[float, float]
+    """Power before and after it, W; the same where only one side is known."""
     lower_j: float
     """Hard bound on the counter, by the power limit."""
     upper_j: float
     gap: bool
     """Ticks are missing here."""
+
+
+def shift_power_w(begin_w: tuple[float, float], end_w: tuple[float, float]) -> float:
+    """By how much the energy of a window errs with a shift of the window against the load, W.
+
+    |dP_begin| + |dP_end| where the load steps at the edges. Where it does not, a shift still takes away power at one edge and
+    adds that of the other.
+
+    Args:
+        begin_w: Power before and after the begin.
+        end_w: Power before and after the end.
+    """
+    steps_w = abs(begin_w[1] - begin_w[0]) + abs(end_w[1] - end_w[0])
+    return max(steps_w, max(begin_w) - min(end_w), max(end_w) - min(begin_w))
 
 
 def counter_at(
@@ -97,13 +111,13 @@ def counter_at(
     if outside_s > GAP_PERIODS * interval_s or len(c_j) < 2:
         return None
     limit_w = np.inf if power_max_w is None else power_max_w
-    value_j, u_j, step_w, gap = _combine(line, c_j, k, x0_s, interval_s, limit_w, lag_s + delta_s)
+    value_j, u_j, powers_w, gap = _combine(line, c_j, k, x0_s, interval_s, limit_w, lag_s + delta_s)
     lower_j, upper_j = counter_bound(
         ticks, x0_s, power_max_w=power_max_w, quantum_j=quantum_j, lag_s=lag_s, delta_s=delta_s, around=line.first + k
     )
     if lower_j <= upper_j:
         value_j = min(max(value_j, lower_j), upper_j)
-    return Edge(t_ns, value_j, u_j, step_w, lower_j, upper_j, gap)
+    return Edge(t_ns, value_j, u_j, powers_w, lower_j, upper_j, gap)
 
 
 def counter_near(trace: Trace, t_ns: int) -> Edge | None:
@@ -125,7 +139,8 @@ def counter_near(trace: Trace, t_ns: int) -> Edge | None:
     seen_s = ((polls_ns[pair] - t_ns) + (polls_ns[pair - 1] - t_ns)) / 2 / NS_PER_S
     before_j, after_j = (energy_mj[pair] / MJ_PER_J).tolist()
     c_j = float(np.interp(0.0, seen_s, (before_j, after_j)))
-    return Edge(t_ns, c_j, (after_j - before_j) / 12**0.5, 0.0, -np.inf, np.inf, gap=False)
+    power_w = (after_j - before_j) / (seen_s[1] - seen_s[0])
+    return Edge(t_ns, c_j, (after_j - before_j) / 12**0.5, (power_w, power_w), -np.inf, np.inf, gap=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +155,8 @@ class _Side:
 
 def _combine(
     line: TickLine, c_j: Float64, k: int, x0_s: float, interval_s: float, limit_w: float, shift_s: float
-) -> tuple[float, float, float, bool]:
-    """Counter, u, step of power and gap mark at ``x0_s``, which lies between ticks k and k + 1 (one of them may not exist).
+) -> tuple[float, float, tuple[float, float], bool]:
+    """Counter, u, power before and after, and gap mark at ``x0_s``, between ticks k and k + 1 (one of them may not exist).
 
     ``shift_s`` is by how much the counter's lag and the clock's offset may move the edge.
     """
@@ -157,8 +172,10 @@ def _combine(
     if left is None or right is None:
         side = left or right
         assert side is not None  # there are two ticks or more
-        value_j, u_j, step_w = side.value_j, float(np.hypot(side.variance_j2**0.5, side.power_w * line.sd_s)), 0.0
+        value_j, u_j = side.value_j, float(np.hypot(side.variance_j2**0.5, side.power_w * line.sd_s))
+        powers_w = side.power_w, side.power_w
     else:
+        powers_w = left.power_w, right.power_w
         step_w = abs(right.power_w - left.power_w)
         value_j, u_j = _weigh(left, right, line.sd_s)
         expected_j = float(np.hypot(line.sd_s * step_w, CONFLICT_REL * (c[k + 1] - c[k])))
@@ -177,7 +194,7 @@ def _combine(
         between_s = x_s * y_s / interval_s if np.isfinite(hole_s) else 0.0
         reach_s = max(min(x_s, y_s), min(between_s, max(x_s, y_s)), wide_s)
         u_j = max(u_j, float(np.ptp(rate_w)) * reach_s / float(np.sqrt(3.0)))
-    return value_j, u_j, step_w, bool(gap)
+    return value_j, u_j, powers_w, bool(gap)
 
 
 def _left_side(rate_w: Float64, c_j: Float64, k: int, x_s: float, rate_rel: float) -> _Side | None:

@@ -14,7 +14,7 @@ from llem_ray.core.spec import GateSpec
 from llem_ray.core.units import MJ_PER_J, MW_PER_W, NS_PER_S
 from llem_ray.energy import validity
 from llem_ray.energy.cross_check import average_energy_j
-from llem_ray.energy.edge import Edge, counter_at
+from llem_ray.energy.edge import Edge, counter_at, shift_power_w
 from llem_ray.energy.power_curve import (
     AVERAGE_WINDOW_S,
     INSTANT_WINDOW_S,
@@ -116,14 +116,23 @@ class CounterSpan:
     bound_j: tuple[float, float] | None
 
 
-def span_energy(begin: Edge, end: Edge, *, quantum_j: float, lag_s: float, delta_s: float) -> CounterSpan:
-    """E = C(b) - C(a), its u and its hard bound; never negative."""
+def shift_variance_s2(window: Window, lag_s: float) -> float:
+    """Three times the variance of a shift of the window against the counter, s^2.
+
+    The lag, the node's clock and the clock of the node that marked the window err independently, evenly within their half-widths.
+    """
+    common_s = window.common_delta_ns / NS_PER_S
+    return lag_s**2 + common_s**2 + (window.delta_ns / NS_PER_S - common_s) ** 2
+
+
+def span_energy(begin: Edge, end: Edge, *, quantum_j: float, shift_s2: float) -> CounterSpan:
+    """E = C(b) - C(a), its u and its hard bound; never negative. ``shift_s2`` is that of ``shift_variance_s2``."""
     lower_j, upper_j = max(0.0, end.lower_j - begin.upper_j), end.upper_j - begin.lower_j
     bounded = np.isfinite(lower_j) and np.isfinite(upper_j) and lower_j <= upper_j
     energy_j = max(0.0, end.c_j - begin.c_j)
     if bounded:
         energy_j = min(max(energy_j, lower_j), upper_j)
-    shift_j2 = (begin.step_w + end.step_w) ** 2 * (lag_s**2 + delta_s**2) / 3
+    shift_j2 = shift_power_w(begin.powers_w, end.powers_w) ** 2 * shift_s2 / 3
     u_j = float(np.sqrt(begin.u_j**2 + end.u_j**2 + quantum_j**2 / 6 + shift_j2))
     return CounterSpan(energy_j, u_j, (lower_j, upper_j) if bounded else None)
 
@@ -172,7 +181,7 @@ def _read_counter(
     if begin is None or end is None:
         where = "begin" if begin is None else "end"
         return _unavailable(device, calibration, window, f"no counter ticks near the {where} of the window")
-    span = span_energy(begin, end, quantum_j=quantum_j, lag_s=lag_s, delta_s=delta_s)
+    span = span_energy(begin, end, quantum_j=quantum_j, shift_s2=shift_variance_s2(window, lag_s))
     seen = coverage(trace, trace.energy_mj, window, sample_period_s)
     mean_w = span.energy_j / window.duration_s
     # An estimate may exceed the limit within its error; the hard bound does not.
@@ -202,8 +211,9 @@ def _read_counter(
         cross_check_j=None if ratio is None else ratio * span.energy_j,
         cross_check_ratio=ratio,
         sensor_rel=device.sensor_rel,
-        edge_step_w=(begin.step_w, end.step_w),
+        shift_w=shift_power_w(begin.powers_w, end.powers_w),
         delta_s=delta_s,
+        common_delta_s=window.common_delta_ns / NS_PER_S,
         lag_s=lag_s,
         coverage=seen,
         mean_power_w=mean_w,
@@ -279,11 +289,11 @@ def _read_power(
         *validity.check_coverage(seen, gates),
         flag("no_cross_check", reason),
     )
-    steps_w = curve.steps_w(window.begin_ns, window.end_ns)
-    shift_j = sum(steps_w) * float(np.hypot(window.delta_ns / NS_PER_S, calibration.lag_s)) / float(np.sqrt(3.0))
+    shift_w = curve.shift_w(window.begin_ns, window.end_ns)
+    shift_j = shift_w * float(np.sqrt(shift_variance_s2(window, calibration.lag_s) / 3))
     u_j = float(np.hypot(curve.u_j(window.begin_ns, window.end_ns), shift_j))
     reading = _curve_reading(device, calibration, window, "measured_power_integral", energy_j, u_j, seen, flags)
-    return replace(reading, edge_step_w=steps_w)
+    return replace(reading, shift_w=shift_w)
 
 
 def _read_estimate(
@@ -332,8 +342,9 @@ def _curve_reading(
         cross_check_j=None,
         cross_check_ratio=None,
         sensor_rel=device.sensor_rel,
-        edge_step_w=None,
+        shift_w=None,
         delta_s=window.delta_ns / NS_PER_S,
+        common_delta_s=window.common_delta_ns / NS_PER_S,
         lag_s=calibration.lag_s,
         coverage=seen,
         mean_power_w=None if energy_j is None else energy_j / window.duration_s,

@@ -13,8 +13,8 @@ from llem_ray.core.energy import Phase, PhaseEnergy, PhaseSpan, Window
 from llem_ray.core.errors import TilingError
 from llem_ray.core.power import Calibration, Device, Float64, Method, Trace
 from llem_ray.core.units import NS_PER_S
-from llem_ray.energy.edge import Edge, counter_at, counter_near
-from llem_ray.energy.estimator import counter_quantum_j, edge_margin_s, power_curve, power_max_w, span_energy
+from llem_ray.energy.edge import Edge, counter_at, counter_near, shift_power_w
+from llem_ray.energy.estimator import counter_quantum_j, edge_margin_s, power_curve, power_max_w, shift_variance_s2, span_energy
 from llem_ray.energy.power_curve import PowerCurve, reading_period_s
 from llem_ray.energy.readings import clean, coverage, find_freeze, monotone_piece
 from llem_ray.energy.ticks import find_ticks
@@ -89,7 +89,7 @@ class _Sum:
     def _open_j2(self) -> float:
         if self.first is None or self.tail is None:
             return 0.0
-        shift_j2 = (self.first.step_w + self.tail.step_w) ** 2 * self.shift_s2 / 3
+        shift_j2 = shift_power_w(self.first.powers_w, self.tail.powers_w) ** 2 * self.shift_s2 / 3
         return self.first.u_j**2 + self.tail.u_j**2 + self.quantum_j**2 / 6 + shift_j2
 
     def _close(self) -> None:
@@ -258,9 +258,8 @@ class DeviceLedger:
         window = Window(node="", begin_ns=span.begin_ns, end_ns=span.end_ns, delta_ns=self.delta_ns)
         reason = self._counter_fault(trace, window, begin, end)
         if reason is None and begin is not None and end is not None:
-            shift_s = (self.calibration.lag_s, self.delta_ns / NS_PER_S)
-            quantum_j = counter_quantum_j(self.device)
-            energy = span_energy(begin, end, quantum_j=quantum_j, lag_s=shift_s[0], delta_s=shift_s[1])
+            shift_s2 = shift_variance_s2(window, self.calibration.lag_s)
+            energy = span_energy(begin, end, quantum_j=counter_quantum_j(self.device), shift_s2=shift_s2)
             seen = coverage(trace, trace.energy_mj, window, self.sample_period_s)
             notes = {"coverage": f"{seen:.3f}"} if seen < LOW_COVERAGE else {}
             return self._part(span, end.c_j - begin.c_j, energy.u_j, "measured_counter", notes=notes)

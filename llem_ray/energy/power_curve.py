@@ -9,6 +9,7 @@ import numpy as np
 
 from llem_ray.core.power import Float64, Int64
 from llem_ray.core.units import MW_PER_W, NS_PER_S
+from llem_ray.energy.edge import shift_power_w
 
 INSTANT_WINDOW_S: Final = 0.025
 """What A100 and H100 average over for one instant power reading (arXiv 2312.02741)."""
@@ -48,19 +49,20 @@ class PowerCurve:
         steps_w = np.diff(self.power_w[inside])
         sd_w = float(np.sqrt(np.mean(steps_w**2) / 2)) if len(steps_w) else 0.0
         edge_s = float(np.hypot(self.period_s / np.sqrt(12.0), self.window_s / 8))
-        edges_j2 = sum((step_w * edge_s) ** 2 for step_w in self.steps_w(begin_ns, end_ns))
+        edges_j2 = sum(((after_w - before_w) * edge_s) ** 2 for before_w, after_w in map(self._around_w, (begin_s, end_s)))
         return float(np.sqrt(sd_w**2 * (end_s - begin_s) * self.period_s + edges_j2))
 
-    def steps_w(self, begin_ns: int, end_ns: int) -> tuple[float, float]:
-        """Absolute step of power across begin and across end, W."""
+    def shift_w(self, begin_ns: int, end_ns: int) -> float:
+        """What a shift of the window multiplies, W."""
         begin_s, end_s = (begin_ns - self.origin_ns) / NS_PER_S, (end_ns - self.origin_ns) / NS_PER_S
-        return abs(self._step_w(begin_s)), abs(self._step_w(end_s))
+        return shift_power_w(self._around_w(begin_s), self._around_w(end_s))
 
-    def _step_w(self, at_s: float) -> float:
+    def _around_w(self, at_s: float) -> tuple[float, float]:
+        """Power before and after a time, W."""
         reach_s = 1.5 * self.period_s + self.window_s
         around = np.searchsorted(self.edge_s, [at_s - reach_s, at_s + reach_s]) - 1
         before_w, after_w = self.power_w[np.clip(around, 0, len(self.power_w) - 1)]
-        return float(after_w - before_w)
+        return float(before_w), float(after_w)
 
 
 def staircase(

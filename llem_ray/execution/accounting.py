@@ -157,7 +157,7 @@ class Accounts:
 
     def _moved(self, window: Window, host: str) -> Window | None:
         """The window on another host's clock, with what is known of both offsets; None when one is not known."""
-        return moved_window(window, host, self._meter)
+        return moved_window(window, host, self._meter.clocks)
 
     def _window_on(self, host: str, begin_ns: int, end_ns: int) -> Window | None:
         """A stretch of the run driver's time on a host's clock."""
@@ -327,7 +327,7 @@ def _unread(item: HostDevice, window: Window, reason: str) -> EnergyReading:
         cross_check_j=None,
         cross_check_ratio=None,
         sensor_rel=item.device.sensor_rel,
-        edge_step_w=None,
+        shift_w=None,
         delta_s=window.delta_ns / 1e9,
         lag_s=0.0,
         coverage=0.0,

@@ -385,7 +385,7 @@ class Bookkeeper:
         hosts = None if event.gang is None else event.gang.hosts
         if isinstance(event, AttemptEnded) and event.gang is None:
             return True
-        if self._meter.is_sampled_until(event.needs_ns, hosts):
+        if self._meter.given_up or self._meter.is_sampled_until(event.needs_ns, hosts):
             return True
         now_ns = self._clock.monotonic_ns()
         if any(self._meter.is_silent(host) for host in hosts or ()):

@@ -246,6 +246,10 @@ class Executor(Protocol):
         """Those of the calls that are answered; returns when all are, or after ``timeout_s``."""
         ...
 
+    def is_gone(self) -> bool:
+        """What it started is gone for good: nothing of it will ever answer again. Answered at once."""
+        ...
+
     def facts(self) -> Mapping[str, str]:
         """For the environment record: executor name, Ray version, address."""
         ...

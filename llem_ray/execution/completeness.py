@@ -45,7 +45,7 @@ def node_columns(
                 "coverage": min((reading.coverage for reading in leased), default=None),
                 "max_gap_s": max((gap_s for gap_s in gaps_s if gap_s is not None), default=None),
                 "clock_offset_ns": offset.offset_ns if offset else None,
-                "clock_delta_s": 0.0 if host == window.node else (offset.delta_ns / NS_PER_S if offset else None),
+                "clock_delta_s": offset.delta_ns / NS_PER_S if offset else None,
                 "reason": next((reading.reason for reading in leased if reading.reason), None),
             }
         )

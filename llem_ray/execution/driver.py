@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Phase
+from llem_ray.core.errors import PlacementError
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import LoadGroup, Plan, Trial
 from llem_ray.core.power import SamplerInfo
@@ -43,6 +44,7 @@ LOG = logging.getLogger(__name__)
 DRAIN_TIMEOUT_S = 60.0
 PROGRESS_S = 1.0
 ASK_AGAIN_S = 5.0
+GONE_HINT = "its processes were killed: out of memory, or a signal to all of them; the same command goes on with the run"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,6 +231,8 @@ class RunDriver:
 
     def _end(self) -> None:
         """Make every row durable, then end samplers and executor; the ledger runs to the last moment."""
+        if self._executor.is_gone():
+            self._meter.give_up()
         try:
             if self._book.is_running:
                 self._cover("unleased")
@@ -253,6 +257,8 @@ class RunDriver:
     def _tick(self) -> None:
         """Somebody waits: a chance to look at the bookkeeper and to show progress. Lanes wait in threads of their own."""
         self._book.raise_if_broken()
+        if self._executor.is_gone():
+            raise PlacementError("Ray, started by this command, has ended", GONE_HINT)
         if not self._tick_lock.acquire(blocking=False):
             return
         try:

@@ -189,6 +189,10 @@ class InlineExecutor:
             time.sleep(min(0.005, timeout_s))
         return [call for call in calls if isinstance(call, _Answer) and call.done]
 
+    def is_gone(self) -> bool:
+        """It is this process."""
+        return False
+
     def facts(self) -> Mapping[str, str]:
         """For the environment record."""
         return {"executor": "inline", "pid": str(os.getpid())}

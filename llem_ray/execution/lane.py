@@ -278,17 +278,21 @@ class GangLane:
         run.gang = self._gang
         self._record.marks.note_order(run.clock.monotonic_ns())
         try:
-            call = self._gang.run(order)
-            outcome = run.waits.answer(
-                call, measure.trial_timeout_s, f"trial {trial.trial_id}", check=lambda: self._look_after(watch)
-            )
-        except LlemRayError as error:
-            outcome = self._failed(error)
+            outcome = self._outcome_of(order, watch)
         except Aborted:
             outcome = Failed(kind="interrupted", message="stopped by the user", traceback=None)
         finally:
             run.gang = None
         return outcome if isinstance(outcome, Completed) else replace(outcome, spans=())
+
+    def _outcome_of(self, order: TrialOrder, watch: WarmupWatch) -> Outcome:
+        run, timeout_s = self._run, self._run.plan.measure.trial_timeout_s
+        assert self._gang is not None
+        try:
+            call = self._gang.run(order)
+            return run.waits.answer(call, timeout_s, f"trial {order.trial_id}", check=lambda: self._look_after(watch))
+        except LlemRayError as error:
+            return self._failed(error)
 
     def _look_after(self, watch: WarmupWatch) -> None:
         self._check_nodes()
@@ -300,6 +304,7 @@ class GangLane:
     def _open_gang(self) -> Failed | None:
         """Place a gang and load its model, with both idle baselines; a Failed says why there is none."""
         run, measure = self._run, self._run.plan.measure
+        run.waits.tick()
         with run.lock:
             run.gangs_opened += 1
             name = f"gang-{run.gangs_opened}"
@@ -394,17 +399,25 @@ class GangLane:
         self._run.book.add(IdleTaken(gang=record, resident=phase == "resident_idle", span=span, lane=self._name))
 
     def _check_identity(self, record: GangRecord, loaded: Loaded) -> None:
-        """The GPUs that the workers see from inside must be the ones that were leased."""
-        seen = {rank.gpu_uuid for rank in loaded.ranks if rank.gpu_uuid}
+        """The GPUs that the workers see from inside must be the ones that were leased, one for each."""
+        ranks_on: dict[str, list[str]] = {}
+        for rank in loaded.ranks:
+            if rank.gpu_uuid:
+                ranks_on.setdefault(rank.gpu_uuid, []).append(str(rank.rank))
+        seen = set(ranks_on)
         held = {item.device.uuid for item in record.devices}
         if seen and held and not seen <= held:
             raise PlacementError(
                 f"the engine runs on {', '.join(sorted(seen - held))}, which its gang does not hold ({', '.join(sorted(held))})",
                 "set CUDA_DEVICE_ORDER=PCI_BUS_ID where Ray starts, so that CUDA and NVML count GPUs alike",
             )
+        for uuid, ranks in ranks_on.items():
+            if len(ranks) > 1:
+                unused = f"; nobody runs on {', '.join(sorted(held - seen))}" if held - seen else ""
+                raise PlacementError(f"ranks {' and '.join(ranks)} of the engine all run on {uuid}{unused}")
 
     def _failed(self, error: LlemRayError) -> Failed:
-        self._run.book.raise_if_broken()  # that error comes through every wait, and is no failure of the attempt
+        self._run.waits.tick()  # what ends the run comes through every wait, and is no failure of the attempt
         if isinstance(error, (EngineDied, HangError)):
             self._lost = self._run.fleet.lost_node(self._seats)
             if self._lost is not None and not isinstance(error, NodeLost):

@@ -104,6 +104,8 @@ class Meter(SampledHosts):
         self._epochs: dict[str, int] = {}
         self._round = 0
         """Counts the times that all were to be asked, due or not."""
+        self.given_up = False
+        """Nothing more will come."""
         self.is_behind = False
         """The last ``pump`` ran out of time before it had asked all that were due."""
         self.samples_per_s = 0.0
@@ -128,7 +130,7 @@ class Meter(SampledHosts):
 
     def adopt(self, nodes: Iterable[Node]) -> None:
         """Start samplers on those of the nodes that nobody samples; ``pump`` brings them into service."""
-        for node in nodes:
+        for node in () if self.given_up else nodes:
             with self._lock:
                 host = self._hosts.get(node.node_id)
                 served = node.node_id in self._links or (host is not None and self.is_in_service(host))
@@ -142,6 +144,14 @@ class Meter(SampledHosts):
         self._starter.forget(node_id, reason)
         if link is not None:
             link.sampler.close(force=True)
+
+    def give_up(self) -> None:
+        """No sampler will ever answer again: what was fetched so far is all there is."""
+        self.given_up = True
+        with self._lock:
+            for node_id in list(self._links):
+                self._retire(node_id)
+        self._starter.close()
 
     def is_starting(self) -> bool:
         """A sampler is being started: ``pump`` brings it further each time."""

@@ -43,7 +43,7 @@ def split_gang(gang: GangRecord, meter: Meter, done: Completed, held: Sequence[E
 
 
 def _split(item: HostDevice, meter: Meter, done: Completed, reading: EnergyReading) -> PhaseSplit | NoSplit:
-    window = moved_window(done.window, item.host, meter)
+    window = moved_window(done.window, item.host, meter.clocks)
     if reading.energy_j is None or window is None or done.step_log is None:
         return NoSplit(reason=reading.reason or "it has no energy")
     if reading.method != "measured_counter":

@@ -246,7 +246,12 @@ _ENERGY = (
     Column("nodes_expected", _I32, "", "Nodes of the gang."),
     Column("nodes_reported", _I32, "", "Those whose leased devices all have an energy. Fewer than expected: no total."),
     Column("max_gap_s", _F64, "s", "Longest stretch of the window without a sample of a leased device."),
-    Column("clock_delta_s", _F64, "s", "Half-width of the clock offset, the worst node of the gang; part of energy_u_j."),
+    Column(
+        "clock_delta_s",
+        _F64,
+        "s",
+        "Half-width of the window's offset on another node's clock, the worst of the gang; part of energy_u_j.",
+    ),
     Column(
         "unleased_gpu_energy_j", _F64, "J", "GPUs of the gang's nodes that it did not hold. Context, never part of the total."
     ),

@@ -146,6 +146,8 @@ class PretendCluster:
         """Called on the engine's thread when a trial begins, with the node ids of its gang, the leading one first."""
         self.asked: list[tuple[LoadGroup, ...]] = []
         """What an autoscaler was asked for."""
+        self.gone = False
+        """Its head is gone for good."""
         for host in hosts:
             self.add(host, uptime_s=60.0)
 
@@ -241,6 +243,10 @@ class PretendCluster:
         ours = [call for call in calls if isinstance(call, PretendCall)]
         futures.wait([call.future for call in ours], timeout_s)
         return [call for call in ours if call.future.done()]
+
+    def is_gone(self) -> bool:
+        """As ``gone`` says."""
+        return self.gone
 
     def facts(self) -> Mapping[str, str]:
         """For the environment record."""

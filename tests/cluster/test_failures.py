@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -142,6 +143,37 @@ def test_sigterm_keeps_what_is_done_and_exits_130(submission: Callable[[str], Su
     code, output = sweep.run("--inline", "--allow-mixed")
     assert code == 0, output
     assert len({row["trial_id"] for row in sweep.trials() if row["status"] == "completed"}) == 8
+
+
+@pytest.mark.ray
+def test_the_embedded_ray_is_killed_and_then_everything_is_told_to_end(submission: Callable[[str], Submission]) -> None:
+    """A head that is gone ends the run with its reason; SIGTERM to all processes at once is that of the run driver."""
+    sweep = submission(LONG)
+    process = sweep.start()
+    sweep.wait_until(lambda: '"done"' in sweep.journal(), process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    for child in children:
+        if child.name() == "gcs_server":
+            child.kill()
+    code, output = sweep.finish(process)
+    assert code == 5, output
+    assert "Ray, started by this command, has ended" in output
+    _gone, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, [child.cmdline() for child in alive]
+    done = sweep.journal().count('"done"')
+    assert 1 <= done < 8
+
+    process = sweep.start()
+    sweep.wait_until(lambda: sweep.journal().count('"done"') > done, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, output = sweep.finish(process)
+    assert code == 130, output
+    assert "resume" in output
+    _gone, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, [child.cmdline() for child in alive]
+    completed = [row["trial_id"] for row in sweep.trials() if row["status"] == "completed"]
+    assert len(completed) == len(set(completed)) > done
 
 
 @pytest.mark.ray

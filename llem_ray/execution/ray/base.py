@@ -209,6 +209,10 @@ class RayExecutor:
     def ask_for_nodes(self, groups: Sequence[LoadGroup]) -> None:
         """Nothing: this host is all there is."""
 
+    def is_gone(self) -> bool:
+        """Not known: a cluster's head may come back."""
+        return False
+
     def wait(self, calls: Sequence[Call[Any]], timeout_s: float) -> Sequence[Call[Any]]:
         """Those that are answered."""
         return wait_for(calls, timeout_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,12 +15,14 @@ from typing import Final
 
 from llem_ray.core.errors import PlacementError
 from llem_ray.execution.ray.base import RayExecutor
+from llem_ray.execution.ray.reaper import kill_left_behind
 from llem_ray.execution.ray.runtime import EMBEDDED, NAMESPACE, first_line, import_embedded
 
 OBJECT_STORE_BYTES: Final = 256 * 2**20
 MARK: Final = "LLEM_RAY_EMBEDDED"
 """Environment variable that every process of an embedded Ray carries."""
 REAPER_TIMEOUT_S: Final = 10.0
+ANSWER_S: Final = 1.0
 
 
 class EmbeddedRayExecutor(RayExecutor):
@@ -29,6 +32,7 @@ class EmbeddedRayExecutor(RayExecutor):
         super().__init__()
         self._temp_dir: Path | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
+        self._head: tuple[str, int] | None = None
 
     def start(self) -> None:
         """Start Ray.
@@ -59,13 +63,29 @@ class EmbeddedRayExecutor(RayExecutor):
             self.close()
             raise PlacementError(f"Ray did not start on this host: {first_line(error)}") from error
         self._logs = Path(context.address_info["session_dir"]) / "logs"
+        host, _, port = context.address_info["gcs_address"].rpartition(":")
+        self._head = (host, int(port))
+
+    def is_gone(self) -> bool:
+        """Nothing listens where its head (GCS) did: it is on this host, and never restarted."""
+        if self._head is None:
+            return False
+        try:
+            socket.create_connection(self._head, timeout=ANSWER_S).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # busy
+            return False
+        return False
 
     def facts(self) -> Mapping[str, str]:
         """For the environment record."""
         return {"executor": "ray-embedded", "ray": str(import_embedded().__version__)}
 
     def close(self) -> None:
-        """Stop Ray and remove its files."""
+        """Stop Ray and remove its files. Once its head is gone the others only wait for it: they are killed."""
+        if self._temp_dir is not None and self.is_gone():
+            kill_left_behind(f"{MARK}={self._temp_dir}".encode(), str(self._temp_dir), {os.getpid()})
         with contextlib.suppress(Exception):
             import_embedded().shutdown()
         os.environ.pop(MARK, None)

@@ -26,6 +26,18 @@ def left_behind(mark: bytes, folder: str, spared: set[int]) -> list[int]:
     return [pid for pid in pids if _is_marked(pid, mark) or _has_open(pid, folder)]
 
 
+def kill_left_behind(mark: bytes, folder: str, spared: set[int]) -> None:
+    """End them, and what they start meanwhile."""
+    for _ in range(PASSES):
+        left = left_behind(mark, folder, spared)
+        if not left:
+            break
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+
+
 def _is_marked(pid: int, mark: bytes) -> bool:
     try:
         return mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
@@ -55,14 +67,7 @@ def main() -> None:
     sys.stdin.buffer.read()
     if left_behind(mark, folder, spared):
         time.sleep(GRACE_S)
-    for _ in range(PASSES):
-        left = left_behind(mark, folder, spared)
-        if not left:
-            break
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.2)
+    kill_left_behind(mark, folder, spared)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -21,6 +21,7 @@ EMBEDDED: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs sees them all: right for samplers
+    "RAY_task_events_shutdown_flush_timeout_ms": "100",  # where its head is gone, they would be waited for in vain for 5 s
     "RAY_worker_niceness": "0",  # Ray's 15 would let any other process slow the engine and delay the sampler
 }
 """Settings of an embedded Ray that must be in the environment before Ray is imported."""

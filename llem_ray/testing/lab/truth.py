@@ -32,7 +32,7 @@ class JudgedReading:
     clock_error_ns: int
     """Error of the host's clock offset, as the trial has it; 0 on the run driver's own host."""
     clock_delta_ns: int
-    """Half-width that the trial gives for it."""
+    """Half-width that the trial gives for it; 0 on that host too."""
 
     @property
     def error_rel(self) -> float:

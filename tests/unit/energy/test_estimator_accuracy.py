@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llem_ray.energy.estimator import edge_margin_s
-from llem_ray.testing.loads import STEP_ALIGNED, RestlessLoad, six_loads
+from llem_ray.testing.loads import STEP_ALIGNED, ConstantLoad, RestlessLoad, six_loads
 from llem_ray.testing.sensor import SensorModel
 
 LOADS = tuple(six_loads(0.0, 1.0, seed=0))
@@ -192,11 +192,22 @@ def test_lag_widens_u_and_bound(case):
 def test_clock_offset_widens_u_and_bound(case):
     one = case("constant", 1.0, seed=4)
     sharp, shifted = one.read(), one.read(window=replace(one.window, delta_ns=10_000_000))
-    steps_w = sum(shifted.edge_step_w)
+    steps_w = shifted.shift_w
     assert shifted.u_j**2 == pytest.approx(sharp.u_j**2 + (steps_w * 0.01) ** 2 / 3, rel=1e-6)
     assert shifted.bound_j[0] <= sharp.bound_j[0]
     assert shifted.bound_j[1] >= sharp.bound_j[1]
     assert steps_w == pytest.approx(620, rel=0.1)
+
+
+def test_a_window_without_steps_at_its_edges_shifts_by_the_power_of_both(case):
+    """300 W until the middle, then 600 W: no step at an edge, yet a shift costs 300 W."""
+    one = case(lambda b, e: ConstantLoad((b + e) / 2, e + 10, busy_w=600.0, idle_w=300.0), 2.0)
+    assert one.read().shift_w == pytest.approx(300, rel=0.05)
+    late = replace(
+        one.window, begin_ns=one.window.begin_ns + 10_000_000, end_ns=one.window.end_ns + 10_000_000, delta_ns=10_000_000
+    )
+    shifted = one.read(window=late)
+    assert abs(shifted.energy_j - one.true_j) <= 2 * shifted.u_j
 
 
 def test_later_samples_change_nothing_beyond_the_margin(case):

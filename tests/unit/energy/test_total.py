@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llem_ray.core.energy import EnergyReading
-from llem_ray.energy.total import sum_readings
+from llem_ray.energy.total import ALIKE, sum_readings
 from llem_ray.energy.validity import flag
 from llem_ray.testing.loads import ConstantLoad
 
@@ -23,7 +23,7 @@ def reading(node="n1", uuid="GPU-a", energy_j=100.0, u_j=3.0, **changes):
         cross_check_j=None,
         cross_check_ratio=None,
         sensor_rel=0.05,
-        edge_step_w=(0.0, 0.0),
+        shift_w=0.0,
         delta_s=0.0,
         lag_s=0.0,
         coverage=1.0,
@@ -40,7 +40,7 @@ def test_sum_over_distinct_devices():
     parts = [reading(uuid="GPU-a"), reading(uuid="GPU-b", energy_j=50.0, u_j=4.0), reading(node="n2", uuid="GPU-a")]
     total = sum_readings(parts, keys(parts))
     assert total.energy_j == 250.0
-    assert total.u_j == pytest.approx(np.sqrt(9 + 16 + 9))
+    assert total.u_j == pytest.approx(np.sqrt((1 - ALIKE) * (9 + 16 + 9) + ALIKE * (3 + 4 + 3) ** 2))
     assert total.sensor_j == pytest.approx(12.5)
     assert total.covers == ("nvml/gpu/GPU-a", "nvml/gpu/GPU-b", "nvml/gpu/GPU-a")
     assert total.not_measured == ("cpu_package", "dram", "network", "fans")
@@ -84,19 +84,52 @@ def test_invalid_parts_are_summed_and_shown():
     assert not total.parts[0].valid
 
 
-def test_clock_offset_is_common_to_a_node_and_lag_to_all():
-    steps = {"edge_step_w": (300.0, 310.0)}
-    alone_j2 = 610**2 * (0.001**2 + 0.01**2) / 3
-    parts = [
-        reading(node, uuid, u_j=float(np.sqrt(9 + alone_j2)), delta_s=0.001, lag_s=0.01, **steps)
-        for node, uuid in (("n1", "a"), ("n1", "b"), ("n2", "c"))
-    ]
-    expected_j2 = 3 * 9 + ((0.001 * 1220) ** 2 + (0.001 * 610) ** 2) / 3 + (0.01 * 1830) ** 2 / 3
-    assert sum_readings(parts, keys(parts)).u_j == pytest.approx(np.sqrt(expected_j2))
+STEP_W = 610.0
+
+
+def of_node(node, uuid, *, own_s=0.0, marked_s=0.0, lag_s=0.0):
+    """Sampled to 3 J; its node's clock is known to ``own_s``, that of the marking node to ``marked_s``."""
+    shift_j2 = STEP_W**2 * (own_s**2 + marked_s**2 + lag_s**2) / 3
+    clock = {"delta_s": own_s + marked_s, "common_delta_s": marked_s, "lag_s": lag_s}
+    return reading(node, uuid, u_j=float(np.sqrt(9 + shift_j2)), shift_w=STEP_W, **clock)
+
+
+def added_j2(parts):
+    """What clocks and lag add to the variance of the sum."""
+    plain = [reading(part.node, part.device_uuid) for part in parts]
+    return sum_readings(parts, keys(parts)).u_j ** 2 - sum_readings(plain, keys(plain)).u_j ** 2
+
+
+def test_lag_is_common_to_all_devices():
+    parts = [of_node(node, uuid, lag_s=0.01) for node, uuid in (("n1", "a"), ("n1", "b"), ("n2", "c"))]
+    assert added_j2(parts) == pytest.approx((0.01 * 3 * STEP_W) ** 2 / 3)
+
+
+def test_the_marking_node_s_clock_is_common_to_all_others():
+    devices = [("n1", "a"), ("n1", "b"), ("n2", "c"), ("n2", "d"), ("n3", "e")]
+    parts = [of_node("n0", "lead"), *(of_node(*device, own_s=0.001, marked_s=0.002) for device in devices)]
+    own_j2 = 0.001**2 * (2**2 + 2**2 + 1) * STEP_W**2
+    assert added_j2(parts) == pytest.approx((own_j2 + (0.002 * 5 * STEP_W) ** 2) / 3)
+
+
+def test_clocks_that_err_alike_add_up_where_the_marking_node_s_is_exact():
+    parts = [of_node("n0", "lead"), *(of_node(f"n{node}", "a", own_s=0.001) for node in range(1, 16))]
+    assert added_j2(parts) == pytest.approx((0.001 * 15 * STEP_W) ** 2 / 3)
+
+
+def test_sampling_errors_of_a_gang_are_alike_in_part():
+    parts = [reading(uuid=f"GPU-{index}") for index in range(64)]
+    u_j = sum_readings(parts, keys(parts)).u_j
+    assert u_j == pytest.approx(np.sqrt((1 - ALIKE) * 64 * 9 + ALIKE * (64 * 3) ** 2))
+
+
+def test_one_node_is_as_before_but_for_what_its_devices_share():
+    parts = [of_node("n0", "a", lag_s=0.01), of_node("n0", "b", lag_s=0.01)]
+    assert added_j2(parts) == pytest.approx((0.01 * 2 * STEP_W) ** 2 / 3)
 
 
 def test_one_device_keeps_its_own_u():
-    part = reading(u_j=5.0, delta_s=0.001, lag_s=0.01, edge_step_w=(100.0, 50.0))
+    part = reading(u_j=5.0, delta_s=0.001, lag_s=0.01, shift_w=150.0)
     assert sum_readings([part], keys([part])).u_j == pytest.approx(5.0)
 
 

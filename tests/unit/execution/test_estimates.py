@@ -23,7 +23,7 @@ def estimate(uuid: str, scope: Scope, energy_j: float) -> EnergyReading:
         cross_check_j=None,
         cross_check_ratio=None,
         sensor_rel=None,
-        edge_step_w=None,
+        shift_w=None,
         delta_s=0.0,
         lag_s=0.0,
         coverage=1.0,

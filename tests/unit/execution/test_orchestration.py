@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from model_configs import LLAMA_3_70B
 
+from llem_ray import __version__
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.energy import PhaseSpan
 from llem_ray.core.errors import PlacementError
@@ -28,6 +30,7 @@ from llem_ray.execution.stopping import Stopping
 from llem_ray.planning.plan import make_plan
 from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import RunDirectory
+from llem_ray.testing import nodes
 from llem_ray.testing.cluster import PretendCluster
 from llem_ray.testing.nodes import PretendDevice, PretendHost, swinging
 
@@ -261,6 +264,17 @@ def test_a_node_that_dies_in_a_trial_costs_that_attempt_only(session: Session) -
     assert again["node"] != failed["node"]
 
 
+def test_when_everything_that_was_started_is_gone_the_run_ends_at_once_and_can_be_resumed(tmp_path: Path) -> None:
+    session = Session(tmp_path, host("north"))
+    session.when_trial(2, lambda _: setattr(session.cluster, "gone", True))
+    with pytest.raises(PlacementError, match="has ended"):
+        session.run(ONE_GROUP)
+    assert [row["status"] for row in session.rows()] == ["completed"]
+    session.cluster.gone = False
+    assert session.run(ONE_GROUP).completed == 1
+    assert_each_done_once(session, 2)
+
+
 @pytest.mark.usefixtures("hasty")
 def test_with_no_node_left_the_run_stops_and_can_be_resumed(tmp_path: Path) -> None:
     session = Session(tmp_path, host("north"))
@@ -291,6 +305,37 @@ def large_model(folder: Path) -> str:
 def with_memory(name: str, memory_bytes: int) -> PretendHost:
     one = host(name)
     return replace(one, devices=tuple(replace(device, memory_bytes=memory_bytes) for device in one.devices))
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        ("[GPU-north-0, GPU-west-0]", "the engine runs on GPU-west-0, which its gang does not hold"),
+        ("[GPU-north-1, GPU-north-1]", "ranks 0 and 1 of the engine all run on GPU-north-1; nobody runs on GPU-north-0"),
+    ],
+)
+def test_what_the_workers_see_must_be_what_was_placed(tmp_path: Path, seen: str, said: str) -> None:
+    session = Session(tmp_path, host("north"))
+    engine = f"gpus: 2, tensor_parallel: 2, engine_args: {{gpu_uuids: {seen}}}"
+    with pytest.raises(PlacementError, match=re.escape(said)):
+        session.run(ONE_GROUP.replace("gpus: 1", engine))
+    assert "measuring" not in session.events()
+
+
+def test_gpus_that_somebody_else_holds_are_waited_for_until_the_deadline(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.cluster.add(host("north"), elsewhere=2, uptime_s=60.0)
+    with pytest.raises(PlacementError, match=r"no room for the gang for llama-tiny within 1 s: it needs 1 GPUs; free: 0 of 2 on"):
+        session.run(ONE_GROUP.replace("measure: {", "measure: {placement_timeout_s: 1, "))
+
+
+def test_a_place_that_is_not_granted_within_its_deadline(tmp_path: Path) -> None:
+    session = Session(tmp_path, host("north"))
+    (node,) = session.nodes().values()
+    for uuid in gpus("north"):  # the scheduler's books differ from what it told
+        session.cluster.quarantine(node, uuid)
+    with pytest.raises(PlacementError, match=f"did not grant a gang its place within 1 s: 1 GPUs on node {node[:12]}"):
+        session.run(ONE_GROUP.replace("measure: {", "measure: {placement_timeout_s: 1, "))
 
 
 def test_a_model_that_fits_nowhere_is_refused_before_any_gang(tmp_path: Path) -> None:
@@ -355,6 +400,13 @@ def test_a_node_that_joins_late_gets_a_sampler_and_a_gang(tmp_path: Path) -> Non
     for row in late:
         leased = set().union(*by_host(row).values())
         assert_true(row, true_j(session, row, leased))
+
+
+def test_a_host_with_another_release_of_ours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "__version__", "0.0.9")
+    session = Session(tmp_path, host("north"))
+    with pytest.raises(PlacementError, match=f"north has llem-ray 0.0.9, here is {re.escape(__version__)}"):
+        session.run()
 
 
 def test_one_gpu_on_two_hosts_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ RECORD = RequestRecord(
 )  # fmt: skip
 READING = EnergyReading(
     node="n1", device_uuid="GPU-1", name="H200", source="nvml", scope="gpu", method="measured_counter", energy_j=5.0, u_j=0.1,
-    bound_j=(4.0, 6.0), cross_check_j=None, cross_check_ratio=None, sensor_rel=0.05, edge_step_w=None, delta_s=0.0, lag_s=0.0,
+    bound_j=(4.0, 6.0), cross_check_j=None, cross_check_ratio=None, sensor_rel=0.05, shift_w=None, delta_s=0.0, lag_s=0.0,
     coverage=1.0, mean_power_w=100.0, flags=(Flag(code="edge_gap", severity="flag", detail="0.2 s"),),
 )  # fmt: skip
 
