@@ -53,7 +53,9 @@ def context_limit(config: Mapping[str, Any], model: ModelSpec, engine: EngineSpe
     if asked is not None and asked != -1:  # -1: what fits into the memory, at most the model's
         known = type(asked) is int and asked > 0
         return ContextLimit(asked, f"engine.engine_args.{named}") if known else None
-    if any(name in args for name in ("hf_overrides", "model_kwargs")) or (model.trust_remote_code and config.get("auto_map")):
+    if any(name in args for name in ("hf_overrides", "hf_config_path", "model_kwargs")) or (
+        model.trust_remote_code and config.get("auto_map")
+    ):
         return None
     inner = config.get("text_config")
     values = inner if isinstance(inner, Mapping) else config
