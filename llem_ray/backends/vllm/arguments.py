@@ -52,8 +52,8 @@ MEET_TIMEOUT_S: Final = 300.0
 """Longest meeting of the processes of a gang, unless `engine_args.meet_timeout_s` says otherwise."""
 
 DISTRIBUTED_TIMEOUT_S: Final = 600
-"""Longest wait of one host for another inside torch.distributed: `distributed_timeout_seconds` of `engine_args`, and for gloo's groups
-`cpu_distributed_timeout_seconds`. vLLM leaves both to torch: half an hour for gloo."""
+"""Longest wait of one host for another inside torch.distributed: `distributed_timeout_seconds` of `engine_args`, and for gloo's
+groups `cpu_distributed_timeout_seconds`. vLLM leaves both to torch: half an hour for gloo."""
 
 LORA_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`."""
