@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+from llem_ray.backends.model_source import ModelSource, known_config
 from llem_ray.core.spec import ModelSpec
 
 FLOAT_BYTES: Final[Mapping[str, int]] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -84,6 +85,20 @@ def find_snapshot(model: ModelSpec) -> Path | None:
         commit = revision
     folder = repository / "snapshots" / commit
     return folder if (folder / "config.json").is_file() else None
+
+
+def local_config(source: ModelSource, model: ModelSpec) -> tuple[Mapping[str, Any], Path | None]:
+    """The model's config.json, and the folder of its weights; empty and None where it is not on this host."""
+    if source.kind != "hub":
+        return known_config(source), Path(source.location) if source.kind == "folder" else None
+    folder = find_snapshot(model)
+    if folder is None:
+        return {}, None
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}, None
+    return config if isinstance(config, dict) else {}, folder
 
 
 def _files(folder: Path) -> Iterator[Path]:

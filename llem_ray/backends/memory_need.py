@@ -30,7 +30,17 @@ STEP_TOKENS: Final = 8192
 """Tokens that a scheduler computes in one step at most, where `max_num_batched_tokens` or `max_num_tokens` does not say."""
 
 _DTYPE_BYTES: Final[Mapping[str, int]] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "float": 4}
-_UNCLEAR_ARGUMENTS: Final = ("offload", "device_map", "hf_overrides", "model_kwargs", "context_parallel")
+_UNCLEAR_ARGUMENTS: Final = (
+    "offload",
+    "device_map",
+    "hf_overrides",
+    "hf_config_path",
+    "model_kwargs",
+    "model_weights",
+    "model_class_overrides",
+    "quantization_config",
+    "context_parallel",
+)
 """Parts of the names of arguments that move weights or the cache elsewhere, or change the model."""
 
 

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llem_ray.backends.builtin_models import BUILTIN_MODELS
 from llem_ray.backends.cache_file import write_atomically
+from llem_ray.backends.context_limit import rope_factor
 from llem_ray.backends.model_source import ModelSource
 from llem_ray.core.errors import LoadError
 from llem_ray.core.spec import ModelSpec
@@ -62,9 +63,14 @@ def read_model_config(source: ModelSource, model: ModelSpec) -> Any:
 
 
 def context_tokens(config: Any) -> int:
-    """Longest prompt plus output: the config's position limit, else ``UNLIMITED_CONTEXT_TOKENS``."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else UNLIMITED_CONTEXT_TOKENS
+    """Longest prompt plus output: the config's positions, times what scales them, else ``UNLIMITED_CONTEXT_TOKENS``."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not limit:
+        return UNLIMITED_CONTEXT_TOKENS
+    return int(
+        limit * rope_factor({name: getattr(text, name, None) for name in ("model_type", "rope_parameters", "rope_scaling")})
+    )
 
 
 def weight_dtype(source: ModelSource, model: ModelSpec, config: Any, device: Literal["cpu", "cuda"]) -> torch.dtype | None:

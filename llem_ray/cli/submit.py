@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -101,14 +102,15 @@ def submit(
     if detach and where.kind != "jobs":
         raise ConfigError("only a Ray job goes on by itself", field="--detach", allowed="with --address http://HOST:8265")
     loaded = load_sweep(sweep, overrides=overrides)
-    if where.kind == "jobs":
-        if copy_to is not None:
-            refuse_secret(copy_to)
-        prepare_environment(where, token_file)
-        chosen = context.get_parameter_source("results_dir") == ParameterSource.COMMANDLINE
-        return submit_job(RunJobs(where), loaded, str(results_dir) if chosen else None, flags, copy_to, detach=detach)
     try:
-        return run_sweep(loaded, results_dir, where, token_file, copy_to=copy_to, **flags)
+        if where.kind == "jobs":
+            if copy_to is not None:
+                refuse_secret(copy_to)
+            prepare_environment(where, token_file)
+            chosen = context.get_parameter_source("results_dir") == ParameterSource.COMMANDLINE
+            return submit_job(RunJobs(where), loaded, str(results_dir) if chosen else None, flags, copy_to, detach=detach)
+        located = partial(locate, path=sweep, overrides=overrides)
+        return run_sweep(loaded, results_dir, where, token_file, located, copy_to=copy_to, **flags)
     except ConfigError as error:
         raise locate(error, sweep, overrides=overrides) from error
 
@@ -142,6 +144,8 @@ def run_sweep(
     results_dir: Path,
     address: Address,
     token_file: Path | None,
+    located: Callable[[ConfigError], ConfigError] = lambda error: error,
+    /,
     *,
     again: bool,
     retry_failed: bool,
@@ -186,6 +190,7 @@ def run_sweep(
         retry_failed=retry_failed,
         allow_mixed=allow_mixed,
         facts={"llem_ray": __version__},
+        locate=located,
     )
     with rundir.lock(), _log_to(rundir.log_path), target.copying(rundir):
         result = _run(plan, loaded, rundir, InlineExecutor() if inline else make_executor(address, cluster), options)

@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 
 from llem_ray.cli.output import echo_json
+from llem_ray.config.locate import locate
 from llem_ray.config.schema import json_schema
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError
@@ -63,7 +64,10 @@ def load_checked(path: Path, overrides: tuple[str, ...]) -> Sweep:
         ConfigError: The sweep, or a file that it names, is wrong.
     """
     loaded = load_sweep(path, overrides=overrides)
-    tell_unseen(loaded)
+    try:
+        tell_unseen(loaded)
+    except ConfigError as error:
+        raise locate(error, path, overrides=overrides) from error
     return loaded
 
 

@@ -125,6 +125,17 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOutlook:
+    """What requests are made with, as far as it is known before weights are loaded."""
+
+    context_tokens: int
+    """Longest prompt plus output; a load may still find less."""
+    vocab_size: int
+    special_token_ids: tuple[int, ...] = ()
+    """Ids that random prompts leave out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoadReport:
     """What loading cost and what was loaded. Its times follow each other: none is part of another."""
 
@@ -235,8 +246,8 @@ class InferenceBackend(Protocol):
     alone is asked to ``encode``, ``run`` and ``reset``. The others are ``FollowerBackend``: they are left in ``follow``.
     ``worker_layout`` may be a function of the ``EngineSpec``, too.
 
-    The constructor is cheap and touches no device. Calls come from one thread, in the order check, load, (encode | run |
-    reset)*, close. ``close`` may be called at any point and more than once.
+    The constructor is cheap and touches no device. Calls come from one thread, in the order check, outlook, load, (encode |
+    run | reset)*, close. ``close`` may be called at any point and more than once.
     """
 
     def check(self) -> None:
@@ -245,6 +256,17 @@ class InferenceBackend(Protocol):
         Raises:
             ConfigError: An argument is unknown or has a wrong value, or the model is not there.
             PluginError: The engine cannot run here.
+        """
+        ...
+
+    def outlook(self) -> ModelOutlook | None:
+        """What requests are made with; ``encode`` and ``encode_chats`` work from then on. None where only a load can tell.
+
+        Called after ``check`` and before ``load``, of a lone process or of rank 0, and only where requests may turn out to be
+        too long for the model. An engine without this method refuses them once it is loaded.
+
+        Raises:
+            LoadError: The model's config or tokenizer cannot be read.
         """
         ...
 

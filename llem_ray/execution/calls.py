@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from llem_ray.core.backend import LoadReport, Rank
+from llem_ray.core.errors import ConfigError
 from llem_ray.core.outcome import Outcome
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import SampleBatch, SamplerInfo
@@ -75,6 +76,8 @@ class Loaded:
 
     report: LoadReport
     ranks: tuple[Rank, ...]
+    refused: tuple[ConfigError, ...] = ()
+    """Of workloads whose requests the model cannot take, found before it was loaded; their trials will fail so."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

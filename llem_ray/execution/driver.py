@@ -6,13 +6,13 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Phase
-from llem_ray.core.errors import PlacementError
+from llem_ray.core.errors import ConfigError, PlacementError
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import LoadGroup, Plan, Trial
 from llem_ray.core.power import SamplerInfo
@@ -61,6 +61,8 @@ class RunOptions:
     """Resume although engine, NVIDIA driver, GPUs or llem-ray changed."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Further facts for the environment record."""
+    locate: Callable[[ConfigError], ConfigError] = lambda error: error
+    """Adds to an error where in the sweep file its field stands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +213,7 @@ class RunDriver:
             policy=FailurePolicy(max_attempts=measure.max_attempts, max_consecutive_failures=measure.max_consecutive_failures),
             cache_dir=self._options.cache_dir,
             submitted_ns=self._options.begin_ns,
+            locate=self._options.locate,
             ready_ns=self._clock.monotonic_ns(),
         )
         work = [(group, [trial for trial in group.trials if self._is_open(trial)]) for group in self._plan.groups]

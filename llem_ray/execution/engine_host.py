@@ -18,6 +18,7 @@ from llem_ray.core.backend import (
     InferenceBackend,
     LoadReport,
     LoadSchedule,
+    ModelOutlook,
     Rendezvous,
     Request,
     RequestRecord,
@@ -59,6 +60,8 @@ class EngineHost:
         clock: The node's monotonic clock.
         sources: What workloads read from files and data sets, where that was done elsewhere; the rest is read here.
         online: Its trials send requests one by one.
+        unsure: Workloads that may turn out to be too long for the model: they are looked at before weights are loaded.
+        all_unsure: Its trials have no others: where all are refused nothing is loaded.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class EngineHost:
         sources: Sources | None = None,
         *,
         online: bool = False,
+        unsure: Sequence[WorkloadSpec] = (),
+        all_unsure: bool = True,
     ) -> None:
         self._clock = clock or SystemClock()
         self._base_dir = base_dir
@@ -87,8 +92,10 @@ class EngineHost:
             cache_dir=cache_dir or str(host_cache_dir()),
             online=online,
         )
+        self._unsure, self._all_unsure = tuple(unsure), all_unsure
         self._backend: InferenceBackend | None = None
-        self._report: LoadReport | None = None
+        self._model: LoadReport | ModelOutlook | None = None
+        self._refused: dict[str, ConfigError] = {}
         self._requests: dict[str, tuple[tuple[Request, ...], ...]] = {}
         self._online: dict[str, OnlineWork] = {}
         self._phase: str | None = None
@@ -105,6 +112,7 @@ class EngineHost:
             rendezvous: Where this process meets the others of its gang; None when it is alone.
 
         Raises:
+            ConfigError: None of the workloads that were unsure suits the model, and there are no others. Nothing was loaded.
             LlemRayError: What the engine raised; any other exception becomes a LoadError with its text.
         """
         self._phase = "load"
@@ -112,8 +120,14 @@ class EngineHost:
         try:
             backend = self._backend = make_backend(self._config)
             backend.check()
-            self._report = backend.load()
-            return Loaded(report=self._report, ranks=backend.identity())
+            if rendezvous is None or rendezvous.rank == 0:
+                self._look_ahead(backend)
+            report = backend.load()
+            if _sizes(report) != _sizes(self._model):
+                self._requests.clear()
+                self._online.clear()
+            self._model = report
+            return Loaded(report=report, ranks=backend.identity(), refused=tuple(self._refused.values()))
         except LlemRayError:
             raise
         except Exception as error:
@@ -151,6 +165,33 @@ class EngineHost:
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
+
+    def _look_ahead(self, backend: InferenceBackend) -> None:
+        """Make the requests of workloads that are unsure, as far as they are kept; those that cannot be are refused.
+
+        Raises:
+            ConfigError: That leaves none of the trials.
+        """
+        tell = getattr(backend, "outlook", None)
+        self._model = tell() if tell is not None and self._unsure else None
+        if self._model is None:
+            return
+        made = 0
+        for workload in self._unsure:
+            if made > KEPT_TOKENS:
+                return
+            try:
+                work = (self._online_work(workload).requests,) if workload.load.online else self._work(workload)
+            except ConfigError as error:
+                self._refused[_key(workload)] = error
+            else:
+                made += _tokens(work)
+        if self._all_unsure and len(self._refused) == len(self._unsure):
+            first, *others = self._refused.values()
+            if others:
+                more = f"; so it is with {len(others)} other workload{'s' if len(others) > 1 else ''} of this model"
+                raise type(first)(first.message + more, *first.args[1:])
+            raise first
 
     def _run(self, order: TrialOrder, spans: SpanLog) -> Outcome:
         if self._backend is None:
@@ -256,17 +297,17 @@ class EngineHost:
 
     def _work(self, workload: WorkloadSpec) -> tuple[tuple[Request, ...], ...]:
         """The workload's batches as token ids; repeats of a cell reuse them."""
-        key = json.dumps(asdict(workload), sort_keys=True)
+        key = self._admit(workload)
         if key not in self._requests:
             assert self._backend is not None
-            assert self._report is not None
+            assert self._model is not None
             requests = build_requests(
                 self._sources.resolved(workload),
                 encode=self._backend.encode,
-                vocab_size=self._report.vocab_size,
-                context_tokens=self._report.context_tokens,
+                vocab_size=self._model.vocab_size,
+                context_tokens=self._model.context_tokens,
                 prompts=self._sources.prompts(workload.prompts),
-                special_token_ids=self._report.special_token_ids,
+                special_token_ids=self._model.special_token_ids,
                 encode_chats=getattr(self._backend, "encode_chats", None),
             )
             if sum(map(_tokens, self._requests.values())) > KEPT_TOKENS:
@@ -276,23 +317,34 @@ class EngineHost:
 
     def _online_work(self, workload: WorkloadSpec) -> OnlineWork:
         """What an online workload sends; repeats of a cell reuse it."""
-        key = json.dumps(asdict(workload), sort_keys=True)
+        key = self._admit(workload)
         if key not in self._online:
             assert self._backend is not None
-            assert self._report is not None
+            assert self._model is not None
             if sum(_tokens((work.requests,)) for work in self._online.values()) > KEPT_TOKENS:
                 self._online.clear()
             self._online[key] = build_online(
                 self._sources.resolved(workload),
                 encode=self._backend.encode,
-                vocab_size=self._report.vocab_size,
-                context_tokens=self._report.context_tokens,
+                vocab_size=self._model.vocab_size,
+                context_tokens=self._model.context_tokens,
                 prompts=self._sources.prompts(workload.prompts),
-                special_token_ids=self._report.special_token_ids,
+                special_token_ids=self._model.special_token_ids,
                 encode_chats=getattr(self._backend, "encode_chats", None),
                 trace=self._sources.trace(workload.load.trace),
             )
         return self._online[key]
+
+    def _admit(self, workload: WorkloadSpec) -> str:
+        """Key of its requests.
+
+        Raises:
+            ConfigError: It was refused before the load.
+        """
+        key = _key(workload)
+        if key in self._refused:
+            raise self._refused[key]
+        return key
 
     def _guard(self, spans: SpanLog, guard_s: float) -> int:
         entered_ns = self._enter(spans, "guard")
@@ -387,6 +439,15 @@ def _installed(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "none"
+
+
+def _key(workload: WorkloadSpec) -> str:
+    return json.dumps(asdict(workload), sort_keys=True)
+
+
+def _sizes(model: LoadReport | ModelOutlook | None) -> tuple[object, ...]:
+    """What requests depend on."""
+    return () if model is None else (model.context_tokens, model.vocab_size, tuple(model.special_token_ids))
 
 
 def _tokens(work: tuple[tuple[Request, ...], ...]) -> int:

@@ -31,6 +31,7 @@ from llem_ray.execution.calls import (
     TrialOrder,
     WarmupProgress,
 )
+from llem_ray.execution.context import unsure_workloads
 from llem_ray.execution.engine_host import EngineHost
 from llem_ray.execution.sampler_host import SamplerHost
 from llem_ray.planning.packing import Seat
@@ -174,7 +175,19 @@ class InlineExecutor:
     def open_gang(self, group: LoadGroup, _seats: Sequence[Seat], base_dir: str, cache_dir: str) -> Gang:
         """One engine, on a thread."""
         experiment = group.experiment
-        return InlineGang(EngineHost(experiment.model, experiment.engine, 0, base_dir, cache_dir, online=group.online))
+        unsure, all_unsure = unsure_workloads(group, base_dir)
+        return InlineGang(
+            EngineHost(
+                experiment.model,
+                experiment.engine,
+                0,
+                base_dir,
+                cache_dir,
+                online=group.online,
+                unsure=unsure,
+                all_unsure=all_unsure,
+            )
+        )
 
     def quarantine(self, node_id: str, gpu_uuid: str) -> None:
         """Nothing: there is no GPU."""

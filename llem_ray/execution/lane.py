@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from llem_ray.core.clock import Clock
 from llem_ray.core.energy import Phase, PhaseSpan
-from llem_ray.core.errors import EngineDied, HangError, LlemRayError, NodeLost, PlacementError
+from llem_ray.core.errors import ConfigError, EngineDied, HangError, LlemRayError, NodeLost, PlacementError
 from llem_ray.core.outcome import Completed, Failed, Outcome, failed_from
 from llem_ray.core.plan import LoadGroup, Plan, Trial
 from llem_ray.core.progress import Progress
@@ -69,6 +69,8 @@ class RunContext:
     cache_dir: str
     submitted_ns: int
     """Start of the command."""
+    locate: Callable[[ConfigError], ConfigError] = lambda error: error
+    """Adds to an error where in the sweep file its field stands."""
     ready_ns: int
     """From here on gangs may be placed."""
     consecutive_failures: int = 0
@@ -327,6 +329,8 @@ class GangLane:
             self._check_identity(record, loaded)
             record.loaded = loaded
             LOG.info("%s on %s loaded %s", record.name, record.lead.hostname, loaded.report)
+            for refused in loaded.refused:
+                run.progress.message(f"trials of a workload will fail: {run.locate(refused)}")
             marks.load_end_ns = run.clock.monotonic_ns()
             span = PhaseSpan(phase="load", begin_ns=begin_ns, end_ns=marks.load_end_ns)
             self._add_spans([span])
@@ -422,7 +426,7 @@ class GangLane:
             self._lost = self._run.fleet.lost_node(self._seats)
             if self._lost is not None and not isinstance(error, NodeLost):
                 error = NodeLost(f"node {self._lost[:12]} does not answer any more: {error.message}")
-        failure = failed_from(error)
+        failure = failed_from(self._run.locate(error) if isinstance(error, ConfigError) else error)
         words = self._gang.last_words() if isinstance(error, EngineDied) and self._gang is not None else None
         if not words:
             return failure

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
-from llem_ray.backends.checkpoint_files import StoredWeights, find_snapshot, read_stored_weights
+from llem_ray.backends.checkpoint_files import StoredWeights, local_config, read_stored_weights
 from llem_ray.backends.host_memory import host_limit_bytes
 from llem_ray.backends.memory_need import ENGINES, MemoryNeed, estimate_need, model_name
 from llem_ray.backends.model_shape import read_shape
-from llem_ray.backends.model_source import ModelSource, find_model, known_config
+from llem_ray.backends.model_source import find_model
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, PlacementError
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import Device, SamplerInfo
-from llem_ray.core.spec import ModelSpec
 from llem_ray.execution.meter import GPU_SCOPES
 from llem_ray.power.sources import list_gpus
 
@@ -166,7 +163,7 @@ def _need(group: LoadGroup, base_dir: str) -> MemoryNeed | str:
         return f"how much the {experiment.engine.backend} engine takes is its own affair"
     try:
         source = find_model(experiment.model, base_dir)
-        config, folder = _config(source, experiment.model)
+        config, folder = local_config(source, experiment.model)
     except ConfigError as error:
         return error.message
     if not config:
@@ -179,17 +176,3 @@ def _need(group: LoadGroup, base_dir: str) -> MemoryNeed | str:
         stored = read_stored_weights(folder, shape.layers, tied=bool(config.get("tie_word_embeddings")))
     experiments = {trial.cell.cell_id: trial.experiment for trial in group.trials}
     return estimate_need(config, shape, stored, list(experiments.values()), on_gpu=is_on_gpu(group), random=source.random)
-
-
-def _config(source: ModelSource, model: ModelSpec) -> tuple[Mapping[str, Any], Path | None]:
-    """The model's config.json, and the folder of its weights; empty and None where it is not on this host."""
-    if source.kind != "hub":
-        return known_config(source), Path(source.location) if source.kind == "folder" else None
-    folder = find_snapshot(model)
-    if folder is None:
-        return {}, None
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}, None
-    return config if isinstance(config, dict) else {}, folder

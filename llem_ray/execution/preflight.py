@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Final
 
 from llem_ray.core.errors import ConfigError, PlacementError, PluginError
 from llem_ray.core.plan import LoadGroup, Plan
 from llem_ray.core.spec import Sweep, WorkloadSpec
 from llem_ray.core.units import NS_PER_S
+from llem_ray.execution.context import check_contexts
 from llem_ray.execution.engine_host import check_group
 from llem_ray.execution.footprint import look_up_footprint
 from llem_ray.execution.memory import local_devices, require_memory
@@ -18,23 +20,27 @@ from llem_ray.workloads.sources import Part, Sources
 from llem_ray.workloads.trace_blocks import blocks_of
 from llem_ray.workloads.traces import FIELD
 
+_LENGTHS: Final = (FIELD, "workload.input_tokens", "workload.output_tokens")
+"""Fields whose files tell how long requests are."""
+
 
 def check_prompts(plan: Plan) -> None:
-    """Read every prompt source, file of lengths and trace of the plan.
+    """Read every prompt source, file of lengths and trace of the plan; see that requests fit into their models' contexts.
 
     Raises:
         ConfigError: A file or data set is wrong, or a trace has fewer arrivals than are to be replayed, or outlasts its trial's
-            deadline.
+            deadline, or a request is longer than the context.
         PluginError: The library that reads a data set is not installed.
     """
     sources = Sources(plan.base_dir)
     for workload in dict.fromkeys(trial.experiment.workload for trial in plan.trials):
         sources.read(workload)
         _check_trace(workload, sources, plan.measure.trial_timeout_s)
+    check_contexts((trial.experiment for group in plan.groups for trial in group.trials), sources, plan.base_dir)
 
 
 def check_files(sweep: Sweep) -> tuple[str, ...]:
-    """Read all prompts, lengths and traces that lie on this host, as `validate` and `plan` do wherever they are called.
+    """Read all prompts, lengths, traces and models' configs that lie on this host, as `validate` and `plan` do.
 
     Data sets of the hub are not looked at, and a path that is absolute and not there may be there where the sweep will run.
 
@@ -42,14 +48,20 @@ def check_files(sweep: Sweep) -> tuple[str, ...]:
         What could not be looked at here, and why.
 
     Raises:
-        ConfigError: A file is missing or wrong, or a trace is too short or outlasts its trial's deadline.
+        ConfigError: A file is missing or wrong, or a trace is too short or outlasts its trial's deadline, or a request is longer
+            than its model's context.
     """
     sources, notes = Sources(sweep.base_dir), dict[str, None]()
+    seen = set[WorkloadSpec]()
     for workload in dict.fromkeys(cell.experiment.workload for cell in sweep.cells):
         unseen = [note for part in sources.parts(workload) if (note := _look_at(part)) is not None]
         notes |= dict.fromkeys(filter(None, unseen))
         if not any(note.startswith(FIELD) for note in unseen):
             _check_trace(workload, sources, sweep.measure.trial_timeout_s)
+        if not any(note.startswith(_LENGTHS) for note in unseen):
+            seen.add(workload)
+    known = (cell.experiment for cell in sweep.cells if cell.experiment.workload in seen)
+    check_contexts(known, sources, sweep.base_dir)
     return tuple(notes)
 
 

@@ -16,7 +16,17 @@ from typing import ClassVar, Literal, NoReturn
 from llem_ray.backends.batch_checks import require_valid
 from llem_ray.backends.engine_args import parse_engine_args
 from llem_ray.backends.load_generator import LoadGenerator
-from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import (
+    BackendConfig,
+    ChatMessage,
+    LoadReport,
+    LoadSchedule,
+    ModelOutlook,
+    Rank,
+    Request,
+    RequestRecord,
+    StepEvent,
+)
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, GenerationError, LoadError, NumericsError
 from llem_ray.core.spec import SamplingSpec
@@ -108,6 +118,12 @@ class FakeBackend:
         world_size = self._config.engine.world_size
         _refuse(args.gpu_uuids is not None and len(args.gpu_uuids) != world_size, "gpu_uuids", f"{world_size}, one a rank")
         self._args = args
+
+    def outlook(self) -> ModelOutlook:
+        """All of it stands in ``engine_args``."""
+        args = self._checked()
+        special = tuple(range(SPECIAL_TOKENS))
+        return ModelOutlook(context_tokens=args.context_tokens, vocab_size=args.vocab_size, special_token_ids=special)
 
     def load(self) -> LoadReport:
         """Wait ``load_ms`` and report a model of the configured size."""

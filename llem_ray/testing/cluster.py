@@ -27,6 +27,7 @@ from llem_ray.execution.calls import (
     TrialOrder,
     WarmupProgress,
 )
+from llem_ray.execution.context import unsure_workloads
 from llem_ray.execution.engine_host import EngineHost
 from llem_ray.planning.packing import Seat
 from llem_ray.testing.nodes import PretendCall, PretendHost, PretendNode, PretendSampler
@@ -221,8 +222,17 @@ class PretendCluster:
         nodes = [self._nodes[seat.node] for seat in seats]
         experiment = group.experiment
         clock = nodes[0].host
+        unsure, all_unsure = unsure_workloads(group, base_dir)
         engine = EngineHost(
-            experiment.model, experiment.engine, group.gpus, base_dir, cache_dir, clock=clock, online=group.online
+            experiment.model,
+            experiment.engine,
+            group.gpus,
+            base_dir,
+            cache_dir,
+            clock=clock,
+            online=group.online,
+            unsure=unsure,
+            all_unsure=all_unsure,
         )
         gang = PretendGang(self, group, nodes, engine)
         with self._lock:

@@ -79,7 +79,7 @@ class ChatTemplate:
                 f"the model's chat template alone has {frame.tokens} tokens around a message{where}",
                 "raise workload.input_tokens, or set workload.prompts.chat_template: false",
                 field="workload.input_tokens",
-                found=f"{tokens} tokens",
+                found=str(tokens),
                 allowed=f"at least {frame.tokens + 1} tokens",
             )
         return frame.before + content(tokens - frame.tokens) + frame.after

@@ -279,8 +279,8 @@ class TestHandshake:
     @pytest.mark.parametrize(
         ("body", "error", "says"),
         [
-            ('say([0, "hello", {"protocol": 3, "llem_ray": "9", "python": "3"}])', PluginError, "protocol 3, this process has 2"),
-            ('say([0, "hello", {"protocol": 2, "llem_ray": "9", "python": "3"}])', PluginError, "llem_ray 9, this process has"),
+            ('say([0, "hello", {"protocol": 9, "llem_ray": "9", "python": "3"}])', PluginError, "protocol 9, this process has 3"),
+            ('say([0, "hello", {"protocol": 3, "llem_ray": "9", "python": "3"}])', PluginError, "llem_ray 9, this process has"),
             ('say([0, "hello", None])', EngineDied, "no hello"),
             ('say([0, "done", {}])', EngineDied, "no hello"),
             ('say({"a": 1})', EngineDied, "garbage on the socket"),

@@ -17,6 +17,7 @@ from llem_ray.core.backend import (
     InferenceBackend,
     LoadReport,
     LoadSchedule,
+    ModelOutlook,
     Request,
     RequestRecord,
     StepEvent,
@@ -25,6 +26,7 @@ from llem_ray.core.errors import BackendError, ConfigError, GenerationError, Lle
 from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 
 GREEDY = SamplingSpec()
+TEXTS = ["A river", "runs through it, and on."]
 SHAPES = [([5], [1]), ([7], [9]), ([4, 4, 4], [6, 6, 6]), ([3, 12, 1, 8], [5, 5, 5, 5]), ([6, 2, 9], [1, 7, 3])]
 
 
@@ -47,6 +49,10 @@ class Loaded:
     config: BackendConfig
     load_s: float
     """Check and load by the wall."""
+    outlook: ModelOutlook | None
+    """What it told before it was loaded."""
+    early_ids: list[list[int]] | None
+    """Ids of ``TEXTS`` before it was loaded."""
 
 
 def requests_of(loaded: Loaded, lengths: list[int], new_tokens: list[int]) -> list[Request]:
@@ -125,9 +131,20 @@ class LoadedEngine:
         backend = engine.factory(config)
         begin_s = time.monotonic()
         backend.check()
+        tell = getattr(backend, "outlook", None)
+        outlook = tell() if tell is not None else None
+        early_ids = backend.encode(TEXTS) if outlook is not None else None
         report = backend.load()
-        yield Loaded(backend, report, config, time.monotonic() - begin_s)
+        yield Loaded(backend, report, config, time.monotonic() - begin_s, outlook, early_ids)
         backend.close()
+
+    def test_what_it_tells_before_a_load_is_what_the_load_finds(self, loaded: Loaded) -> None:
+        told, report = loaded.outlook, loaded.report
+        if told is None:
+            pytest.skip("it tells nothing")
+        assert (told.context_tokens, told.vocab_size) == (report.context_tokens, report.vocab_size)
+        assert told.special_token_ids == report.special_token_ids
+        assert loaded.early_ids == loaded.backend.encode(TEXTS)
 
 
 class OnlineContract(LoadedEngine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 from vllm_models import NEW_TOKENS, PROMPTS, SMALL, config_of, requests_of, serve, tokens_of
 
+from llem_ray.backends.builtin_models import BUILTIN_MODELS
+from llem_ray.backends.context_limit import context_limit
 from llem_ray.backends.vllm.backend import VllmBackend
 from llem_ray.core.backend import LoadReport, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError, LoadError
@@ -164,3 +167,32 @@ def test_wrong_values_are_refused_in_vllm_s_words(tmp_path: Path, args: dict[str
         VllmBackend(config_of(tmp_path, TINY, {**SMALL, **args})).check()
     assert "vLLM 0.32" in caught.value.message
     assert caught.value.field == "engine.engine_args"
+
+
+ROPE = {"rope_theta": 10000.0}
+CONTEXTS: list[dict[str, Any]] = [
+    {},
+    {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}},
+    {"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}},
+    {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}},
+]
+
+
+@pytest.mark.parametrize("changes", CONTEXTS)
+@pytest.mark.parametrize("args", [{}, {"max_model_len": 100}])
+def test_the_context_by_the_config_alone_is_what_vllm_settles_on(
+    changes: dict[str, Any], args: dict[str, Any], tmp_path: Path
+) -> None:
+    config = {**BUILTIN_MODELS["llama-tiny"].config, "model_type": "llama", "max_position_embeddings": 256, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked = config_of(tmp_path, ModelSpec(config="config.json"), args)
+    backend = VllmBackend(asked)
+    try:
+        backend.check()
+        told = backend.outlook()
+    finally:
+        backend.close()
+    limit = context_limit(config, asked.model, asked.engine)
+    assert limit is not None
+    assert told.context_tokens == limit.tokens

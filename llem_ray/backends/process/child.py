@@ -66,6 +66,7 @@ class Session:
         self._calls: dict[str, Callable[[int, Any], Any]] = {
             "open": self._open,
             "check": lambda _call, _body: self._opened().check(),
+            "outlook": self._outlook,
             "load": self._load,
             "identity": lambda _call, _body: [pack(rank) for rank in self._opened().identity()],
             "encode": lambda _call, texts: self._opened().encode(texts),
@@ -103,6 +104,12 @@ class Session:
             raise PluginError(f"{config.engine.backend!r} cannot be imported: {error}") from error
         self._backend = factory(config)  # type: ignore[operator]
         return {"backend": target, "versions": _versions()}
+
+    def _outlook(self, _call: int, _body: Any) -> Any:
+        """None for an engine that tells nothing before it is loaded."""
+        tell = getattr(self._opened(), "outlook", None)
+        told = None if tell is None else tell()
+        return None if told is None else pack(told)
 
     def _load(self, _call: int, _body: Any) -> Any:
         report = self._opened().load()

@@ -15,7 +15,17 @@ from typing import Any, Final
 
 from llem_ray.backends.process.engine_process import Deadlines, EngineProcess
 from llem_ray.backends.process.wire import ProtocolError, pack, pack_flat, unpack, unpack_each, unpack_events
-from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import (
+    BackendConfig,
+    ChatMessage,
+    LoadReport,
+    LoadSchedule,
+    ModelOutlook,
+    Rank,
+    Request,
+    RequestRecord,
+    StepEvent,
+)
 from llem_ray.core.errors import ConfigError, EngineDied, GenerationError, HangError, LlemRayError, LoadError
 from llem_ray.core.plugins import EXTRAS, install_command
 from llem_ray.core.spec import SamplingSpec
@@ -55,6 +65,7 @@ class ProcessBackend:
         self._process: EngineProcess | None = None
         self._versions: Mapping[str, str] = {}
         self._loaded = False
+        self._encodes = False
         self._end: str | None = None
 
     def check(self) -> None:
@@ -71,6 +82,20 @@ class ProcessBackend:
         except BaseException:
             self.close()
             raise
+
+    def outlook(self) -> ModelOutlook | None:
+        """What the engine tells before it is loaded; None where that is nothing.
+
+        Raises:
+            LoadError: It cannot read the model's config or tokenizer.
+        """
+        answer = self._ask("outlook", None, self._deadlines.check_s, process=self._opened())
+        try:
+            told = None if answer is None else unpack(ModelOutlook, answer)
+        except ProtocolError as error:
+            raise self._broken(error) from error
+        self._encodes = told is not None
+        return told
 
     def load(self) -> LoadReport:
         """Load the model in the process. The report's notes name interpreter, its version and the log."""
@@ -105,7 +130,8 @@ class ProcessBackend:
         return self._ids("encode_chats", [[list(message) for message in chat] for chat in chats])
 
     def _ids(self, call: str, texts: list[Any]) -> list[list[int]]:
-        answer = self._ask(call, texts, self._deadlines.call_s, LoadError)
+        process = self._process if self._encodes else None
+        answer = self._ask(call, texts, self._deadlines.call_s, LoadError, process)
         if (
             not isinstance(answer, list)
             or len(answer) != len(texts)
@@ -159,7 +185,7 @@ class ProcessBackend:
     def close(self) -> None:
         """Unload, end the process and all it started, and remove what they left in shared memory. Bounded in time."""
         process, self._process = self._process, None
-        self._loaded, self._end = False, None
+        self._loaded, self._encodes, self._end = False, False, None
         if process is not None:
             process.close()
 
@@ -209,7 +235,7 @@ class ProcessBackend:
     def _forget(self, error: LlemRayError) -> None:
         """The process is unusable: make sure that it is gone, and remember why."""
         process, self._process = self._process, None
-        self._loaded, self._end = False, error.message
+        self._loaded, self._encodes, self._end = False, False, error.message
         if process is not None:
             process.kill()
 

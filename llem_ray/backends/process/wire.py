@@ -28,7 +28,7 @@ from llem_ray.core.errors import GenerationError, LlemRayError
 T = TypeVar("T")
 Message = tuple[int, str, Any]
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 MAX_BYTES: Final = 512 * 2**20
 """A longer message is taken for garbage."""
 _MAGIC: Final = b"LLEM"

@@ -34,11 +34,14 @@ RESERVED: Final[Mapping[str, str]] = {
     "ray_worker_extension_cls": "workers that Ray starts tell us who they are by one of ours",
     "mpi_session": "workers are started when the model is loaded",
     "_mpi_session": "workers are started when the model is loaded",
+    "enable_lora": "no adapter would be used: this engine serves none yet",
+    "lora_config": "no adapter would be used: this engine serves none yet",
+    "peft_cache_config": "no adapter would be used: this engine serves none yet",
     "stream_interval": "the time of each token is measured",
     "enable_iter_perf_stats": "set `iteration_stats`",
     "max_stats_len": "all statistics of a run are kept",
 }
-"""Arguments that llem-ray sets itself, and what to do instead."""
+"""Arguments that llem-ray sets itself or leaves out, and what to do instead."""
 
 DEFAULT_MEMORY_FRACTION: Final = 0.9
 """Share of the GPU's free memory that the KV cache takes: TensorRT-LLM's own default, stated so that it stays."""

@@ -20,6 +20,7 @@ from llem_ray.core.backend import (
     ChatMessage,
     LoadReport,
     LoadSchedule,
+    ModelOutlook,
     Rank,
     Request,
     RequestRecord,
@@ -32,6 +33,7 @@ from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import EngineSpec, SamplingSpec
 
 if TYPE_CHECKING:
+    from llem_ray.backends.outlook import Outlook
     from llem_ray.backends.tensorrt_llm.engine import Engine
     from llem_ray.backends.tensorrt_llm.preparing import Prepared
 
@@ -58,6 +60,7 @@ class TensorrtBackend:
         self._prepared: Prepared | None = None
         self._engine: Engine | None = None
         self._import_s = 0.0
+        self._outlook: Outlook | None = None
         self._ended = threading.Event()
 
     @staticmethod
@@ -71,6 +74,16 @@ class TensorrtBackend:
             self._check_follower()
         else:
             self._prepared = self._prepare()
+
+    def outlook(self) -> ModelOutlook | None:
+        """Read the tokenizer; all else is known from ``check``."""
+        if self._follows:
+            return None
+        prepared = self._prepared = self._prepared or self._prepare()
+        make: type[Outlook] = import_module("llem_ray.backends.outlook").Outlook
+        context = prepared.arguments.get("max_seq_len")
+        self._outlook = make(self._config, prepared.source, prepared.model_config, context)
+        return self._outlook.told
 
     def load(self) -> LoadReport:
         """Build the engine, start its workers and run one short request."""
@@ -95,12 +108,16 @@ class TensorrtBackend:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, by the tokenizer that the other engines use."""
+        if self._engine is None and self._outlook is not None:
+            return self._outlook.encode(texts)
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._engine.encode(texts)
 
     def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
         """Token ids of each chat by the model's own template."""
+        if self._engine is None and self._outlook is not None:
+            return self._outlook.encode_chats(chats)
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._engine.encode_chats(chats)
@@ -164,7 +181,7 @@ class TensorrtBackend:
         )
 
     def _close_engine(self) -> None:
-        engine, self._engine = self._engine, None
+        engine, self._engine, self._outlook = self._engine, None, None
         if engine is not None:
             engine.close()
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from llem_ray.backends.lora import parse_lora, require_lora_fits
 from llem_ray.backends.model_source import find_model, known_config
@@ -17,6 +17,7 @@ from llem_ray.core.backend import (
     ChatMessage,
     LoadReport,
     LoadSchedule,
+    ModelOutlook,
     Rank,
     Request,
     RequestRecord,
@@ -28,6 +29,7 @@ from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import SamplingSpec
 
 if TYPE_CHECKING:
+    from llem_ray.backends.outlook import Outlook
     from llem_ray.backends.transformers.engine import Engine
     from llem_ray.backends.transformers.follower import Follower
     from llem_ray.backends.transformers.gang import Gang
@@ -48,6 +50,8 @@ class TransformersBackend:
     def __init__(self, config: BackendConfig) -> None:
         self._config = config
         self._engine: Engine | Gang | Follower | None = None
+        self._outlook: Outlook | None = None
+        self._import_s = 0.0
 
     def check(self) -> None:
         """Refuse bad arguments, missing files and missing packages, without importing torch."""
@@ -65,20 +69,25 @@ class TransformersBackend:
         if lora := parse_lora(self._config.engine.engine_args, self._config.base_dir):
             require_lora_fits(lora, known)
 
+    def outlook(self) -> ModelOutlook:
+        """Import torch and transformers, read config and tokenizer."""
+        source = find_model(self._config.model, self._config.base_dir)
+        module = self._import("outlook", "llem_ray.backends")
+        outlook: Outlook = module.Outlook(self._config, source)
+        self._outlook = outlook
+        return outlook.told
+
     def load(self) -> LoadReport:
         """Import torch and transformers, load model and tokenizer, run one short batch."""
         args = check_arguments(self._config)
         source = find_model(self._config.model, self._config.base_dir)
         self.close()
-        begin_s = time.monotonic()
         alone = self._config.rendezvous is None or self._config.rendezvous.world_size == 1
-        try:
-            engine = import_module(f"llem_ray.backends.transformers.{'engine' if alone else 'gang_loading'}")
-        except ImportError as error:
-            raise LoadError(f"the transformers engine cannot be imported: {error}", install_command("transformers")) from error
+        engine = self._import("engine" if alone else "gang_loading", "llem_ray.backends.transformers")
         report: LoadReport
         load = engine.load_engine if alone else engine.load_gang
-        self._engine, report = load(self._config, source, args, time.monotonic() - begin_s)
+        self._engine, report = load(self._config, source, args, self._import_s)
+        self._outlook, self._import_s = None, 0.0
         return report
 
     def identity(self) -> tuple[Rank, ...]:
@@ -94,12 +103,16 @@ class TransformersBackend:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
+        if self._engine is None and self._outlook is not None:
+            return self._outlook.encode(texts)
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._leading().encode(texts)
 
     def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
         """Token ids of each chat by the model's own template."""
+        if self._engine is None and self._outlook is not None:
+            return self._outlook.encode_chats(chats)
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._leading().encode_chats(chats)
@@ -136,9 +149,18 @@ class TransformersBackend:
 
     def close(self) -> None:
         """Drop the model and free the device."""
-        engine, self._engine = self._engine, None
+        engine, self._engine, self._outlook = self._engine, None, None
         if engine is not None:
             engine.close()
+
+    def _import(self, module: str, package: str) -> Any:
+        begin_s = time.monotonic()
+        try:
+            return import_module(f"{package}.{module}")
+        except ImportError as error:
+            raise LoadError(f"the transformers engine cannot be imported: {error}", install_command("transformers")) from error
+        finally:
+            self._import_s += time.monotonic() - begin_s
 
     def _leading(self) -> Engine | Gang:
         engine = self._engine

@@ -23,6 +23,8 @@ RESERVED: Final[Mapping[str, str]] = {
     "tensor_parallel_size": "set `engine.tensor_parallel`",
     "pipeline_parallel_size": "set `engine.pipeline_parallel`",
     "data_parallel_size": "set `engine.data_parallel`",
+    "prefill_context_parallel_size": "the gang has `engine.tensor_parallel` x `engine.pipeline_parallel` GPUs",
+    "device_ids": "it follows from where the gang is placed",
     "distributed_executor_backend": "it follows from `engine.tensor_parallel`",
     "nnodes": "set `engine.nodes`",
     "node_rank": "it follows from where the gang is placed",
@@ -40,6 +42,9 @@ RESERVED: Final[Mapping[str, str]] = {
 EAGER_ARGUMENTS: Final = ("enforce_eager", "compilation_config", "optimization_level")
 """Who names one of these decides about compilation; otherwise the CPU runs eagerly."""
 
+SPECULATION: Final = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+"""Arguments each of which switches speculation on."""
+
 OURS: Final = ("lora", "meet_timeout_s")
 """Arguments that vLLM does not know."""
 
@@ -47,8 +52,8 @@ MEET_TIMEOUT_S: Final = 300.0
 """Longest meeting of the processes of a gang, unless `engine_args.meet_timeout_s` says otherwise."""
 
 DISTRIBUTED_TIMEOUT_S: Final = 600
-"""Longest wait of one host for another inside torch.distributed, unless `engine_args.distributed_timeout_seconds` says otherwise.
-vLLM leaves it to torch: half an hour for gloo."""
+"""Longest wait of one host for another inside torch.distributed: `distributed_timeout_seconds` of `engine_args`, and for gloo's
+groups `cpu_distributed_timeout_seconds`. vLLM leaves both to torch: half an hour for gloo."""
 
 LORA_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `max_lora_rank`."""
@@ -61,8 +66,9 @@ def check_spec(config: BackendConfig) -> None:
         ConfigError: An argument is one that llem-ray sets, or the model or engine asks for what this engine cannot do.
     """
     for name in config.engine.engine_args:
-        if name in RESERVED:
-            raise ConfigError("llem-ray sets this argument itself", RESERVED[name], field=f"{FIELD}.{name}", found=name)
+        if name in RESERVED or name.startswith("data_parallel_"):
+            hint = RESERVED.get(name, RESERVED["data_parallel_size"])
+            raise ConfigError("llem-ray sets this argument itself", hint, field=f"{FIELD}.{name}", found=name)
     parse_lora(config.engine.engine_args, config.base_dir)
     if config.engine.data_parallel != 1:
         raise ConfigError(
@@ -184,10 +190,10 @@ def engine_arguments(
     if place is not None:
         # The first host chooses the port at the meeting.
         values |= {"nnodes": place.world_size, "node_rank": place.rank, "master_addr": place.master_addr}
-        values["distributed_timeout_seconds"] = DISTRIBUTED_TIMEOUT_S
+        values |= {"distributed_timeout_seconds": DISTRIBUTED_TIMEOUT_S, "cpu_distributed_timeout_seconds": DISTRIBUTED_TIMEOUT_S}
     if runs_eagerly(config):
         values["enforce_eager"] = True
-    if "speculative_config" in engine.engine_args:
+    if any(engine.engine_args.get(name) is not None for name in SPECULATION):
         values["per_request_spec_decode_metrics"] = "summary"
     if lora_rank is not None:
         values["enable_lora"] = True

@@ -13,12 +13,23 @@ from llem_ray.backends.batch_checks import require_batch
 from llem_ray.backends.model_source import find_model
 from llem_ray.backends.vllm.arguments import check_spec, local_workers, place_of, runs_eagerly
 from llem_ray.backends.vllm.settings import EnvironmentDefaults
-from llem_ray.core.backend import BackendConfig, ChatMessage, LoadReport, LoadSchedule, Rank, Request, RequestRecord, StepEvent
+from llem_ray.core.backend import (
+    BackendConfig,
+    ChatMessage,
+    LoadReport,
+    LoadSchedule,
+    ModelOutlook,
+    Rank,
+    Request,
+    RequestRecord,
+    StepEvent,
+)
 from llem_ray.core.errors import GenerationError, LoadError, PluginError
 from llem_ray.core.plugins import install_command
 from llem_ray.core.spec import SamplingSpec
 
 if TYPE_CHECKING:
+    from llem_ray.backends.outlook import Outlook
     from llem_ray.backends.vllm.engine import Engine, Prepared
     from llem_ray.backends.vllm.follower import Follower
 
@@ -48,10 +59,19 @@ class VllmBackend:
         self._prepared: Prepared | None = None
         self._engine: Engine | Follower | None = None
         self._import_s = 0.0
+        self._outlook: Outlook | None = None
 
     def check(self) -> None:
         """Refuse missing packages, models and arguments. Imports vLLM and lets it validate its config; loads no weights."""
         self._prepared = self._prepare()
+
+    def outlook(self) -> ModelOutlook:
+        """Read the tokenizer; all else is known from ``check``."""
+        prepared = self._prepared = self._prepared or self._prepare()
+        make: type[Outlook] = import_module("llem_ray.backends.outlook").Outlook
+        context = int(prepared.vllm_config.model_config.max_model_len)
+        self._outlook = make(self._config, prepared.source, prepared.model_config, context)
+        return self._outlook.told
 
     def load(self) -> LoadReport:
         """Build the engine, together with the gang's other hosts, and run one short batch."""
@@ -74,12 +94,16 @@ class VllmBackend:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, by the tokenizer that the transformers engine uses."""
+        if self._engine is None and self._outlook is not None:
+            return self._outlook.encode(texts)
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._leading(self._engine).encode(texts)
 
     def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
         """Token ids of each chat by the model's own template."""
+        if self._engine is None and self._outlook is not None:
+            return self._outlook.encode_chats(chats)
         if self._engine is None:
             raise LoadError("the model is not loaded")
         return self._leading(self._engine).encode_chats(chats)
@@ -115,7 +139,7 @@ class VllmBackend:
         self._environment.take_back()
 
     def _close_engine(self) -> None:
-        engine, self._engine = self._engine, None
+        engine, self._engine, self._outlook = self._engine, None, None
         if engine is not None:
             engine.close()
 

@@ -39,6 +39,7 @@ class OfflineEngine:
         self.adapter: LoRARequest | None = None
         self._watch = CoreWatch(self.llm.engine_core)
         self._recorder = StepRecorder(self.llm)
+        self._settled = True
 
     def describe_workers(self) -> list[dict[str, Any]]:
         """What each worker tells of itself."""
@@ -69,6 +70,9 @@ class OfflineEngine:
         run_id = next(_run_ids)
         answers: dict[str, Answer] = {}
         internal: dict[str, Answer] = {}
+        if not self._settled:
+            settle(self.llm.engine_core, self.vllm_config.max_concurrent_batches)
+        self._settled = False
         self._recorder.begin()
         begin_ns = time.monotonic_ns()
         due_ns = begin_ns + TOLD_EVERY_NS
@@ -97,6 +101,8 @@ class OfflineEngine:
             open_names = [name for name, answer in answers.items() if answer.finish_reason is None]
             if open_names:
                 self.llm.abort_request(open_names)
+            else:
+                self._settled = True
         for answer in answers.values():
             yield answer.record()
 
@@ -112,3 +118,29 @@ class OfflineEngine:
         if resources is not None:
             resources.ctx.destroy(linger=0)  # vLLM closes its sockets, and leaves their context
         del self.llm
+
+
+def settle(client: Any, batches: int) -> None:
+    """Let the steps end that an abandoned run, whose requests are aborted, has left under way, and drop what they tell.
+
+    Args:
+        client: vLLM's synchronous ``EngineCoreClient``.
+        batches: Steps that vLLM has under way at most.
+
+    Raises:
+        EngineDeadError: vLLM's process has ended.
+    """
+    if not hasattr(client, "outputs_queue"):
+        core = client.engine_core
+        while core.scheduler.has_requests() or core.batch_queue:
+            client.get_output()
+        return
+    for _ in range(batches + 1):
+        # Answered between two steps, each of which ends one of those under way; answers come in the order of the outputs.
+        client.call_utility("is_scheduler_paused")
+    kept = []
+    while not client.outputs_queue.empty():
+        told = client.outputs_queue.get_nowait()
+        kept += [told] if isinstance(told, Exception) else []
+    for error in kept:
+        client.outputs_queue.put_nowait(error)

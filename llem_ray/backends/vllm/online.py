@@ -50,6 +50,8 @@ class _Run:
         self.indices = itertools.count()
         self.events: queue.SimpleQueue[StepEvent | Answer | Exception] = queue.SimpleQueue()
         self.generator: LoadGenerator | None = None
+        self.begun = False
+        """Its first step has ended, which computes prompts: steps before that one are late ones of the run before."""
         self.in_flight: dict[int, int] = {}
         """When each unanswered request was handed over, oldest first."""
         self.tasks: set[asyncio.Task[None]] = set()
@@ -74,6 +76,10 @@ class StepStream:
         begin_ns = max(self._end_ns, next(iter(run.in_flight.values()), self._end_ns))
         try:
             details, performance = told_by(scheduler_stats)
+            run.begun = run.begun or (details is not None and details.num_ctx_tokens > 0)
+            if details is not None and not run.begun:
+                self._end_ns = end_ns
+                return
             event = step_event(details, performance, produced, begin_ns, end_ns, run.workers)
         except Exception as error:  # noqa: BLE001 - raised in the thread that serves; here it would end vLLM's handler
             run.events.put(error)
@@ -255,6 +261,10 @@ class OnlineEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
         while not await self.llm.reset_prefix_cache():
             await asyncio.sleep(0.01)
+        for _ in range(self.vllm_config.max_concurrent_batches):  # see ``offline.settle``
+            await self.llm.is_paused()
+        while not self.llm.engine_core.outputs_queue.empty():
+            await asyncio.sleep(0.001)
         await asyncio.sleep(0)
 
     async def _construct(self, vllm_config: Any) -> Any:

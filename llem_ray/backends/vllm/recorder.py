@@ -41,6 +41,7 @@ class StepRecorder:
         self._outputs: Any = None
         self._scheduled: Any = None
         self._metrics: Any = None
+        self._begun = True
         self._get_output = llm.engine_core.get_output
         front: Any = llm
         front.log_stats = front.output_processor.log_stats = False
@@ -61,9 +62,10 @@ class StepRecorder:
         self._scheduled = scheduler_output
 
     def begin(self) -> None:
-        """Forget what an abandoned run has left."""
+        """A run begins whose first step computes prompts: steps before that one are late ones of the run before."""
         self._noted.clear()
         self._outputs = self._scheduled = None
+        self._begun = False
 
     def note(self, end_ns: int) -> None:
         """A step has ended."""
@@ -91,6 +93,11 @@ class StepRecorder:
                     answer.times_ns += [noted.end_ns] * count
                     produced += count
             details, performance = self._explain(noted)
+            if not self._begun:
+                self._begun = bool(produced) or (details is not None and details.num_ctx_tokens > 0)
+                if not self._begun:
+                    begin_ns = noted.end_ns
+                    continue
             event = step_event(details, performance, produced, begin_ns, noted.end_ns, workers)
             if event is not None:
                 yield event

@@ -14,6 +14,7 @@ from llem_ray.core.errors import LlemRayError, PlacementError
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import SamplerInfo
 from llem_ray.execution.calls import Call, Fetched, Gang, Node, Sampler, SamplerSettings
+from llem_ray.execution.context import unsure_workloads
 from llem_ray.execution.engines import worker_layout
 from llem_ray.execution.ray.actors import CheckActor, EngineActor, HolderActor, SamplerActor
 from llem_ray.execution.ray.gang import RayGang
@@ -135,6 +136,7 @@ class RayExecutor:
         if shared:
             require_cpus(seats, ray.nodes())
         placement = _placement_group(seats, single=shared) if group.gpus else None
+        unsure, all_unsure = unsure_workloads(group, base_dir)
         actors = []
         for rank, (index, gpus) in enumerate(processes):
             strategy = pinned(seats[index].node) if placement is None else _in_bundle(placement, rank if shared else index)
@@ -156,6 +158,8 @@ class RayExecutor:
                     self._cache_dir(cache_dir),
                     sources=self._sources_of(group, base_dir),
                     online=group.online,
+                    unsure=unsure,
+                    all_unsure=all_unsure,
                     threads_are_ours="OMP_NUM_THREADS" in os.environ,
                     rank=rank,
                 )

@@ -118,6 +118,8 @@ def test_vllm_keeps_to_its_share_and_holds_one_sequence() -> None:
     [
         ("vllm", {"cpu_offload_gb": 100}),
         ("vllm", {"hf_overrides": {"num_hidden_layers": 2}}),
+        ("vllm", {"quantization_config": {"linear": "fp8_per_tensor"}}),
+        ("vllm", {"model_weights": "s3://elsewhere"}),
         ("transformers", {"device_map": "auto"}),
         ("tensorrt", {"model_kwargs": {"num_hidden_layers": 2}}),
     ],

@@ -124,6 +124,7 @@ def test_an_engine_that_is_not_loaded_says_so_and_closes() -> None:
         (config_of(replace(TINY, quantization="fp8")), "model.quantization", "ModelOpt"),
         (config_of(replace(TINY, initializer_range=0.1)), "model.initializer_range", "model.id"),
         (config_of(args={"load_format": "auto"}), "engine.engine_args.load_format", "dummy"),
+        (config_of(args={"enable_lora": True}), "engine.engine_args.enable_lora", "no adapter would be used"),
         (config_of(args={"dtype": "half"}), "engine.engine_args.dtype", "model.dtype"),
         (config_of(args={"tensor_parallel_size": 2}), "engine.engine_args.tensor_parallel_size", "engine.tensor_parallel"),
         (config_of(args={"orchestrator_type": "ray"}), "engine.engine_args.orchestrator_type", "engine.nodes"),

@@ -73,6 +73,9 @@ def test_an_engine_that_is_not_loaded_says_so_and_closes() -> None:
     [
         (config_of(args={"dtype": "half"}), "engine.engine_args.dtype", "model.dtype"),
         (config_of(args={"tensor_parallel_size": 2}), "engine.engine_args.tensor_parallel_size", "engine.tensor_parallel"),
+        (config_of(args={"data_parallel_rank": 1}), "engine.engine_args.data_parallel_rank", "engine.data_parallel"),
+        (config_of(args={"prefill_context_parallel_size": 2}), "engine.engine_args.prefill_context_parallel_size", "GPUs"),
+        (config_of(args={"device_ids": [1]}), "engine.engine_args.device_ids", "placed"),
         (config_of(args={"load_format": "auto"}), "engine.engine_args.load_format", "dummy"),
         (config_of(args={"lora": {"rank": 0}}), "engine.engine_args.lora.rank", "1 and more"),
         (config_of(data_parallel=2), "engine.data_parallel", "replica"),
@@ -106,6 +109,8 @@ def test_what_an_adapter_or_speculation_needs_is_asked_for() -> None:
     assert (ours["enable_lora"], ours["max_lora_rank"], ours["per_request_spec_decode_metrics"]) == (True, 32, "summary")
     assert "lora" not in ours
     assert not {"enable_lora", "max_lora_rank", "per_request_spec_decode_metrics"} & set(arguments_of(config_of()))
+    for short in ({"spec_method": "ngram"}, {"spec_model": "a/draft"}, {"spec_tokens": 2}):
+        assert arguments_of(config_of(args=short))["per_request_spec_decode_metrics"] == "summary"
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,7 @@ def test_vllm_is_told_where_this_host_stands(monkeypatch: pytest.MonkeyPatch) ->
     assert (values["nnodes"], values["node_rank"], values["master_addr"]) == (3, 1, "127.0.0.1")
     assert values["distributed_executor_backend"] == "mp"
     assert "meet_timeout_s" not in values
+    assert (values["distributed_timeout_seconds"], values["cpu_distributed_timeout_seconds"]) == (600, 600)
     assert local_workers(config) == 2
     assert local_workers(config_of(0, 1, ("a", "b", "a"))) == 4
     defaults = EnvironmentDefaults("cpu", workers=2, eager=True, place=config.rendezvous)

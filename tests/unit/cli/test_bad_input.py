@@ -211,6 +211,21 @@ def test_a_results_folder_that_is_a_file_is_refused(llem, sweep: Path, tmp_path:
     assert (tmp_path / "runs").read_text() == "in the way"
 
 
+@pytest.mark.parametrize("command", [("validate",), ("plan",), ("submit", "--inline")])
+def test_tokens_beyond_the_context_are_refused_before_anything_starts(
+    command: tuple[str, ...], llem, sweep: Path, tmp_path: Path, recording: Path
+) -> None:
+    sweep.write_text(
+        sweep.read_text().replace("backend: fake", "backend: transformers").replace("output_tokens: 4", "output_tokens: 2041")
+    )
+    ended = llem(*command, sweep)
+    assert ended.code == 2, ended
+    assert "sweep.yaml:6: workload.output_tokens: request 0 is too long for the model: 8 prompt + 2041 output = 2049" in ended.err
+    assert "found: 2041" in ended.err
+    assert "allowed: at most 2048 tokens together, the model's context" in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
 @contextmanager
 def small_disk(path: Path, options: str) -> Iterator[None]:
     """A disk of its own at ``path``; skips where this user may not mount one."""

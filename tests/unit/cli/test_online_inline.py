@@ -98,12 +98,13 @@ def check_conversations(pattern: str, row: dict[str, Any], requests: dict[tuple[
 
 
 def test_an_engine_that_is_too_small_for_a_request_says_so_in_the_row(llem: Any, sweep: Path, recording: Path) -> None:
-    """Tokens beyond the context, of a load whose requests are built once the model is there."""
+    """Tokens beyond the context, of an engine whose context nobody knows but itself: asked before it loads."""
     overrides = {
         "sweep.workload.batch_size": "[1]",
         "workload.requests": "3",
         "workload.load": "{pattern: constant, rate_per_s: 100}",
         "engine.engine_args.context_tokens": "10",
+        "engine.engine_args.fail": "{kind: load}",
         "repeats": "1",
     }
     ended = llem("submit", "--inline", sweep, *(part for item in overrides.items() for part in ("--set", "=".join(item))))
@@ -111,3 +112,4 @@ def test_an_engine_that_is_too_small_for_a_request_says_so_in_the_row(llem: Any,
     (row,) = pq.read_table(next(Path("runs").iterdir()) / "trials").to_pylist()
     assert (row["status"], row["failure_kind"]) == ("failed", "bad_request")
     assert "12 tokens" in row["failure_message"]
+    assert str(row["failure_message"]).startswith(f"{sweep}:6: workload.input_tokens: ")

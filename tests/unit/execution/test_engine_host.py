@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from llem_ray.core.backend import Request, RequestRecord, StepEvent
+from llem_ray.core.errors import ConfigError
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.spec import EngineSpec, Experiment, LoadSpec, ModelSpec, PromptSpec, WarmupSpec, WorkloadSpec
 from llem_ray.execution import engines
@@ -124,3 +126,70 @@ def test_later_turns_of_batches_hold_known_or_real_answers(answers: Any, tmp_pat
     assert [request.prompt_token_ids for request in asked[2:4]] == [request.prompt_token_ids for request in asked[:2]]
     assert (first.turn, first.shared_prompt_tokens, second.turn) == (0, 0, 1)
     assert (second.prompt_tokens, second.shared_prompt_tokens) == (11, 7 if answers == "generated" else 4)
+
+
+class Counted(FakeBackend):
+    """Counts its loads."""
+
+    loads = 0
+
+    def load(self) -> Any:
+        type(self).loads += 1
+        return super().load()
+
+
+class Silent(Counted):
+    """Tells nothing before it is loaded, as engines of other makers."""
+
+    outlook = None  # type: ignore[assignment]
+
+
+def order_of(engine: EngineSpec, workload: WorkloadSpec) -> TrialOrder:
+    return TrialOrder(
+        trial_id="t-r0",
+        attempt=1,
+        experiment=Experiment(model=MODEL, engine=engine, workload=workload),
+        guard_s=0.0,
+        warmup=WarmupSpec(batches=0),
+        min_window_s=0.001,
+        cooldown_s=0.0,
+    )
+
+
+FITS = WorkloadSpec(input_tokens=4, output_tokens=2)
+LONG = WorkloadSpec(prompts=PromptSpec(chat_template=True), input_tokens=200, output_tokens=2)
+SHORT = WorkloadSpec(prompts=PromptSpec(chat_template=True), input_tokens=1, output_tokens=2)
+
+
+@pytest.mark.parametrize("python", [None, sys.executable])
+def test_requests_that_no_model_takes_are_refused_before_it_is_loaded(
+    python: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an interpreter of its own the engine would fail to load, so that a load is seen there as well."""
+    fail = {"kind": "load"} if python is not None else None
+    engine = EngineSpec(backend="fake", device="cpu", python=python, engine_args={"context_tokens": 100, "fail": fail})
+    if python is None:
+        monkeypatch.setattr(engines, "load_plugin", lambda _group, _name: Counted)
+    monkeypatch.setattr(Counted, "loads", 0)
+    host = EngineHost(MODEL, engine, 0, str(tmp_path), str(tmp_path), unsure=(SHORT, LONG))
+    with pytest.raises(ConfigError) as caught:
+        host.load()
+    host.close()
+    assert (caught.value.field, caught.value.found, caught.value.allowed) == ("workload.input_tokens", "1", "at least 4 tokens")
+    assert "so it is with 1 other workload of this model" in caught.value.message
+    assert Counted.loads == 0
+
+
+@pytest.mark.parametrize("backend", [Counted, Silent])
+def test_the_other_trials_of_a_load_go_on(backend: type[FakeBackend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = EngineSpec(backend="fake", device="cpu", engine_args={"context_tokens": 100})
+    monkeypatch.setattr(engines, "load_plugin", lambda _group, _name: backend)
+    host = EngineHost(MODEL, engine, 0, str(tmp_path), str(tmp_path), unsure=(SHORT, LONG), all_unsure=False)
+    told = host.load().refused
+    assert [error.field for error in told] == ["workload.input_tokens"] * (0 if backend is Silent else 2)
+    for workload, message in ((SHORT, "chat template alone"), (LONG, "202 tokens")):
+        outcome = host.run(order_of(engine, workload))
+        assert isinstance(outcome, Failed)
+        assert (outcome.kind, message in outcome.message) == ("bad_request", True)
+    assert isinstance(host.run(order_of(engine, FITS)), Completed)
+    host.close()

@@ -13,8 +13,9 @@ from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, PlacementError, PluginError
 from llem_ray.core.plan import Plan
 from llem_ray.core.power import Device
+from llem_ray.execution.context import unsure_workloads
 from llem_ray.execution.memory import Devices, cluster_devices, group_memory, local_devices, require_memory, require_placed
-from llem_ray.execution.preflight import check_plan, process_start_ns
+from llem_ray.execution.preflight import check_plan, check_prompts, process_start_ns
 from llem_ray.execution.sampler_host import SamplerHost
 from llem_ray.planning.plan import make_plan
 from llem_ray.testing.backend import FakeBackend
@@ -159,6 +160,32 @@ def test_a_trace_that_outlasts_the_deadline_of_its_trial_is_refused(tmp_path: Pa
         check_plan(plan_of(tmp_path, "sweep.workload.batch_size=[1]", load % 1), 0, str(tmp_path))
     check_plan(plan_of(tmp_path, "sweep.workload.batch_size=[1]", load % 4), 0, str(tmp_path))
     check_plan(plan_of(tmp_path, "sweep.workload.batch_size=[1]", load % 1, "workload.requests=1"), 0, str(tmp_path))
+
+
+CONTEXT = ("base.engine.backend=transformers", "workload.input_tokens=2000", "workload.output_tokens=40")
+
+
+def test_requests_beyond_the_context_are_refused_by_the_config_alone(tmp_path: Path) -> None:
+    (tmp_path / "short.json").write_text(json.dumps(LLAMA_3_70B | {"max_position_embeddings": 2039}))
+    with pytest.raises(ConfigError, match=r"2000 prompt \+ 40 output = 2040 tokens"):
+        check_prompts(plan_of(tmp_path, *CONTEXT, "base.model.config=short.json"))
+    check_prompts(plan_of(tmp_path, *CONTEXT))
+
+
+def test_a_model_that_cannot_be_looked_at_is_nobody_s_fault(tmp_path: Path) -> None:
+    check_prompts(plan_of(tmp_path, *CONTEXT, "base.model={id: org/model}", "workload.output_tokens=1000000"))
+
+
+def test_only_what_needs_a_tokenizer_is_left_to_the_engine(tmp_path: Path) -> None:
+    def unsure(*overrides: str) -> tuple[list[int], bool]:
+        found, alone = unsure_workloads(plan_of(tmp_path, *overrides).groups[0], str(tmp_path))
+        return [workload.batch_size for workload in found], alone
+
+    assert unsure(*CONTEXT) == ([], False)
+    assert unsure() == ([1, 2], True)  # of the fake engine nobody else knows the context
+    assert unsure("base.engine.backend=transformers") == ([1, 2], True)
+    assert unsure(*CONTEXT, "workload.prompts.chat_template=true") == ([1, 2], True)
+    assert unsure(*CONTEXT, "experiments=[{workload: {prompts: {chat_template: true}, batch_size: 4}}]") == ([4], False)
 
 
 def test_online_and_batch_workloads_of_an_engine_are_loaded_apart(tmp_path: Path) -> None:
