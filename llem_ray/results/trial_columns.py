@@ -294,8 +294,8 @@ ADJUSTED_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s")
 
 ADJUSTED_STATISTICS: Final = ("p50", "p90", "p95", "p99")
 
-INTERVAL_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s", "e2e_from_schedule_s")
-"""Latency metrics whose percentiles have intervals: ``<metric>_<percentile>_lo`` and ``_hi``. Each has one value per request."""
+INTERVAL_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s", "e2e_from_schedule_s", "inter_chunk_s")
+"""Latency metrics whose percentiles have intervals: ``<metric>_<percentile>_lo`` and ``_hi``."""
 
 _LATENCY = (
     *(
@@ -318,7 +318,7 @@ _LATENCY = (
             f"{metric}_{statistic}_{end}",
             _F64,
             "s",
-            f"{name} end of the 95 % bootstrap interval over requests.",
+            f"{name} end of the 95 % interval over requests.",
         )
         for metric in INTERVAL_METRICS
         for statistic in ADJUSTED_STATISTICS
