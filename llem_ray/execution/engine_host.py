@@ -265,7 +265,7 @@ class EngineHost:
                 encode=self._backend.encode,
                 vocab_size=self._report.vocab_size,
                 context_tokens=self._report.context_tokens,
-                prompts=self._sources.prompts(workload.prompts),
+                prompts=self._sources.prompts(workload),
                 special_token_ids=self._report.special_token_ids,
                 encode_chats=getattr(self._backend, "encode_chats", None),
             )
@@ -287,7 +287,7 @@ class EngineHost:
                 encode=self._backend.encode,
                 vocab_size=self._report.vocab_size,
                 context_tokens=self._report.context_tokens,
-                prompts=self._sources.prompts(workload.prompts),
+                prompts=self._sources.prompts(workload),
                 special_token_ids=self._report.special_token_ids,
                 encode_chats=getattr(self._backend, "encode_chats", None),
                 trace=self._sources.trace(workload.load.trace),

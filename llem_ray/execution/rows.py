@@ -57,7 +57,7 @@ def attempt_row(ended: AttemptEnded) -> Row:
         passes=outcome.passes,
         steps=outcome.steps,
     )
-    row |= columns.length_columns(requests_inside(outcome))
+    row |= columns.length_columns(requests_inside(outcome)) | columns.turn_columns(outcome.requests)
     row |= load_columns(outcome, ended.trial.experiment.workload.load)
     workload = ended.trial.experiment.workload
     row |= latency_columns(outcome, ended.group.experiment.engine.world_size if ended.group.gpus else 0)
