@@ -123,7 +123,8 @@ class PromptSpec:
     """`builtin` is the set shipped with llem-ray; `file` reads JSON Lines or Parquet; `dataset` reads with the Hugging Face
     `datasets` library; `synthetic` draws random token ids."""
     path: str | None = None
-    """File of `source: file`, relative to the sweep file: Parquet (`.parquet`), else JSON Lines, a line an object or string."""
+    """File of `source: file`, relative to the sweep file: Parquet (`.parquet`), else JSON Lines or a JSON list, of objects or
+    strings."""
     column: str = "prompt"
     """Column of the prompt text: a key of each line, or a column of the table."""
     answer_column: str | None = field(default=None, metadata=_ADDED)

@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 
 def read_prompt_file(spec: PromptSpec, path: Path, *, all_turns: bool = False) -> PromptSet:
-    """The prompts of a JSON Lines or Parquet file, with all turns of conversations where asked for.
+    """The prompts of a JSON Lines, JSON or Parquet file, with all turns of conversations where asked for.
 
     Raises:
         ConfigError: The file is missing, empty or malformed, or a line or row has no prompt; it is named.
@@ -59,7 +59,7 @@ def read_prompt_file(spec: PromptSpec, path: Path, *, all_turns: bool = False) -
     if path.suffix == ".parquet":
         return prompts_of(_parquet_rows(path, wanted_columns(spec)), spec, str(path), all_turns=all_turns)
     text = read_text(path, "prompts file", f"{FIELD}.path")
-    if spec.format == "sharegpt" and text.lstrip().startswith("["):
+    if text.lstrip().startswith("[") and (spec.format == "sharegpt" or path.suffix != ".jsonl"):
         return prompts_of(_array_items(text, str(path)), spec, str(path), all_turns=all_turns)
     return prompts_of(_lines(text, str(path)), spec, str(path), all_turns=all_turns)
 
@@ -152,9 +152,7 @@ def _array_items(text: str, path: str) -> Iterator[Entry]:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             message = f"not JSON: {error.msg} at column {error.colno}"
-            raise ConfigError(
-                message, file=path, line=error.lineno, field=FIELD, allowed="a JSON list of conversations"
-            ) from error
+            raise ConfigError(message, file=path, line=error.lineno, field=FIELD, allowed="a JSON list") from error
         yield Entry(value, line, "")
         at = end
 
@@ -218,6 +216,8 @@ def _no_column(name: str, wanted: Sequence[str], there: Sequence[str], source: s
     key = "answer_column" if len(wanted) > 1 and name == wanted[1] else "column"
     close = difflib.get_close_matches(name, list(there), n=1)
     hint = f"did you mean `{key}: {close[0]}`?" if close else f"set {FIELD}.{key}"
+    if CONVERSATIONS in there:
+        hint = f"set {FIELD}.format: sharegpt"
     if name == CONVERSATIONS:
         hint = f"set {FIELD}.format: column"
     return ConfigError(
