@@ -96,9 +96,10 @@ def _online(workload: WorkloadSpec) -> Broken | None:
     if workload.batch_size != 1:
         hint = "leave it out: how many run together is for the engine, or workload.load.concurrency"
         return Broken(("workload", "batch_size"), f"batch_size has no meaning for the pattern {pattern}", hint)
-    if workload.requests is None and pattern != "trace":
-        message = f"the pattern {pattern} needs a number of requests"
-        return Broken(("workload", "load", "pattern"), message, "set workload.requests")
+    if workload.requests is None and workload.conversations is None and pattern != "trace":
+        what = "requests" if isinstance(workload.turns, int) else "conversations"
+        message = f"the pattern {pattern} needs a number of {what}"
+        return Broken(("workload", "load", "pattern"), message, f"set workload.{what}")
     return None
 
 
@@ -141,13 +142,12 @@ def _window_of(measure: MeasureSpec, workload: WorkloadSpec) -> Broken | None:
 
 def _long_enough(window: WindowSpec, rule: str, workload: WorkloadSpec) -> Broken | None:
     """Whether an open loop lasts as long as its window needs."""
-    rate_per_s, many = workload.load.rate_per_s, workload.conversations
+    rate_per_s, many = workload.load.rate_per_s, workload.whole_conversations
     needs_s = {"mlperf": MLPERF_MIN_S, "interval": (window.start_s or 0.0) + (window.length_s or 0.0)}.get(rule, 0.0)
     if rate_per_s is None or many is None or many / rate_per_s >= needs_s:
         return None
     message = f"{_named(many, workload)} at {rate_per_s:g}/s last {many / rate_per_s:g} s, the window needs {needs_s:g} s"
-    least = ceil(needs_s * rate_per_s) * workload.turns
-    return Broken(("measure", "window", "rule"), message, f"set workload.requests to {least} or more")
+    return Broken(("measure", "window", "rule"), message, f"set {_number_of(ceil(needs_s * rate_per_s), workload)} or more")
 
 
 def _steady_state(workload: WorkloadSpec) -> Broken | None:
@@ -157,13 +157,22 @@ def _steady_state(workload: WorkloadSpec) -> Broken | None:
         return Broken(
             ("measure", "window", "rule"), f"steady_state is for saturated and closed loads, not for {load.pattern}", hint
         )
-    whole = workload.conversations
+    whole = workload.whole_conversations
     if many is not None and whole is not None and whole <= 2 * many + 1:
         message = f"{_named(whole, workload)} with {many} in flight have no steady state: it takes {2 * many + 2} and more"
-        hint = f"set workload.requests to {4 * many * workload.turns} or more, or measure.window.rule: total"
-        return Broken(("workload", "requests"), message, hint)
+        hint = f"set {_number_of(4 * many, workload)} or more, or measure.window.rule: total"
+        return Broken(("workload", "requests" if workload.conversations is None else "conversations"), message, hint)
     return None
 
 
+def _number_of(conversations: int, workload: WorkloadSpec) -> str:
+    """The field that says how many there are, and its value for so many."""
+    if workload.conversations is None and isinstance(workload.turns, int):
+        return f"workload.requests to {conversations * workload.turns}"
+    return f"workload.conversations to {conversations}"
+
+
 def _named(many: int, workload: WorkloadSpec) -> str:
-    return f"{many} {'requests' if workload.turns == 1 else f'conversations of {workload.turns} turns'}"
+    if workload.turns == 1:
+        return f"{many} requests"
+    return f"{many} conversations" + (f" of {workload.turns} turns" if isinstance(workload.turns, int) else "")

@@ -7,11 +7,12 @@ from dataclasses import fields
 from typing import Any, Final, NamedTuple
 
 from llem_ray.config.fields import Path
-from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.spec import LengthSpec, PromptSpec, TimeSpec, WorkloadSpec
 
 _TAKES: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
     "fixed": (frozenset({"mean"}), frozenset()),
     "uniform": (frozenset({"min", "max"}), frozenset()),
+    "exponential": (frozenset({"mean"}), frozenset({"min", "max"})),
     "normal": (frozenset({"mean", "std"}), frozenset({"min", "max"})),
     "lognormal": (frozenset({"mean", "std"}), frozenset({"min", "max"})),
     "empirical": (frozenset(), frozenset({"values", "weights", "path"})),
@@ -35,15 +36,15 @@ def broken_workload(workload: WorkloadSpec) -> Broken | None:
     rules = (*_prompts(workload.prompts), *_requests(workload))
     if rules:
         return rules[0]
-    for name in ("input_tokens", "output_tokens"):
-        lengths = getattr(workload, name)
-        if isinstance(lengths, LengthSpec) and (broken := broken_lengths(lengths, ("workload", name))) is not None:
+    for name in ("input_tokens", "output_tokens", "turns", "think_time_s"):
+        drawn = getattr(workload, name)
+        if isinstance(drawn, LengthSpec | TimeSpec) and (broken := broken_lengths(drawn, ("workload", name))) is not None:
             return broken
     return None
 
 
-def broken_lengths(lengths: LengthSpec, path: Path) -> Broken | None:
-    """The first rule that a distribution of lengths, which lies at ``path``, breaks."""
+def broken_lengths(lengths: LengthSpec | TimeSpec, path: Path) -> Broken | None:
+    """The first rule that a distribution of lengths or waits, which lies at ``path``, breaks."""
     return next(iter((*_fields_of(lengths, path), *_bounds(lengths, path), *_empirical(lengths, path))), None)
 
 
@@ -78,9 +79,11 @@ def _requests(workload: WorkloadSpec) -> Iterator[Broken]:
     if prompts.source == "synthetic" and workload.input_tokens is None:
         hint = "set workload.input_tokens"
         yield Broken(("workload", "prompts", "source"), "synthetic prompts have no natural length", hint)
-    if isinstance(workload.input_tokens, LengthSpec) and workload.input_tokens.distribution == "answer":
-        path = ("workload", "input_tokens", "distribution")
-        yield Broken(path, "an answer's length is one of output tokens", found="answer", allowed=_choices(but="answer"))
+    for name in ("input_tokens", "turns"):
+        lengths = getattr(workload, name)
+        if isinstance(lengths, LengthSpec) and lengths.distribution == "answer":
+            path = ("workload", name, "distribution")
+            yield Broken(path, "an answer's length is one of output tokens", found="answer", allowed=_choices(but="answer"))
     wants_answers = isinstance(workload.output_tokens, LengthSpec) and workload.output_tokens.distribution == "answer"
     if wants_answers and prompts.format != "sharegpt" and prompts.answer_column is None:
         allowed = "prompts with format: sharegpt or an answer_column"
@@ -89,37 +92,68 @@ def _requests(workload: WorkloadSpec) -> Iterator[Broken]:
     if workload.prefix_groups > 1 and workload.shared_prefix_tokens == 0:
         found = f"{workload.prefix_groups} groups of 0 shared tokens"
         yield Broken(("workload", "prefix_groups"), "groups need a prefix", "set workload.shared_prefix_tokens", found)
+    yield from _numbers(workload)
     yield from _turns(workload)
 
 
-def _turns(workload: WorkloadSpec) -> Iterator[Broken]:
-    online = workload.load.online
-    whole = workload.turns * (1 if online else workload.batch_size)
-    if workload.turns > 1 and workload.requests is not None and workload.requests % whole:
+def _numbers(workload: WorkloadSpec) -> Iterator[Broken]:
+    """How many requests or conversations there are."""
+    online, turns = workload.load.online, workload.turns
+    with_turns = turns != 1
+    whole = turns * (1 if online else workload.batch_size) if isinstance(turns, int) else None
+    if whole is None and workload.requests is not None:
+        hint = "set workload.conversations instead"
+        yield Broken(("workload", "requests"), "requests cannot be counted where turns vary", hint, found=str(workload.requests))
+    if workload.conversations is not None and (not with_turns or workload.requests is not None):
+        message = "requests and conversations say the same" if with_turns else "without turns a conversation is one request"
+        hint = "remove one" if with_turns else "set workload.requests, or workload.turns"
+        yield Broken(("workload", "conversations"), message, hint, str(workload.conversations))
+    if with_turns and whole is not None and workload.requests is not None and workload.requests % whole:
         yield Broken(
             ("workload", "requests"),
             "conversations must be whole" if online else "conversations must be whole, and fill their batches",
             found=str(workload.requests),
             allowed=f"a multiple of {whole}, {'turns' if online else 'turns x batch_size'}",
         )
-    if workload.turns > 1 and workload.load.pattern == "trace":
+
+
+def _turns(workload: WorkloadSpec) -> Iterator[Broken]:
+    turns, with_turns, online = workload.turns, workload.turns != 1, workload.load.online
+    shown = "a distribution" if isinstance(turns, LengthSpec) else str(turns)
+    if workload.max_conversation_tokens is not None and turns != "recorded":
+        message, hint = "max_conversation_tokens is for recorded conversations", "set workload.turns: recorded"
+        yield Broken(("workload", "max_conversation_tokens"), message, hint, found=str(workload.max_conversation_tokens))
+    if turns == "recorded":
+        yield from _recorded(workload)
+    if with_turns and workload.load.pattern == "trace":
         hint = "leave turns out; a Mooncake trace's hash_ids tell which prompts go on from others"
         message = "each arrival of a trace is one request: conversations are in its prompts already"
-        yield Broken(("workload", "turns"), message, hint, found=str(workload.turns), allowed="1")
-    if workload.turns == 1 and workload.turn_answers != "auto":
+        yield Broken(("workload", "turns"), message, hint, found=shown, allowed="1")
+    if not with_turns and workload.turn_answers != "auto":
         message, hint = "turn_answers are those of conversations", "set workload.turns"
         yield Broken(("workload", "turn_answers"), message, hint, found=workload.turn_answers, allowed="auto")
-    if workload.think_time_s and not (online and workload.turns > 1):
+    if workload.think_time_s and not (online and with_turns):
         message = "think_time_s is between the turns of an online load"
         hint = "set workload.turns and workload.load.pattern"
-        yield Broken(("workload", "think_time_s"), message, hint, found=f"{workload.think_time_s:g}", allowed="0")
+        found = "a distribution" if isinstance(workload.think_time_s, TimeSpec) else f"{workload.think_time_s:g}"
+        yield Broken(("workload", "think_time_s"), message, hint, found=found, allowed="0")
 
 
-def _fields_of(lengths: LengthSpec, path: Path) -> Iterator[Broken]:
+def _recorded(workload: WorkloadSpec) -> Iterator[Broken]:
+    if workload.prompts.format != "sharegpt":
+        message, hint = "recorded turns are those of conversations in a file", "set workload.prompts.format: sharegpt"
+        yield Broken(("workload", "turns"), message, hint, found=f"format: {workload.prompts.format}", allowed="format: sharegpt")
+    if workload.input_tokens is not None:
+        hint = "leave input_tokens out; max_conversation_tokens ends conversations early"
+        yield Broken(("workload", "input_tokens"), "recorded messages keep their lengths", hint, found="a length", allowed="none")
+
+
+def _fields_of(lengths: LengthSpec | TimeSpec, path: Path) -> Iterator[Broken]:
     needed, optional = _TAKES[lengths.distribution]
     kind = f"distribution: {lengths.distribution}"
+    optional &= {item.name for item in fields(lengths)}
     allowed = " and ".join(f"{word} {', '.join(sorted(names))}" for word, names in _words(needed, optional) if names)
-    for item in fields(LengthSpec):
+    for item in fields(lengths):
         value: Any = getattr(lengths, item.name)
         if item.name == "distribution":
             continue
@@ -135,22 +169,26 @@ def _words(needed: frozenset[str], optional: frozenset[str]) -> tuple[tuple[str,
     return (("needed:", needed), ("possible:", optional))
 
 
-def _bounds(lengths: LengthSpec, path: Path) -> Iterator[Broken]:
-    least, most, mean = lengths.min or 1, lengths.max, lengths.mean
+def _bounds(lengths: LengthSpec | TimeSpec, path: Path) -> Iterator[Broken]:
+    of_time = isinstance(lengths, TimeSpec)
+    least, most, mean = lengths.min or (0 if of_time else 1), lengths.max, lengths.mean
     if most is not None and least > most:
         allowed = "min <= max"
-        yield Broken((*path, "min"), "the bounds are impossible", found=f"min {least}, max {most}", allowed=allowed)
-    if lengths.distribution == "fixed" and mean is not None and (mean < 1 or mean != int(mean)):
+        yield Broken((*path, "min"), "the bounds are impossible", found=f"min {least:g}, max {most:g}", allowed=allowed)
+    if not of_time and lengths.distribution == "fixed" and mean is not None and (mean < 1 or mean != int(mean)):
         yield Broken((*path, "mean"), "a length is a whole number", found=f"{mean:g}", allowed="a whole number >= 1")
     elif mean is not None and (mean < least or (most is not None and mean > most)):
-        allowed = f"{least} to {most}" if most is not None else f">= {least}"
+        allowed = f"{least:g} to {most:g}" if most is not None else f">= {least:g}"
         yield Broken((*path, "mean"), "the mean lies outside of the bounds", found=f"{mean:g}", allowed=allowed)
 
 
-def _empirical(lengths: LengthSpec, path: Path) -> Iterator[Broken]:
+def _empirical(lengths: LengthSpec | TimeSpec, path: Path) -> Iterator[Broken]:
     if lengths.distribution != "empirical":
         return
-    if (lengths.values is None) == (lengths.path is None):
+    if isinstance(lengths, TimeSpec):
+        if lengths.values is None:
+            yield Broken(path, "distribution: empirical draws from values", found="no values", allowed="values")
+    elif (lengths.values is None) == (lengths.path is None):
         found = "neither" if lengths.values is None else "both"
         yield Broken(path, "distribution: empirical draws from values or from a file", found=found, allowed="values or path")
     if lengths.values is not None and not lengths.values:
@@ -165,4 +203,4 @@ def _empirical(lengths: LengthSpec, path: Path) -> Iterator[Broken]:
 
 
 def _choices(*, but: str) -> str:
-    return ", ".join(name for name in _TAKES if name != but)
+    return ", ".join(name for name in _TAKES if name not in {but, "exponential"})

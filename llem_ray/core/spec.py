@@ -123,14 +123,15 @@ class PromptSpec:
     """`builtin` is the set shipped with llem-ray; `file` reads JSON Lines or Parquet; `dataset` reads with the Hugging Face
     `datasets` library; `synthetic` draws random token ids."""
     path: str | None = None
-    """File of `source: file`, relative to the sweep file: Parquet (`.parquet`), else JSON Lines, a line an object or string."""
+    """File of `source: file`, relative to the sweep file: Parquet (`.parquet`), else JSON Lines or a JSON list, of objects or
+    strings."""
     column: str = "prompt"
     """Column of the prompt text: a key of each line, or a column of the table."""
     answer_column: str | None = field(default=None, metadata=_ADDED)
     """Column of a known answer, for `output_tokens: {distribution: answer}`."""
     format: Literal["column", "sharegpt"] = field(default="column", metadata=_ADDED)
     """`sharegpt`: each entry has `conversations`, a list of `{from, value}`. The prompt is the first human turn, the known
-    answer the turn that follows it; entries without a human turn are left out."""
+    answer the turn that follows it; entries without a human turn are left out. `workload.turns: recorded` takes all turns."""
     dataset: str | None = field(default=None, metadata=_ADDED)
     """Data set of `source: dataset`: a hub id, or a local folder or file (JSON Lines, JSON, CSV, Parquet, text), relative to
     the sweep file."""
@@ -171,6 +172,29 @@ class LengthSpec:
     """How often each of `values` is drawn, relative to the others; default: all alike."""
     path: str | None = None
     """File of lengths to draw from, relative to the sweep file. Each line a number of tokens, or `tokens,weight`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeSpec:
+    """How long each wait is: numbers drawn from a distribution, by `workload.seed`."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    distribution: Literal["fixed", "uniform", "exponential", "normal", "lognormal", "empirical"]
+    """`fixed`: always `mean`. `uniform`: from `min` to `max`. `exponential`: `mean`; `normal`, `lognormal`: `mean` and `std`; all
+    three cut off at `min` and `max`. `empirical`: one of `values`."""
+    mean: Annotated[float, Gt(0)] | None = None
+    """Mean, s, before it is cut off."""
+    std: Annotated[float, Ge(0)] | None = None
+    """Standard deviation of the wait itself, s, before it is cut off."""
+    min: Annotated[float, Ge(0)] | None = None
+    """Shortest wait, s; default 0."""
+    max: Annotated[float, Gt(0)] | None = None
+    """Longest wait, s; default: no limit."""
+    values: tuple[Annotated[float, Ge(0)], ...] | None = None
+    """Waits to draw from, s."""
+    weights: tuple[Annotated[float, Ge(0)], ...] | None = None
+    """How often each of `values` is drawn, relative to the others; default: all alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,18 +248,26 @@ class WorkloadSpec:
     """Tokens that requests of one group have in common, before the prompt and on top of `input_tokens`."""
     prefix_groups: Annotated[int, Ge(1)] = field(default=1, metadata=_ADDED)
     """Groups of requests, each with a prefix of its own; requests are dealt to them in turn."""
-    turns: Annotated[int, Ge(1)] = field(default=1, metadata=_ADDED)
+    turns: Annotated[int, Ge(1)] | LengthSpec | Literal["recorded"] = field(default=1, metadata=_ADDED)
     """Turns of a conversation, each a request: its prompt is all that came before, answers included, and `input_tokens` new
-    ones. Under an online load a turn is due when the one before is answered."""
+    ones. A number, drawn from a distribution, or those of the conversations of a file (`recorded`, with `prompts.format:
+    sharegpt`). Under an online load a turn is due when the one before is answered."""
+    conversations: Annotated[int, Ge(1)] | None = field(default=None, metadata=_ADDED)
+    """Conversations of one pass, in place of `requests`; default where `turns` vary: `batch_size` of them."""
+    max_conversation_tokens: Annotated[int, Ge(1)] | None = field(default=None, metadata=_ADDED)
+    """Recorded conversations end before the first turn whose prompt and answer are longer than this together; one whose first
+    turn is longer is left out."""
     turn_answers: TurnAnswers = field(default="auto", metadata=_ADDED)
-    """Answers in later prompts. `known`: random token ids, as many as the turn before generates, the same for every engine.
-    `generated`: what the engine did answer. `auto` is `known` in batches and `generated` under an online load."""
-    think_time_s: Annotated[float, Ge(0)] = field(default=0.0, metadata=_ADDED)
-    """How long after an answer the next turn of its conversation is due, s; online loads."""
+    """Answers in later prompts. `known`: those of recorded conversations, else random token ids, as many as the turn before
+    generates; the same for every engine. `generated`: what the engine did answer. `auto` is `known` in batches and `generated`
+    under an online load."""
+    think_time_s: Annotated[float, Ge(0)] | TimeSpec = field(default=0.0, metadata=_ADDED)
+    """How long after an answer the next turn of its conversation is due, s, or its distribution; online loads."""
     batch_size: Annotated[int, Ge(1)] = 1
     """Requests that run together."""
     requests: Annotated[int, Ge(1)] | None = None
-    """Distinct requests of one pass, each turn one; default: one batch of each turn. The pass is repeated until
+    """Distinct requests of one pass, each turn one; default: one batch of each turn. Where `turns` vary, `conversations` says how
+    many there are. The pass is repeated until
     `measure.min_window_s` is reached. Under an online load they are sent once; a trace's default is all of its arrivals."""
     ignore_eos: bool = True
     """Generate exactly `output_tokens`, whatever the model says: rows stay comparable."""
@@ -250,9 +282,23 @@ class WorkloadSpec:
         return self.turn_answers == "generated" or (self.turn_answers == "auto" and self.load.online)
 
     @property
-    def conversations(self) -> int | None:
-        """Whole conversations of one pass; None where `requests` is not given. A request without turns is one."""
-        return None if self.requests is None else self.requests // self.turns
+    def recorded(self) -> bool:
+        """Its conversations are those of a file."""
+        return self.turns == "recorded"
+
+    @property
+    def least_turns(self) -> int:
+        """Turns that each conversation has at least."""
+        if isinstance(self.turns, int):
+            return self.turns
+        return 1 if self.turns == "recorded" else self.turns.min or 1
+
+    @property
+    def whole_conversations(self) -> int | None:
+        """Conversations of one pass; None where no number is given. A request without turns is one."""
+        if self.conversations is not None or self.requests is None:
+            return self.conversations
+        return self.requests // self.turns if isinstance(self.turns, int) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -420,10 +466,12 @@ class MeasureSpec:
 
     def least_run_s(self, workload: WorkloadSpec) -> float:
         """How long a trial of the workload runs at least, s: arrivals of an open loop take their time, and so does thinking."""
-        load, many = workload.load, workload.conversations or 0
+        load, many, think_s = workload.load, workload.whole_conversations or 0, workload.think_time_s
+        if isinstance(think_s, TimeSpec):
+            think_s = (think_s.mean if think_s.distribution == "fixed" else think_s.min) or 0.0
         arrivals_s = many / load.rate_per_s if load.rate_per_s else 0.0
         rounds = ceil(many / load.concurrency) if load.concurrency else 1
-        return max(self.shortest_window_s, arrivals_s + rounds * (workload.turns - 1) * workload.think_time_s)
+        return max(self.shortest_window_s, arrivals_s + rounds * (workload.least_turns - 1) * think_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -306,7 +306,7 @@ class EngineHost:
                 encode=self._backend.encode,
                 vocab_size=self._model.vocab_size,
                 context_tokens=self._model.context_tokens,
-                prompts=self._sources.prompts(workload.prompts),
+                prompts=self._sources.prompts(workload),
                 special_token_ids=self._model.special_token_ids,
                 encode_chats=getattr(self._backend, "encode_chats", None),
             )
@@ -328,7 +328,7 @@ class EngineHost:
                 encode=self._backend.encode,
                 vocab_size=self._model.vocab_size,
                 context_tokens=self._model.context_tokens,
-                prompts=self._sources.prompts(workload.prompts),
+                prompts=self._sources.prompts(workload),
                 special_token_ids=self._model.special_token_ids,
                 encode_chats=getattr(self._backend, "encode_chats", None),
                 trace=self._sources.trace(workload.load.trace),

@@ -15,7 +15,7 @@ from llem_ray.execution.window_tokens import request_parts
 from llem_ray.results import rows as columns
 from llem_ray.results.trial_columns import ADJUSTED_METRICS, INTERVAL_METRICS
 from llem_ray.workloads import latency
-from llem_ray.workloads.percentile_intervals import percentile_intervals, why_no_interval
+from llem_ray.workloads.percentile_intervals import percentile_intervals
 from llem_ray.workloads.windows import count_inside
 
 Row = dict[str, Any]
@@ -30,7 +30,7 @@ _PER_REQUEST = {
 
 
 IN_BATCHES: Final = "requests of a batch are answered together: they are not independent of each other"
-"""Why there is no bootstrap over them."""
+"""Why there is no interval over them."""
 
 
 def attempt_row(ended: AttemptEnded) -> Row:
@@ -57,7 +57,7 @@ def attempt_row(ended: AttemptEnded) -> Row:
         passes=outcome.passes,
         steps=outcome.steps,
     )
-    row |= columns.length_columns(requests_inside(outcome))
+    row |= columns.length_columns(requests_inside(outcome)) | columns.turn_columns(outcome.requests)
     row |= load_columns(outcome, ended.trial.experiment.workload.load)
     workload = ended.trial.experiment.workload
     row |= latency_columns(outcome, ended.group.experiment.engine.world_size if ended.group.gpus else 0)
@@ -70,20 +70,30 @@ def latency_interval_columns(requests: Sequence[RequestRecord], seed: int, *, al
 
     Args:
         requests: Those of the window.
-        seed: Of the bootstrap.
+        seed: Of its draws.
         alone: Requests are answered one by one.
     """
-    done = list(filter(latency.succeeded, requests))
+    done = sorted(filter(latency.succeeded, requests), key=lambda request: (request.sent_ns, request.token_times_ns))
     row: Row = {}
     lacking: dict[str, list[str]] = {}
     for metric in INTERVAL_METRICS:
-        values = [value for request in done if (value := _PER_REQUEST[metric](request)) is not None]
-        row |= columns.interval_columns(metric, percentile_intervals(values, seed) if alone else {})
-        reason = why_no_interval(len(values)) if alone else IN_BATCHES
+        values = [of_one for request in done if len(of_one := _values(metric, request))]
+        found = percentile_intervals(values, seed) if alone else None
+        row |= columns.interval_columns(metric, found.ends if found is not None else {})
+        reason = found.why_not if found is not None else IN_BATCHES
         if values and reason is not None:
             lacking.setdefault(reason, []).append(metric)
     reasons = list(lacking) if len(lacking) < 2 else [f"{', '.join(metrics)}: {reason}" for reason, metrics in lacking.items()]
     return row | {"latency_interval_reason": "; ".join(reasons) or None}
+
+
+def _values(metric: str, request: RequestRecord) -> Sequence[float]:
+    """What a request adds to the values that percentiles are of."""
+    if metric == "inter_chunk_s":
+        gaps_s: list[float] = latency.inter_chunk_gaps_s(request).tolist()
+        return gaps_s
+    value = _PER_REQUEST[metric](request)
+    return () if value is None else (value,)
 
 
 def latency_columns(done: Completed, gpus: int) -> Row:

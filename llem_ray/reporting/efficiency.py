@@ -13,14 +13,14 @@ from rich.text import Text
 
 from llem_ray.reporting.intervals import Uncertain, mean_interval
 from llem_ray.reporting.labels import NARROW, Label
-from llem_ray.reporting.numbers import format_uncertain, format_value
+from llem_ray.reporting.numbers import count_noun, format_uncertain, format_value
 
 Row = Mapping[str, Any]
 
 EFFICIENCY_COLUMNS: Final = (
     "prefill_energy_j", "decode_energy_j", "phase_rest_energy_j", "total_energy_j", "prompt_tokens", "output_tokens",
     "phase_method", "mfu", "joules_per_flop", "carbon_g", "energy_cost", "currency", "prefill_energy_u_j", "decode_energy_u_j",
-    "phase_residual_rel",
+    "phase_residual_rel", "phase_reason",
 )  # fmt: skip
 """Columns of ``trials`` that the table is made from."""
 
@@ -86,6 +86,7 @@ def efficiency_table(
     methods: Sequence[str],
     currencies: Sequence[str],
     residual_rel: float | None = None,
+    why_no_phases: Sequence[str] = (),
 ) -> RenderableType | None:
     """What is known of phases, FLOP, carbon and cost; None where nothing is.
 
@@ -94,6 +95,7 @@ def efficiency_table(
         methods: How phases were told apart.
         currencies: Of the costs.
         residual_rel: What the worst fit left over of a tick's energy.
+        why_no_phases: Of trials with valid energy whose phases were not told apart.
     """
     shown = [name for name in _VALUES if any(values[name] is not None for _, values, _ in cells)]
     if not shown:
@@ -111,6 +113,10 @@ def efficiency_table(
         lines.append(f"Prefill by prompt tokens, decode by output tokens, told apart by {', '.join(methods)}{left}.")
         shared = ", and with steps that mix both what all their tokens share" if _MIXED in methods else ""
         lines.append(f"rest %: of the energy, in neither of them: the time between steps{shared}.")
+    if why_no_phases:
+        where, others = ("" if not methods else " everywhere"), len(why_no_phases) - 1
+        more = f"; {count_noun(others, 'other reason')} in phase_reason" if others else ""
+        lines.append(f"Prefill and decode are not told apart{where}: {why_no_phases[0]}{more}.")
     kinds = {one.kind for _, _, intervals in cells for name, one in intervals.items() if one is not None and name in _SIGMAS}
     told = {"t95": "half the width of the 95 % t-interval of the mean over repeats", "U": "2 sigma of the fit of a single repeat"}
     if kinds:

@@ -13,7 +13,8 @@ from llem_ray.energy.stopping import repeats_needed, stein_interval
 Row = Mapping[str, Any]
 
 LATENCIES: Final = (
-    "ttft_s_p50", "ttft_s_p99", "tpot_s_p50", "tpot_s_p99", "e2e_latency_s_p50", "e2e_latency_s_p99",
+    "ttft_s_p50", "ttft_s_p99", "tpot_s_p50", "tpot_s_p99", "inter_chunk_s_p50", "inter_chunk_s_p99",
+    "e2e_latency_s_p50", "e2e_latency_s_p99",
 )  # fmt: skip
 RATES: Final = ("request_throughput_req_s", "output_throughput_tok_s", "total_token_throughput_tok_s", "goodput_req_s")
 INTERVAL_COLUMNS: Final = (*LATENCIES, *RATES, *(f"{name}_{end}" for name in LATENCIES for end in ("lo", "hi")))
@@ -41,8 +42,8 @@ class Between:
     high: float
     n: int
     """Repeats."""
-    kind: Literal["t95", "stein", "bootstrap"]
-    """As in ``Uncertain``; ``bootstrap``: 95 % interval of a single repeat's percentile over its requests."""
+    kind: Literal["t95", "stein", "requests"]
+    """As in ``Uncertain``; ``requests``: 95 % interval of a single repeat's percentile over its requests."""
 
 
 def mean_interval(values: Sequence[float], sigma: float | None) -> Uncertain | None:
@@ -99,7 +100,7 @@ def _between(name: str, known: Sequence[Row], target: StoppingSpec | None) -> Be
     if name not in LATENCIES:
         return None
     low, high = known[0].get(f"{name}_lo"), known[0].get(f"{name}_hi")
-    return Between(low=low, high=high, n=1, kind="bootstrap") if low is not None and high is not None else None
+    return Between(low=low, high=high, n=1, kind="requests") if low is not None and high is not None else None
 
 
 def _over_repeats(

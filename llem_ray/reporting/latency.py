@@ -19,7 +19,9 @@ KNOWN: Final = "output_throughput_tok_s"
 """What the table of energies has shown already."""
 LONG_S: Final = 10.0
 """Latencies from here on are shown in s."""
-_METRICS: Final = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("E2E", "e2e_latency_s"))
+_METRICS: Final = (("TTFT", "ttft_s"), ("TPOT", "tpot_s"), ("ITL", "inter_chunk_s"), ("E2E", "e2e_latency_s"))
+_ONLINE: Final = "ITL"
+"""Shown of online loads alone: in a batch it is the time of a step."""
 _RATES: Final = (
     ("req/s", "request_throughput_req_s"),
     ("tok/s", "output_throughput_tok_s"),
@@ -29,7 +31,7 @@ _RATES: Final = (
 
 
 def latency_table(summary: RunSummary) -> RenderableType | None:
-    """Median and 99th percentile of TTFT, TPOT and end-to-end latency, and rates, with intervals; None where no trial has any.
+    """Median and 99th percentile of TTFT, TPOT, ITL and end-to-end latency, and rates, with intervals; None where there are none.
 
     Percentiles are of a trial's successful requests, averaged over a cell's trials.
     """
@@ -52,7 +54,7 @@ def _latencies(cells: Sequence[CellSummary]) -> Table:
     for heading in ("median", "99th percentile"):
         table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
-        lines = [_line(cell, name, metric) for name, metric in _METRICS]
+        lines = [_line(cell, name, metric) for name, metric in _METRICS if name != _ONLINE or cell.run_s is not None]
         table.add_row(Label(cell.label), *(Text("\n".join(column)) for column in zip(*lines, strict=True)))
     return table
 
@@ -85,7 +87,7 @@ def _value(value: float | None, between: Between | None, scale: float) -> str:
     """``52.1 ±1.2`` over repeats, ``52.1 (50.4-54.0)`` of a single one."""
     if value is None or between is None:
         return format_value(None if value is None else value * scale, 3)
-    if between.kind == "bootstrap":
+    if between.kind == "requests":
         low, high = (format_value(end * scale, 3) for end in (between.low, between.high))
         return f"{format_value(value * scale, 3)} ({low}-{high})"
     half_width = (between.high - between.low) / 2 * scale
@@ -96,11 +98,11 @@ def _readings(cells: Sequence[CellSummary]) -> list[str]:
     """What the intervals are."""
     kinds = {between.kind for cell in cells for between in cell.intervals.values() if between is not None}
     lines = []
-    if kinds - {"bootstrap"}:
+    if kinds - {"requests"}:
         by_target = ", of the target's metric of the interval by its rule" if "stein" in kinds else ""
         lines.append(f"± is half the width of the 95 % t-interval of the mean over a cell's repeats{by_target}.")
-    if "bootstrap" in kinds:
-        lines.append("In brackets: 95 % bootstrap interval of a single repeat, over its requests.")
+    if "requests" in kinds:
+        lines.append("In brackets: 95 % interval of a single repeat, over its requests.")
     reasons = list(dict.fromkeys(cell.interval_reason for cell in cells if cell.interval_reason))
     if reasons:
         others = f"; {count_noun(len(reasons) - 1, 'other reason')} in latency_interval_reason" if len(reasons) > 1 else ""

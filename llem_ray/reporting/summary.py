@@ -127,6 +127,8 @@ class RunSummary:
     """Reason code -> an example of what was seen."""
     phase_methods: tuple[str, ...]
     """How prefill and decode were told apart."""
+    phase_reasons: tuple[str, ...]
+    """Why they were not, of trials with valid energy."""
     phase_residual_rel: float | None
     """What the worst fit left over of a tick's energy."""
     currencies: tuple[str, ...]
@@ -188,6 +190,7 @@ def summarise_run(
         not_measured=_distinct(row.get("energy_not_measured") for row in rows),
         sensor_rel=_largest(rows, "sensor_rel"),
         details={code: seen for row in rows for code, seen in dict(row.get("reason_details") or {}).items()},
+        phase_reasons=_named((row for row in rows if row.get("power_valid")), "phase_reason"),
         phase_methods=_named(rows, "phase_method"),
         phase_residual_rel=_largest(rows, "phase_residual_rel"),
         currencies=_named(rows, "currency"),

@@ -71,6 +71,7 @@ def run_table(summary: RunSummary, path: Path) -> RenderableType:
         summary.phase_methods,
         summary.currencies,
         summary.phase_residual_rel,
+        summary.phase_reasons,
     )
     times = [part for table in (latencies, efficiency) if table is not None for part in (Text(""), table)]
     return Group(table, *_legend(summary, marks), *_reading(summary), *times, *loads, _where(summary, path))
@@ -143,7 +144,8 @@ def _legend(summary: RunSummary, marks: dict[str, str]) -> list[Text]:
             attempts = sum(cell.failures.get(kind, 0) for cell in summary.cells)
             told = f"{count_noun(attempts, 'attempt')} failed: {kind}; the rows' failure_message says more"
         else:
-            told = f"{code}: " + (known.meaning if known else summary.details.get(code, ""))
+            ends = " (no valid energy)" if known is not None and known.severity == "invalid" else ""
+            told = f"{code}{ends}: " + (known.meaning if known else summary.details.get(code, ""))
         lines.append(Text(f"{mark}  {told}", style="dim"))
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from llem_ray.core.energy import EnergyReading, Flag, PhaseEnergy, Severity, Win
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import Trial
 from llem_ray.core.power import SamplerInfo
+from llem_ray.core.spec import TimeSpec
 from llem_ray.results.trial_columns import ADJUSTED_STATISTICS, STATISTICS
 
 Row = dict[str, Any]
@@ -32,7 +34,7 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
     """Identity and experiment of one attempt: the columns known before it runs."""
     experiment = trial.experiment
     model, engine, workload, sampling = experiment.model, experiment.engine, experiment.workload, experiment.sampling
-    load = workload.load
+    load, think_s = workload.load, workload.think_time_s
     return {
         "trial_id": trial.trial_id,
         "cell_id": trial.cell.cell_id,
@@ -59,9 +61,9 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
         "rate_per_s": load.rate_per_s,
         "burstiness": load.burstiness,
         "concurrency": load.concurrency,
-        "turns": workload.turns,
+        "turns": workload.turns if isinstance(workload.turns, int) else None,
         "turn_answers": None if workload.turns == 1 else "generated" if workload.generated_answers else "known",
-        "think_time_s": workload.think_time_s if workload.turns > 1 and load.online else None,
+        "think_time_s": think_s if not isinstance(think_s, TimeSpec) and workload.turns != 1 and load.online else None,
         "trace": load.trace,
         "input_tokens": workload.input_tokens if isinstance(workload.input_tokens, int) else None,
         "output_tokens_requested": workload.output_tokens if isinstance(workload.output_tokens, int) else None,
@@ -137,6 +139,16 @@ def length_columns(requests: Sequence[RequestRecord]) -> Row:
     for name, values in lengths.items():
         row |= {f"{name}_min": min(values), f"{name}_mean": sum(values) / len(values), f"{name}_max": max(values)}
     return row
+
+
+def turn_columns(requests: Iterable[RequestRecord]) -> Row:
+    """How many conversations there were, passes counted apart, and their realised turns; nothing without turns."""
+    turns = Counter(
+        (record.request_id.partition("-")[0], record.conversation) for record in requests if record.conversation is not None
+    )
+    if not turns:
+        return {}
+    return {"conversations": len(turns), "turns_mean": sum(turns.values()) / len(turns), "turns_max": max(turns.values())}
 
 
 def failure_columns(failed: Failed) -> Row:

@@ -106,9 +106,12 @@ _EXPERIMENT = (
         "",
         "Requests kept in flight, with turns open conversations; null where the pattern has none, or the engine sets the limit.",
     ),
-    Column("turns", _I32, "", "Requests of each conversation; 1 where there are none."),
+    Column("turns", _I32, "", "Requests of each conversation; 1 where there are none, null where they vary."),
+    Column("conversations", _I64, "", "Conversations of the run, all passes; null without turns."),
+    Column("turns_mean", _F64, "", "Mean of their turns, as realised; null without turns."),
+    Column("turns_max", _I32, "", "Most turns of one of them; null without turns."),
     Column("turn_answers", _STR, "", "Answers in later prompts: `known` or `generated`; null where there are none."),
-    Column("think_time_s", _F64, "s", "From an answer to when the next turn is due; null where there is none."),
+    Column("think_time_s", _F64, "s", "From an answer to when the next turn is due; null where there is none or it varies."),
     Column("trace", _STR, "", "Trace of arrivals that was replayed."),
     Column("input_tokens", _I64, "tokens", "Exact prompt length asked for; null for natural lengths and distributions."),
     Column("output_tokens_requested", _I64, "tokens", "Tokens asked for per request; null for distributions."),
@@ -299,8 +302,8 @@ ADJUSTED_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s")
 
 ADJUSTED_STATISTICS: Final = ("p50", "p90", "p95", "p99")
 
-INTERVAL_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s", "e2e_from_schedule_s")
-"""Latency metrics whose percentiles have intervals: ``<metric>_<percentile>_lo`` and ``_hi``. Each has one value per request."""
+INTERVAL_METRICS: Final = ("ttft_s", "tpot_s", "e2e_latency_s", "e2e_from_schedule_s", "inter_chunk_s")
+"""Latency metrics whose percentiles have intervals: ``<metric>_<percentile>_lo`` and ``_hi``."""
 
 _LATENCY = (
     *(
@@ -323,7 +326,7 @@ _LATENCY = (
             f"{metric}_{statistic}_{end}",
             _F64,
             "s",
-            f"{name} end of the 95 % bootstrap interval over requests.",
+            f"{name} end of the 95 % interval over requests.",
         )
         for metric in INTERVAL_METRICS
         for statistic in ADJUSTED_STATISTICS

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from llem_ray.core.backend import Request
 from llem_ray.core.spec import WorkloadSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.workloads.chats import Ids
-from llem_ray.workloads.token_sources import RandomIds, TokenSource
+from llem_ray.workloads.think_times import draw_times_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,69 +24,80 @@ class Place:
     """Index of the request of the turn before."""
 
 
-def places_of(workload: WorkloadSpec, count: int) -> list[Place]:
-    """The place of each request, by its index.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Script:
+    """What the requests of a pass say, by their index."""
 
-    Batches hold one turn of each of ``batch_size`` conversations, and the next batch their next turn. Under an online load the
-    turns of a conversation come one after the other.
+    places: Sequence[Place]
+    bodies: Sequence[Ids]
+    """What is new in each prompt."""
+    outputs: Sequence[int]
+    """Tokens that each generates."""
+    answer: Callable[[int], Ids]
+    """The answer to a request that stands in later prompts: the known one, or one in place of that to come."""
+    name_of: Callable[[int], str]
+    """What an error calls the prompt of a request."""
+
+
+def places_of(turns: Sequence[int], together: int | None) -> list[Place]:
+    """The place of each request, in the order they are made.
+
+    Args:
+        turns: Of each conversation.
+        together: Conversations of a batch, which holds one turn of each; the next batch holds their next turns, and where one
+            has ended the first turn of another. None: the turns of a conversation come one after the other.
     """
-    turns = workload.turns
-    if workload.load.online:
-        return [Place(index // turns, index % turns, index - 1 if index % turns else None) for index in range(count)]
-    size, places = workload.batch_size, list[Place]()
-    for index in range(count):
-        block, within = divmod(index, size * turns)
-        turn, number = divmod(within, size)
-        if turns == 1:
-            places.append(Place(index, 0, None))
-        else:
-            places.append(Place(block * size + number, turn, index - size if turn else None))
+    waiting = iter(enumerate(turns))
+    places: list[Place] = []
+    seats = [(Place(number, 0, None), count) for number, count in islice(waiting, together or 1)]
+    while seats:
+        following = []
+        for place, count in seats:
+            places.append(place)
+            if place.turn + 1 < count:
+                following.append((Place(place.conversation, place.turn + 1, len(places) - 1), count))
+            else:
+                following += [(Place(number, 0, None), its_count) for number, its_count in islice(waiting, 1)]
+        seats = following
     return places
 
 
 def make_requests(
-    workload: WorkloadSpec,
-    places: Sequence[Place],
-    bodies: Sequence[Ids],
-    outputs: Sequence[int],
-    source: TokenSource,
-    random_ids: RandomIds,
-    shared_in_bodies: Sequence[int],
+    workload: WorkloadSpec, script: Script, prefix: Callable[[int, int], Ids], shared_in_bodies: Sequence[int]
 ) -> tuple[Request, ...]:
     """Requests whose prompts are the prefix or the turns before with their answers, and what is new.
 
     Args:
-        workload: Prefixes, turns and what their answers are.
-        places: Of each request.
-        bodies: What is new in each.
-        outputs: Tokens that each generates.
-        source: Where prefixes come from.
-        random_ids: Where answers come from that are known in advance, or stand for those to come.
+        workload: Prefixes, turns, thinking, and what answers in later prompts are.
+        script: What is said.
+        prefix: The first tokens of all prompts of a group, by its number and how many.
         shared_in_bodies: Leading tokens of each body that an earlier one has too.
     """
     groups, tokens = workload.prefix_groups, workload.shared_prefix_tokens
-    prefixes = [source.prefix(group, tokens) for group in range(groups)] if tokens else [()] * groups
+    prefixes = [prefix(group, tokens) for group in range(groups)] if tokens else [()] * groups
+    thinking_s = draw_times_s(workload.think_time_s, len(script.places), f"{workload.seed}/think_time")
+    with_turns = workload.turns != 1
     requests: list[Request] = []
-    for index, (place, body) in enumerate(zip(places, bodies, strict=True)):
+    for index, (place, body) in enumerate(zip(script.places, script.bodies, strict=True)):
         if place.former is None:
             head = prefixes[place.conversation % groups]
             shared = shared_in_bodies[index] + (len(head) if place.conversation >= groups else 0)
         else:
             former = requests[place.former].prompt_token_ids
-            head = former + random_ids.draw(f"{workload.seed}/answer/{place.former}", outputs[place.former])
+            head = former + script.answer(place.former)
             shared = len(former)
         later = place.former is not None
         requests.append(
             Request(
                 request_id=str(index),
                 prompt_token_ids=head + body,
-                max_new_tokens=outputs[index],
+                max_new_tokens=script.outputs[index],
                 ignore_eos=workload.ignore_eos,
                 follows=str(place.former) if later else None,
-                think_ns=ns_from_s(workload.think_time_s) if later else 0,
+                think_ns=ns_from_s(thinking_s[index]) if later else 0,
                 new_prompt_tokens=len(body) if later and workload.generated_answers else None,
-                conversation=place.conversation if workload.turns > 1 else None,
-                turn=place.turn if workload.turns > 1 else None,
+                conversation=place.conversation if with_turns else None,
+                turn=place.turn if with_turns else None,
                 shared_prompt_tokens=shared,
             )
         )

@@ -20,12 +20,13 @@ _BUILDERS: Final[Mapping[str, str]] = {
 }
 
 
-def read_dataset(spec: PromptSpec, base_dir: Path) -> PromptSet:
+def read_dataset(spec: PromptSpec, base_dir: Path, *, all_turns: bool = False) -> PromptSet:
     """The prompts of a data set.
 
     Args:
         spec: Which data set, configuration, split, revision and columns.
         base_dir: Folder that a relative local path starts from.
+        all_turns: Keep all turns of conversations.
 
     Raises:
         PluginError: The library is not installed; the hint is the pip command.
@@ -35,7 +36,7 @@ def read_dataset(spec: PromptSpec, base_dir: Path) -> PromptSet:
     table = _load(spec, spec.dataset, base_dir)
     wanted = wanted_columns(spec)
     require_columns(wanted, table.column_names, spec.dataset)
-    return prompts_of(_rows(table.select_columns(list(wanted))), spec, spec.dataset)
+    return prompts_of(_rows(table.select_columns(list(wanted))), spec, spec.dataset, all_turns=all_turns)
 
 
 def _rows(table: Any) -> Iterator[Entry]:

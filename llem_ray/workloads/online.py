@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Final
 
 from llem_ray.core.backend import LoadSchedule, Request
@@ -13,7 +12,7 @@ from llem_ray.core.spec import WorkloadSpec
 from llem_ray.workloads.arrivals import make_schedule
 from llem_ray.workloads.chats import EncodeChats
 from llem_ray.workloads.prompt_files import PromptSet
-from llem_ray.workloads.prompts import NO_PROMPTS, batches, build_requests
+from llem_ray.workloads.prompts import NO_PROMPTS, build_requests
 from llem_ray.workloads.token_sources import Encode
 from llem_ray.workloads.trace_blocks import blocks_of, shortened
 from llem_ray.workloads.traces import FIELD, Arrival
@@ -61,10 +60,9 @@ def build_online(
     """
     recorded = taken(workload, trace)
     arrivals = shortened(recorded, workload.load)
-    count = len(arrivals) or workload.requests or 1
     _check_lengths(workload, arrivals, context_tokens)
     built = build_requests(
-        replace(workload, requests=count),
+        replace(workload, requests=len(arrivals)) if arrivals else workload,
         encode=encode,
         vocab_size=vocab_size,
         context_tokens=context_tokens,
@@ -74,11 +72,12 @@ def build_online(
         lengths=[(arrival.input_tokens, arrival.output_tokens) for arrival in arrivals] or None,
         blocks=blocks_of(recorded, workload) or None,
     )
-    size = min(workload.load.concurrency or WARMUP_REQUESTS, count)
+    size = min(workload.load.concurrency or WARMUP_REQUESTS, len(built))
+    conversations = sum(request.follows is None for request in built)
     return OnlineWork(
         requests=built,
-        schedule=make_schedule(workload.load, count // workload.turns, workload.seed, arrivals),
-        warmup=tuple(islice(batches([_alone(request) for request in built], size), max(1, count // size))),
+        schedule=make_schedule(workload.load, conversations, workload.seed, arrivals),
+        warmup=tuple(tuple(map(_alone, built[start : start + size])) for start in range(0, len(built) - size + 1, size)),
     )
 
 

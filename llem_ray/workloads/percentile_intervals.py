@@ -1,75 +1,121 @@
-"""How sure a latency percentile is: its bootstrap interval over the requests of one trial.
+"""How sure a latency percentile is, from the requests of one trial.
 
-B. Efron, "Bootstrap Methods: Another Look at the Jackknife", Ann. Statist. 7 (1979); the percentile method. Resamples are not
-drawn: of n requests with replacement, the k-th smallest is the request of rank floor(n U) + 1, with U the k-th smallest of n
-uniform numbers, Beta(k, n - k + 1). Drawing that one number instead of n gives the very distribution of the resampled percentile.
+Requests of a trial are not independent of each other: neighbours share a queue, and all that run together share their steps. An
+interval that takes them as independent covers far less than it says. Here a percentile's interval is that of the share of values
+below it (R. S. Woodruff, J. Am. Stat. Assoc. 47 (1952)), by Clopper and Pearson's limits at the effective number of values (E. L.
+Korn and B. I. Graubard, Survey Methodology 24 (1998)): as many independent ones would know that share as well as these do.
+It comes from the sum of the autocovariances over requests in the order they were sent, up to where it is noise (C. J. Geyer's
+initial monotone sequence, Statist. Sci. 7 (1992)). A moving-block bootstrap would find the same spread, given its block length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import ceil, floor
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+Floats = npt.NDArray[np.float64]
+
 CONFIDENCE: Final = 0.95
-RESAMPLES: Final = 2000
+DRAWS: Final = 2000
 MIN_REQUESTS: Final = 100
 MIN_BEYOND: Final = 10
-"""Requests above the percentile: with fewer the largest one bounds the interval, and it covers far less than it says."""
+"""Values above the percentile: with fewer the largest one bounds the interval, and it covers far less than it says."""
+MIN_BEYOND_ALIKE: Final = 20
+"""Of values that tell of each other, how many independent ones: their own number is an estimate then."""
+ALIKE: Final = 0.65
+"""Values that are worth less than this share of independent ones tell of each other; more is the noise of the estimate."""
 PERCENTILES: Final = (50, 90, 95, 99)
 
 
-def requests_needed(percentile: float) -> int:
-    """Requests that an interval of this percentile takes: 100, and 10 beyond it, so 200 for p95 and 1000 for p99."""
-    beyond = min(percentile, 100 - percentile) / 100
-    return max(MIN_REQUESTS, ceil(round(MIN_BEYOND / beyond, 9)))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Intervals:
+    """Intervals of one metric's percentiles."""
+
+    ends: dict[int, tuple[float, float]]
+    """Percentile -> lower and upper end of its 95 % interval, of those that have one."""
+    effective: dict[int, float]
+    """Percentile -> the number of independent values that would be as sure of it."""
+    why_not: str | None
+    """Why some or all have none; None where all have."""
 
 
-def percentile_intervals(values: Iterable[float | None], seed: int) -> dict[int, tuple[float, float]]:
-    """95 % bootstrap intervals of the percentiles that have enough requests: percentile -> lower and upper end.
+def requests_needed(percentile: float, beyond: int = MIN_BEYOND) -> int:
+    """Requests that an interval of this percentile takes: 100, and ``beyond`` above it, so 200 for p95 and 1000 for p99."""
+    share = min(percentile, 100 - percentile) / 100
+    return max(MIN_REQUESTS, ceil(round(beyond / share, 9)))
 
-    Percentiles are numpy's ``linear``. Requests are taken to be independent of each other. Simulated with as few as that, they
-    cover 92 to 95 %.
+
+def percentile_intervals(values: Sequence[Sequence[float]], seed: int) -> Intervals:
+    """95 % intervals of the percentiles (numpy's ``linear``) of values pooled over requests.
 
     Args:
-        values: One per request; None where it has none.
-        seed: Of the draws: the same values and seed give the same intervals.
+        values: Of each request, in the order they were sent; one without any counts for nothing.
+        seed: Of the draws that the limits are read from.
     """
-    ordered = np.sort(np.asarray([value for value in values if value is not None], dtype=np.float64))
-    rng = np.random.default_rng(seed)
-    tail = 50 * (1 - CONFIDENCE)
-    found = {}
+    clusters = [np.asarray(of_one, dtype=np.float64) for of_one in values if len(of_one)]
+    if len(clusters) < MIN_REQUESTS:
+        return Intervals(ends={}, effective={}, why_not=_too_few(len(clusters)))
+    pooled, sizes = np.concatenate(clusters), np.asarray([of_one.size for of_one in clusters])
+    ordered, rng = np.sort(pooled), np.random.default_rng(seed)
+    ends, effective, lacking = {}, dict[int, float](), []
+    least = float(pooled.size)
     for percentile in PERCENTILES:
-        if ordered.size < requests_needed(percentile):
-            continue
-        low, high = np.percentile(_resampled(ordered, percentile / 100, rng), [tail, 100 - tail])
-        found[percentile] = (float(low), float(high))
-    return found
+        least = effective[percentile] = min(least, _effective(pooled, sizes, float(np.percentile(ordered, percentile))))
+        alike = least < ALIKE * pooled.size
+        if (wanted := requests_needed(percentile, MIN_BEYOND_ALIKE if alike else MIN_BEYOND)) <= (
+            least if alike else pooled.size
+        ):
+            ends[percentile] = _between(ordered, percentile / 100, least, rng)
+        else:
+            lacking.append(f"p{percentile} takes {wanted}")
+    why_not = None
+    if lacking:
+        what = f"{len(clusters)} requests" if pooled.size == len(clusters) else f"{pooled.size} gaps"
+        worth = f" that tell of each other, worth {least:.0f} independent ones" if least < ALIKE * pooled.size else ""
+        why_not = f"{what}{worth}, {', '.join(lacking)}"
+    return Intervals(ends=ends, effective=effective, why_not=why_not)
 
 
-def why_no_interval(requests: int) -> str | None:
-    """Which percentiles of so many requests have no interval; None where all have."""
-    lacking = [f"p{percentile} takes {requests_needed(percentile)}" for percentile in PERCENTILES
-               if requests < requests_needed(percentile)]  # fmt: skip
-    return f"{requests} requests, {', '.join(lacking)}" if lacking else None
+def _too_few(requests: int) -> str:
+    return f"{requests} requests, {', '.join(f'p{percentile} takes {requests_needed(percentile)}' for percentile in PERCENTILES)}"
 
 
-def _resampled(ordered: npt.NDArray[np.float64], share: float, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """The percentile of each of ``RESAMPLES`` samples drawn with replacement."""
-    n = ordered.size
-    place = (n - 1) * share
-    k = floor(place)
-    below = rng.beta(k + 1, n - k, RESAMPLES)
-    if place == k:
-        return ordered[_ranks(below, n)]
-    # Of n - k - 1 uniform numbers above it, the smallest.
-    above = 1.0 - (1.0 - below) * rng.random(RESAMPLES) ** (1.0 / (n - k - 1))
-    low, high = ordered[_ranks(below, n)], ordered[_ranks(above, n)]
-    return low + (place - k) * (high - low)
+def _effective(pooled: Floats, sizes: npt.NDArray[np.int64], at: float) -> float:
+    """Independent values that would know as well which share lies at or below ``at``; no more than there are.
+
+    A request's part in the error of the share is its values below less the share of all its values (the linearised ratio).
+    """
+    below = np.add.reduceat((pooled <= at).astype(np.float64), np.concatenate(([0], np.cumsum(sizes)[:-1])))
+    share = below.sum() / pooled.size
+    spread = _summed_autocovariance(below - share * sizes) * sizes.size
+    return min(float(share * (1.0 - share) * pooled.size**2 / spread), float(pooled.size)) if spread > 0 else float(pooled.size)
 
 
-def _ranks(uniform: npt.NDArray[np.float64], n: int) -> npt.NDArray[np.int64]:
-    return np.minimum((n * uniform).astype(np.int64), n - 1)
+def _summed_autocovariance(series: Floats) -> float:
+    """Variance of the mean of a series of mean 0, times its length; no less than its own variance.
+
+    Autocovariances are added by pairs of lags while their sum is positive, none counted as larger than the pair before.
+    """
+    size = series.size
+    spectrum = np.fft.rfft(series, 2 * size)
+    of_lag = np.fft.irfft(spectrum * spectrum.conj(), 2 * size)[:size] / size
+    half = size // 2
+    pairs = of_lag[0 : 2 * half : 2] + of_lag[1 : 2 * half : 2]
+    noise = np.flatnonzero(pairs <= 0)
+    kept = np.minimum.accumulate(pairs[: noise[0]] if noise.size else pairs)
+    return max(float(2 * kept.sum() - of_lag[0]), float(of_lag[0]))
+
+
+def _between(ordered: Floats, share: float, effective: float, rng: np.random.Generator) -> tuple[float, float]:
+    """The values whose ranks are Clopper and Pearson's limits of the share, quantiles of beta distributions."""
+    tail = 50 * (1 - CONFIDENCE)
+    below, above = effective * share, effective * (1 - share)
+    low = np.percentile(rng.beta(below, above + 1, DRAWS), tail)
+    high = np.percentile(rng.beta(below + 1, above, DRAWS), 100 - tail)
+    first, last = (min(int(ordered.size * rank), ordered.size - 1) for rank in (low, high))
+    return float(ordered[first]), float(ordered[last])

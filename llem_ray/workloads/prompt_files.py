@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -23,6 +23,13 @@ _HUMAN: Final = frozenset({"human", "user"})
 _BATCH: Final = 4096
 
 
+class Exchange(NamedTuple):
+    """One turn of a conversation."""
+
+    prompt: str
+    answer: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptSet:
     """What was read from a prompt source, in its order."""
@@ -31,6 +38,8 @@ class PromptSet:
     """The prompts; none of ``synthetic``."""
     answers: tuple[str, ...] | None = None
     """The known answer of each prompt; None where the source has none."""
+    conversations: tuple[tuple[Exchange, ...], ...] = ()
+    """All turns of each conversation, where these were asked for; the prompts are their first ones."""
 
 
 class Entry(NamedTuple):
@@ -41,41 +50,43 @@ class Entry(NamedTuple):
     label: str
 
 
-def read_prompt_file(spec: PromptSpec, path: Path) -> PromptSet:
-    """The prompts of a JSON Lines or Parquet file.
+def read_prompt_file(spec: PromptSpec, path: Path, *, all_turns: bool = False) -> PromptSet:
+    """The prompts of a JSON Lines, JSON or Parquet file, with all turns of conversations where asked for.
 
     Raises:
         ConfigError: The file is missing, empty or malformed, or a line or row has no prompt; it is named.
     """
     if path.suffix == ".parquet":
-        return prompts_of(_parquet_rows(path, wanted_columns(spec)), spec, str(path))
+        return prompts_of(_parquet_rows(path, wanted_columns(spec)), spec, str(path), all_turns=all_turns)
     text = read_text(path, "prompts file", f"{FIELD}.path")
-    if spec.format == "sharegpt" and text.lstrip().startswith("["):
-        return prompts_of(_array_items(text, str(path)), spec, str(path))
-    return prompts_of(_lines(text, str(path)), spec, str(path))
+    if text.lstrip().startswith("[") and (spec.format == "sharegpt" or path.suffix != ".jsonl"):
+        return prompts_of(_array_items(text, str(path)), spec, str(path), all_turns=all_turns)
+    return prompts_of(_lines(text, str(path)), spec, str(path), all_turns=all_turns)
 
 
-def prompts_of(entries: Iterable[Entry], spec: PromptSpec, source: str) -> PromptSet:
+def prompts_of(entries: Iterable[Entry], spec: PromptSpec, source: str, *, all_turns: bool = False) -> PromptSet:
     """Prompts, and answers where the spec asks for them, of the first ``limit`` entries that have any.
 
     Args:
         entries: What the source holds.
         spec: Which columns, in which form.
         source: File or data set, for errors.
+        all_turns: Keep all turns of conversations, not only their first ones.
 
     Raises:
         ConfigError: An entry has no prompt, or there is none at all.
     """
-    found = (pair for entry in entries if (pair := _pair_of(entry, spec, source)) is not None)
-    pairs = list(islice(found, spec.limit))
-    if not pairs:
+    turns = (said for entry in entries if (said := _turns_of(entry, spec, source, all_turns=all_turns)))
+    found = list(islice(turns, spec.limit))
+    if not found:
         allowed = "at least one prompt" if spec.format == "column" else "at least one human turn with an answer"
         field = f"{FIELD}.{'dataset' if spec.source == 'dataset' else 'path'}"
         raise ConfigError("there are no prompts in it: it is empty", file=source, field=field, found="0 prompts", allowed=allowed)
     with_answers = spec.format == "sharegpt" or spec.answer_column is not None
     return PromptSet(
-        texts=tuple(prompt for prompt, _ in pairs),
-        answers=tuple(answer for _, answer in pairs) if with_answers else None,
+        texts=tuple(said[0].prompt for said in found),
+        answers=tuple(said[0].answer for said in found) if with_answers else None,
+        conversations=tuple(found) if all_turns else (),
     )
 
 
@@ -141,9 +152,7 @@ def _array_items(text: str, path: str) -> Iterator[Entry]:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             message = f"not JSON: {error.msg} at column {error.colno}"
-            raise ConfigError(
-                message, file=path, line=error.lineno, field=FIELD, allowed="a JSON list of conversations"
-            ) from error
+            raise ConfigError(message, file=path, line=error.lineno, field=FIELD, allowed="a JSON list") from error
         yield Entry(value, line, "")
         at = end
 
@@ -164,24 +173,24 @@ def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Entry]:
         raise ConfigError(f"the prompts file cannot be read: {reason}", file=str(path), field=f"{FIELD}.path") from error
 
 
-def _pair_of(entry: Entry, spec: PromptSpec, source: str) -> tuple[str, str] | None:
-    """Prompt and known answer (or an empty text); None for an entry to be left out."""
+def _turns_of(entry: Entry, spec: PromptSpec, source: str, *, all_turns: bool) -> tuple[Exchange, ...]:
+    """Prompts with their known answers (or empty texts); none for an entry to be left out."""
     if spec.format == "sharegpt":
-        return _first_exchange(entry, source)
+        return tuple(islice(_exchanges(entry, source), None if all_turns else 1))
     wanted = wanted_columns(spec)
     if not isinstance(entry.value, dict):
         if len(wanted) > 1:
             raise _refused(entry, source, "has no columns", entry.value, f"an object with {' and '.join(wanted)}")
-        return _text(entry, source, entry.value, "prompt"), ""
+        return (Exchange(_text(entry, source, entry.value, "prompt"), ""),)
     for name in wanted:
         if name not in entry.value:
             raise _no_column(name, wanted, list(entry.value), source, entry)
     prompt = _text(entry, source, entry.value[spec.column], "prompt")
-    return prompt, _text(entry, source, entry.value[spec.answer_column], "answer") if spec.answer_column else ""
+    return (Exchange(prompt, _text(entry, source, entry.value[spec.answer_column], "answer") if spec.answer_column else ""),)
 
 
-def _first_exchange(entry: Entry, source: str) -> tuple[str, str] | None:
-    """The first human turn and the turn after it. None where there is no such pair, or one of the two is blank."""
+def _exchanges(entry: Entry, source: str) -> Iterator[Exchange]:
+    """From the first human turn on, each with the turn after it, up to where these do not alternate or one of them is blank."""
     if not isinstance(entry.value, dict) or not isinstance(turns := entry.value.get(CONVERSATIONS), list):
         raise _refused(
             entry, source, f"has no list of {CONVERSATIONS}", entry.value, f"{{{CONVERSATIONS}: [{{from, value}}, ...]}}"
@@ -189,11 +198,12 @@ def _first_exchange(entry: Entry, source: str) -> tuple[str, str] | None:
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
             raise _refused(entry, source, "has a turn that is none", turn, "a turn is {from: text, value: text}")
-    for turn, following in pairwise(turns):
-        if turn["from"] in _HUMAN:
-            answered = following["from"] not in _HUMAN and turn["value"].strip() and following["value"].strip()
-            return (turn["value"], following["value"]) if answered else None
-    return None
+    first = next((index for index, turn in enumerate(turns) if turn["from"] in _HUMAN), len(turns))
+    for turn, following in zip(turns[first::2], turns[first + 1 :: 2], strict=False):
+        answered = turn["from"] in _HUMAN and following["from"] not in _HUMAN
+        if not (answered and turn["value"].strip() and following["value"].strip()):
+            return
+        yield Exchange(turn["value"], following["value"])
 
 
 def _text(entry: Entry, source: str, value: Any, kind: str) -> str:
@@ -206,6 +216,8 @@ def _no_column(name: str, wanted: Sequence[str], there: Sequence[str], source: s
     key = "answer_column" if len(wanted) > 1 and name == wanted[1] else "column"
     close = difflib.get_close_matches(name, list(there), n=1)
     hint = f"did you mean `{key}: {close[0]}`?" if close else f"set {FIELD}.{key}"
+    if CONVERSATIONS in there:
+        hint = f"set {FIELD}.format: sharegpt"
     if name == CONVERSATIONS:
         hint = f"set {FIELD}.format: column"
     return ConfigError(

@@ -12,11 +12,12 @@ from llem_ray.core.backend import Request
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.chats import EncodeChats, Ids
-from llem_ray.workloads.conversations import make_requests, places_of
+from llem_ray.workloads.conversations import Script, make_requests, places_of
 from llem_ray.workloads.hub_dataset import read_dataset
 from llem_ray.workloads.lengths import draw_lengths
 from llem_ray.workloads.prompt_files import FIELD, PromptSet, read_prompt_file
-from llem_ray.workloads.token_sources import Encode, RandomIds, TokenSource, make_source
+from llem_ray.workloads.recorded import Conversations
+from llem_ray.workloads.token_sources import Encode, RandomIds, TokenSource, make_source, template_of
 from llem_ray.workloads.trace_blocks import Block, shared_tokens
 
 GivenLengths = tuple[int | None, int | None]
@@ -25,12 +26,13 @@ GivenLengths = tuple[int | None, int | None]
 NO_PROMPTS: Final = PromptSet()
 
 
-def load_prompts(spec: PromptSpec, base_dir: str | os.PathLike[str] = ".") -> PromptSet:
+def load_prompts(spec: PromptSpec, base_dir: str | os.PathLike[str] = ".", *, all_turns: bool = False) -> PromptSet:
     """The texts of a prompt source, in its order; empty for ``synthetic``, which has none.
 
     Args:
         spec: Which source.
         base_dir: Folder that a relative ``path`` or ``dataset`` starts from.
+        all_turns: Keep all turns of conversations, for ``turns: recorded``.
 
     Raises:
         ConfigError: The file or data set is missing, empty or malformed, or has a line or row without a prompt, which is named.
@@ -39,7 +41,7 @@ def load_prompts(spec: PromptSpec, base_dir: str | os.PathLike[str] = ".") -> Pr
     if spec.source == "file":
         if spec.path is None:
             raise ConfigError("`source: file` needs a path", field=f"{FIELD}.path", found="nothing", allowed="a JSON Lines file")
-        return read_prompt_file(spec, Path(base_dir) / Path(spec.path).expanduser())
+        return read_prompt_file(spec, Path(base_dir) / Path(spec.path).expanduser(), all_turns=all_turns)
     if spec.path is not None:
         raise ConfigError(
             f"a path has no meaning with `source: {spec.source}`",
@@ -48,7 +50,7 @@ def load_prompts(spec: PromptSpec, base_dir: str | os.PathLike[str] = ".") -> Pr
             allowed="`source: file`",
         )
     if spec.source == "dataset":
-        return read_dataset(spec, Path(base_dir))
+        return read_dataset(spec, Path(base_dir), all_turns=all_turns)
     if spec.source == "synthetic":
         return NO_PROMPTS
     shipped = files("llem_ray.workloads") / "data" / "prompts.jsonl"
@@ -74,8 +76,9 @@ def build_requests(
     order; special tokens between them stay, as in packed training text. Request i starts with the i-th prompt of the order,
     so no two requests of one round share their beginning, their shared prefix apart.
 
-    With ``turns`` requests come in blocks of ``batch_size`` conversations: the first turn of each, then the second of each, so
-    that no batch holds two turns of one conversation. Under an online load each conversation's turns follow one another.
+    With ``turns`` a batch holds one turn of each of ``batch_size`` conversations and the next batch their next turns; one that
+    has ended makes room for another. Under an online load each conversation's turns follow one another. Recorded
+    conversations are taken in the order that prompts are, and keep their messages.
 
     With ``chat_template`` lengths count the template's tokens, which are kept whole: it is the message that is cut.
 
@@ -95,30 +98,77 @@ def build_requests(
         ConfigError: A prompt is empty, its ids are outside the vocabulary, it is too long for the context, an output has no
             tokens, or the model has no chat template.
     """
-    inputs = _input_lengths(workload, lengths)
-    longest = workload.shared_prefix_tokens + max(tokens or 0 for tokens in inputs)
-    if longest >= context_tokens:  # refused before anything of that size is made
-        raise _too_long("a prompt", longest, _least_output(workload), context_tokens, _blamed(workload))
     source = make_source(workload, encode, encode_chats, vocab_size, prompts, special_token_ids)
-    places = places_of(workload, len(inputs))
-    bodies = _bodies(source, inputs, [place.turn for place in places], blocks)
-    outputs = _output_lengths(workload, lengths, len(inputs), source)
-    if max(outputs) >= context_tokens:
-        raise _too_long("an answer", 1, max(outputs), context_tokens, "workload.output_tokens")
-    shared = [0] * len(inputs) if blocks is None else shared_tokens(blocks)
     random_ids = RandomIds(vocab_size, special_token_ids)
-    requests = make_requests(workload, places, bodies, outputs, source, random_ids, shared)
+    if workload.recorded:
+        template = template_of(workload, encode_chats)
+        talks = Conversations(prompts, encode, template, vocab_size, special_token_ids)
+        script = talks.script(workload, workload.whole_conversations or workload.batch_size, _together(workload), random_ids)
+    else:
+        script = _drawn(workload, source, context_tokens, random_ids, lengths, blocks)
+    shared = [0] * len(script.bodies) if blocks is None else shared_tokens(blocks)
+    requests = make_requests(workload, script, source.prefix, shared)
     for index, request in enumerate(requests):
         tokens = len(request.prompt_token_ids)
         if tokens + request.max_new_tokens > context_tokens:
-            raise _too_long(source.name_of(index), tokens, request.max_new_tokens, context_tokens, _blamed(workload))
+            raise _too_long(script.name_of(index), tokens, request.max_new_tokens, context_tokens, _blamed(workload))
     return requests
 
 
 def batches(requests: Sequence[Request], batch_size: int) -> Iterator[tuple[Request, ...]]:
-    """Consecutive groups of ``batch_size`` requests; the last may be smaller."""
-    for start in range(0, len(requests), batch_size):
-        yield tuple(requests[start : start + batch_size])
+    """Consecutive groups of ``batch_size`` requests, or fewer: none holds two turns of a conversation."""
+    group: list[Request] = []
+    talking: set[int] = set()
+    for request in requests:
+        if len(group) == batch_size or request.conversation in talking:
+            yield tuple(group)
+            group, talking = [], set()
+        group.append(request)
+        if request.conversation is not None:
+            talking.add(request.conversation)
+    if group:
+        yield tuple(group)
+
+
+def _drawn(
+    workload: WorkloadSpec,
+    source: TokenSource,
+    context_tokens: int,
+    random_ids: RandomIds,
+    lengths: Sequence[GivenLengths] | None,
+    blocks: Sequence[tuple[Block, ...] | None] | None,
+) -> Script:
+    """What requests of drawn lengths and turns say. Arguments are those of ``build_requests``."""
+    if lengths is not None:
+        _check_given(workload, lengths)
+    places = places_of([1] * len(lengths) if lengths is not None else _turns(workload), _together(workload))
+    inputs = _input_lengths(workload, len(places), lengths)
+    longest = workload.shared_prefix_tokens + max(tokens or 0 for tokens in inputs)
+    if longest >= context_tokens:  # refused before anything of that size is made
+        raise _too_long("a prompt", longest, _least_output(workload), context_tokens, _blamed(workload))
+    bodies = _bodies(source, inputs, [place.turn for place in places], blocks)
+    outputs = _output_lengths(workload, lengths, len(inputs), source)
+    if max(outputs) >= context_tokens:
+        raise _too_long("an answer", 1, max(outputs), context_tokens, "workload.output_tokens")
+    return Script(
+        places=places,
+        bodies=bodies,
+        outputs=outputs,
+        answer=lambda index: random_ids.draw(f"{workload.seed}/answer/{index}", outputs[index]),
+        name_of=source.name_of,
+    )
+
+
+def _together(workload: WorkloadSpec) -> int | None:
+    """Conversations of a batch; None under an online load."""
+    return None if workload.load.online else workload.batch_size
+
+
+def _turns(workload: WorkloadSpec) -> list[int]:
+    """Turns of each conversation; a request without turns is one."""
+    assert workload.turns != "recorded"
+    many = workload.whole_conversations
+    return draw_lengths(workload.turns, workload.batch_size if many is None else many, f"{workload.seed}/turns")
 
 
 def _bodies(
@@ -144,12 +194,8 @@ def _block(source: TokenSource, block: Block, made: dict[str, Ids]) -> Ids:
     return made[block.name][: block.tokens]
 
 
-def _input_lengths(workload: WorkloadSpec, lengths: Sequence[GivenLengths] | None) -> list[int | None]:
+def _input_lengths(workload: WorkloadSpec, count: int, lengths: Sequence[GivenLengths] | None) -> list[int | None]:
     """The new tokens of each request; None for its natural length."""
-    count = workload.requests if workload.requests is not None else workload.batch_size * workload.turns
-    if lengths is not None:
-        count = len(lengths)
-        _check_given(workload, lengths)
     own: list[int | None] = [None] * count
     if workload.input_tokens is not None:
         own = [*draw_lengths(workload.input_tokens, count, f"{workload.seed}/input_tokens")]
@@ -162,7 +208,7 @@ def _check_given(workload: WorkloadSpec, lengths: Sequence[GivenLengths]) -> Non
             found = f"{inputs} input and {outputs} output tokens"
             message = f"request {index} asks for nothing"
             raise ConfigError(message, field="workload", found=found, allowed="at least 1 of each")
-    if not lengths or workload.turns > 1:
+    if not lengths or workload.turns != 1:
         found = f"turns: {workload.turns}" if lengths else "0 requests"
         allowed = "turns: 1, at least 1 request"
         raise ConfigError("given lengths are those of single requests", field="workload.turns", found=found, allowed=allowed)
@@ -184,6 +230,8 @@ def _least_output(workload: WorkloadSpec) -> int:
 
 def _blamed(workload: WorkloadSpec) -> str:
     """The field that decides how long prompts are."""
+    if workload.recorded:
+        return "workload.max_conversation_tokens"
     return FIELD if workload.input_tokens is None else "workload.input_tokens"
 
 
@@ -191,7 +239,9 @@ def _too_long(prompt: str, input_tokens: int, output_tokens: int, context_tokens
     return ConfigError(
         f"{prompt} is too long for the model: {input_tokens} prompt + {output_tokens} output"
         f" = {input_tokens + output_tokens} tokens",
-        "lower workload.input_tokens or workload.output_tokens",
+        "set it, at most to the model's context: conversations then end before they are too long"
+        if field == "workload.max_conversation_tokens"
+        else "lower workload.input_tokens or workload.output_tokens",
         field=field,
         found=f"{input_tokens + output_tokens} tokens",
         allowed=f"at most {context_tokens} tokens, the model's context",

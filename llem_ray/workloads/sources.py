@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.hub_dataset import is_local
@@ -16,7 +16,7 @@ from llem_ray.workloads.prompt_files import PromptSet
 from llem_ray.workloads.prompts import load_prompts
 from llem_ray.workloads.traces import Arrival, load_trace
 
-Lengths = TypeVar("Lengths", int | LengthSpec, int | LengthSpec | None)
+Lengths = TypeVar("Lengths", int | LengthSpec, int | LengthSpec | None, int | LengthSpec | Literal["recorded"])
 
 
 class Part(NamedTuple):
@@ -40,7 +40,7 @@ class Sources:
 
     def __init__(self, base_dir: str | os.PathLike[str]) -> None:
         self._base_dir = base_dir
-        self._prompts: dict[PromptSpec, PromptSet] = {}
+        self._prompts: dict[tuple[PromptSpec, bool], PromptSet] = {}
         self._lengths: dict[LengthSpec, LengthSpec] = {}
         self._traces: dict[str, tuple[Arrival, ...]] = {}
 
@@ -58,26 +58,26 @@ class Sources:
         """All that the workload names."""
         prompts, trace = workload.prompts, workload.load.trace
         if prompts.source == "file":
-            yield Part("workload.prompts.path", prompts.path, lambda: self.prompts(prompts))
+            yield Part("workload.prompts.path", prompts.path, lambda: self.prompts(workload))
         elif prompts.source == "dataset":
             on_hub = prompts.dataset is not None and not is_local(prompts.dataset, Path(self._base_dir))
             yield Part(
-                "workload.prompts.dataset", None if on_hub else prompts.dataset, lambda: self.prompts(prompts), on_hub=on_hub
+                "workload.prompts.dataset", None if on_hub else prompts.dataset, lambda: self.prompts(workload), on_hub=on_hub
             )
         else:
-            yield Part("workload.prompts", None, lambda: self.prompts(prompts))
-        for name in ("input_tokens", "output_tokens"):
+            yield Part("workload.prompts", None, lambda: self.prompts(workload))
+        for name in ("input_tokens", "output_tokens", "turns"):
             lengths, field = getattr(workload, name), f"workload.{name}"
             if isinstance(lengths, LengthSpec) and lengths.path is not None:
                 yield Part(f"{field}.path", lengths.path, partial(self._resolved, lengths, field))
         if trace is not None:
             yield Part("workload.load.trace", trace, lambda: self.trace(trace))
 
-    def prompts(self, spec: PromptSpec) -> PromptSet:
-        """The prompts of a source. Raises as ``read``."""
-        key = replace(spec, chat_template=False)
+    def prompts(self, workload: WorkloadSpec) -> PromptSet:
+        """The prompts of a workload, with all turns of recorded conversations. Raises as ``read``."""
+        key = _prompts_key(workload)
         if key not in self._prompts:
-            self._prompts[key] = load_prompts(key, self._base_dir)
+            self._prompts[key] = load_prompts(key[0], self._base_dir, all_turns=workload.recorded)
         return self._prompts[key]
 
     def resolved(self, workload: WorkloadSpec) -> WorkloadSpec:
@@ -86,6 +86,7 @@ class Sources:
             workload,
             input_tokens=self._resolved(workload.input_tokens, "workload.input_tokens"),
             output_tokens=self._resolved(workload.output_tokens, "workload.output_tokens"),
+            turns=self._resolved(workload.turns, "workload.turns"),
         )
 
     def trace(self, path: str | None) -> tuple[Arrival, ...]:
@@ -101,11 +102,11 @@ class Sources:
         part = Sources(self._base_dir)
         for workload in workloads:
             if workload.prompts.source in ("file", "dataset"):
-                part._prompts[replace(workload.prompts, chat_template=False)] = self.prompts(workload.prompts)
+                part._prompts[_prompts_key(workload)] = self.prompts(workload)
             if (path := workload.load.trace) is not None:
                 part._traces[path] = self.trace(path)
             self.resolved(workload)
-            for lengths in (workload.input_tokens, workload.output_tokens):
+            for lengths in (workload.input_tokens, workload.output_tokens, workload.turns):
                 if isinstance(lengths, LengthSpec) and lengths in self._lengths:
                     part._lengths[lengths] = self._lengths[lengths]
         return part
@@ -116,3 +117,8 @@ class Sources:
         if lengths not in self._lengths:
             self._lengths[lengths] = load_lengths(lengths, self._base_dir, field)
         return self._lengths[lengths]
+
+
+def _prompts_key(workload: WorkloadSpec) -> tuple[PromptSpec, bool]:
+    """What decides which texts are read."""
+    return replace(workload.prompts, chat_template=False), workload.recorded

@@ -61,16 +61,23 @@ def make_source(
     Raises:
         ConfigError: There are no prompts, or the engine renders no chats.
     """
-    template = None
-    if workload.prompts.chat_template:
-        if encode_chats is None:
-            raise ConfigError(
-                "this engine renders no chat templates", field=f"{FIELD}.chat_template", found="true", allowed="false"
-            )
-        template = ChatTemplate(encode_chats)
+    template = template_of(workload, encode_chats)
     if workload.prompts.source == "synthetic":
         return Synthetic(workload.seed, RandomIds(vocab_size, special), template)
     return Texts(prompts, encode, template, vocab_size, special, workload.seed)
+
+
+def template_of(workload: WorkloadSpec, encode_chats: EncodeChats | None) -> ChatTemplate | None:
+    """The model's chat template, where the workload puts prompts into it.
+
+    Raises:
+        ConfigError: The engine renders no chats.
+    """
+    if not workload.prompts.chat_template:
+        return None
+    if encode_chats is None:
+        raise ConfigError("this engine renders no chat templates", field=f"{FIELD}.chat_template", found="true", allowed="false")
+    return ChatTemplate(encode_chats)
 
 
 class RandomIds:
@@ -149,7 +156,7 @@ class Texts:
         self._seed = seed
         self._ids: dict[int, Ids] = {}
         self._firsts: list[int] = []
-        self._order = _order(len(prompts.texts), str(seed))
+        self._order = order_of(len(prompts.texts), str(seed))
 
     def bodies(self, inputs: Sequence[int | None], turns: Sequence[int]) -> list[Ids]:
         """See ``TokenSource``. Request i starts with the i-th prompt of the order."""
@@ -165,7 +172,7 @@ class Texts:
 
     def prefix(self, group: int, tokens: int) -> Ids:
         """See ``TokenSource``."""
-        return self._packed([], 0, tokens, _order(len(self._prompts.texts), f"{self._seed}/prefix/{group}"))
+        return self._packed([], 0, tokens, order_of(len(self._prompts.texts), f"{self._seed}/prefix/{group}"))
 
     def block(self, name: str, tokens: int) -> Ids:
         """See ``TokenSource``: the prompts from one on that ``name`` decides."""
@@ -221,15 +228,24 @@ class Texts:
             self._ids[index] = self._valid(index, kept)
 
     def _valid(self, index: int, ids: Sequence[int]) -> Ids:
-        if not ids:
-            raise ConfigError(f"prompt {index} has no tokens", field=FIELD, found=repr(self._prompts.texts[index][:40]))
-        if max(ids) >= self._vocab_size:
-            raise ConfigError(
-                f"prompt {index} has token id {max(ids)}, beyond the model's vocabulary of {self._vocab_size}",
-                "does the tokenizer belong to the model?",
-                field="model.tokenizer",
-            )
-        return tuple(ids)
+        return valid_ids(ids, f"prompt {index}", self._prompts.texts[index], self._vocab_size)
+
+
+def valid_ids(ids: Sequence[int], name: str, text: str, vocab_size: int) -> Ids:
+    """The ids of a text.
+
+    Raises:
+        ConfigError: There are none, or one is beyond the vocabulary.
+    """
+    if not ids:
+        raise ConfigError(f"{name} has no tokens", field=FIELD, found=repr(text[:40]))
+    if max(ids) >= vocab_size:
+        raise ConfigError(
+            f"{name} has token id {max(ids)}, beyond the model's vocabulary of {vocab_size}",
+            "does the tokenizer belong to the model?",
+            field="model.tokenizer",
+        )
+    return tuple(ids)
 
 
 def _needed(tokens: int | None) -> int:
@@ -243,7 +259,7 @@ def _needed(tokens: int | None) -> int:
     return tokens
 
 
-def _order(count: int, seed: str) -> Iterator[int]:
+def order_of(count: int, seed: str) -> Iterator[int]:
     """Endless rounds over all indices, each in its own order. By hash, so that no library update can change it."""
     cycle = 0
     while True:

@@ -107,6 +107,44 @@ WORKLOADS = {
         "think_time_s",
         "between the turns of an online load",
     ),
+    "requests of turns that vary": (
+        "requests: 4\n    turns: {distribution: uniform, min: 1, max: 3}",
+        "requests",
+        "cannot be counted where turns vary",
+    ),
+    "both numbers": ("turns: 2\n    requests: 4\n    conversations: 2", "conversations", "say the same"),
+    "conversations of no turns": ("conversations: 2", "conversations", "a conversation is one request"),
+    "no number of conversations": (
+        "turns: {distribution: uniform, min: 1, max: 3}\n    load: {pattern: closed, concurrency: 1}",
+        "load.pattern",
+        "needs a number of conversations",
+    ),
+    "limit of conversations that are drawn": ("turns: 2\n    max_conversation_tokens: 9", "max_conversation_tokens", "recorded"),
+    "recorded turns of no file": ("turns: recorded", "turns", "those of conversations in a file"),
+    "recorded turns of a length": (
+        "turns: recorded\n    input_tokens: 8\n    prompts: {source: file, path: a, format: sharegpt}",
+        "input_tokens",
+        "recorded messages keep their lengths",
+    ),
+    "turns of a word": ("turns: recoded", "turns", "wrong value for turns"),
+    "turns as an answer": ("turns: {distribution: answer}", "turns.distribution", "one of output tokens"),
+    "waits of no load": ("turns: 2\n    think_time_s: {distribution: fixed, mean: 1}", "think_time_s", "an online load"),
+    "waits without a mean": (
+        "turns: 2\n    requests: 4\n    load: {pattern: saturated}\n    think_time_s: {distribution: exponential}",
+        "think_time_s",
+        "distribution: exponential needs mean",
+    ),
+    "waits out of bounds": (
+        "turns: 2\n    conversations: 2\n    load: {pattern: closed, concurrency: 1}\n"
+        "    think_time_s: {distribution: exponential, mean: 3, max: 2}",
+        "think_time_s.mean",
+        "outside of the bounds",
+    ),
+    "no waits": (
+        "turns: 2\n    requests: 4\n    load: {pattern: saturated}\n    think_time_s: {distribution: empirical}",
+        "think_time_s",
+        "draws from values",
+    ),
     "no time to think": ("think_time_s: -1", "think_time_s", "wrong value for think_time_s"),
     "blocks of no trace": ("load: {trace_prefixes: false}", "load.trace_prefixes", "no meaning for the pattern batch"),
     "limit of no trace": ("load: {trace_max_input_tokens: 9}", "load.trace_max_input_tokens", "no meaning for the pattern batch"),
@@ -225,7 +263,8 @@ def test_the_resolved_sweep_of_an_older_release_is_read(load: Load) -> None:
     for added in (
         '"answer_column": null, "format": "column", "dataset": null, "config": null, "split": "train", "revision": null, '
         '"limit": null, "chat_template": false',
-        '"shared_prefix_tokens": 0, "prefix_groups": 1, "turns": 1, "turn_answers": "auto", "think_time_s": 0.0, ',
+        '"shared_prefix_tokens": 0, "prefix_groups": 1, "turns": 1, "conversations": null, '
+        '"max_conversation_tokens": null, "turn_answers": "auto", "think_time_s": 0.0, ',
     ):
         assert added in text
         text = text.replace(added, "").replace(", }", "}")

@@ -134,20 +134,23 @@ def test_a_part_of_a_run_in_which_no_request_ends_has_a_goodput_of_0() -> None:
 
 def test_percentile_intervals_and_why_there_are_none() -> None:
     """120 requests of which 20 have one token: no TPOT, and none of p95 and p99."""
-    many = [record([100 + number, 400 + number] if number < 100 else [100 + number], 0) for number in range(120)]
+    delays_ms = [number * 37 % 120 for number in range(120)]
+    times_ms = [[number + 100 + delay, number + 400 + delay] for number, delay in enumerate(delays_ms)]
+    many = [record(times if number % 6 else times[:1], number) for number, times in enumerate(times_ms)]
     row = latency_interval_columns(many, 7, alone=True)
     assert row == latency_interval_columns(list(reversed(many)), 7, alone=True)
     assert row != latency_interval_columns(many, 8, alone=True)
     median_s = latency_columns(completed(many), gpus=0)["ttft_s_p50"]
     assert row["ttft_s_p50_lo"] < median_s < row["ttft_s_p50_hi"]
     assert row["ttft_s_p95_lo"] is row["ttft_s_p99_hi"] is None
+    assert row["inter_chunk_s_p50_lo"] == row["inter_chunk_s_p90_hi"] == pytest.approx(0.3)
     assert row["tpot_s_p50_lo"] == pytest.approx(0.3)
     assert row["latency_interval_reason"].startswith("ttft_s, e2e_latency_s, e2e_from_schedule_s: 120 requests")
-    assert "tpot_s: 100 requests, p95 takes 200, p99 takes 1000" in row["latency_interval_reason"]
+    assert "tpot_s, inter_chunk_s: 100 requests, p95 takes 200, p99 takes 1000" in row["latency_interval_reason"]
     assert set(row) <= set(SCHEMAS["trials"].names)
     few = latency_interval_columns(many[:60], 7, alone=True)
     assert few["ttft_s_p50_lo"] is None
-    assert few["latency_interval_reason"] == "60 requests, p50 takes 100, p90 takes 100, p95 takes 200, p99 takes 1000"
+    assert "e2e_from_schedule_s: 60 requests, p50 takes 100, p90 takes 100, p95 takes" in few["latency_interval_reason"]
     together = latency_interval_columns(many, 7, alone=False)
     assert together["ttft_s_p50_lo"] is None
     assert "batch" in together["latency_interval_reason"]

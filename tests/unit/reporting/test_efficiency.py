@@ -42,7 +42,7 @@ FOOTPRINT = {"carbon_g": 0.02, "energy_cost": 0.00001, "currency": "EUR"}
 def render(rows: list[dict[str, Any]]) -> str:
     summary = summarise_run("run", rows)
     cells = [(cell.label, cell.efficiency, cell.efficiency_intervals) for cell in summary.cells]
-    table = efficiency_table(cells, summary.phase_methods, summary.currencies, summary.phase_residual_rel)
+    table = efficiency_table(cells, summary.phase_methods, summary.currencies, summary.phase_residual_rel, summary.phase_reasons)
     if table is None:
         return ""
     console = Console(file=io.StringIO(), width=80)
@@ -104,6 +104,15 @@ def test_energy_that_belongs_to_neither_phase_is_told() -> None:
     assert "25.0" in text
     assert "the time between steps." in text
     assert "all their tokens share" in render([row(1, 0, **{**PHASES, "phase_method": "phase_token_regression"})])
+
+
+def test_why_phases_are_not_told_apart() -> None:
+    rows = [row(1, 0, **WORK, power_valid=True, phase_reason="a"), row(1, 1, **WORK, power_valid=True, phase_reason="b")]
+    rows.append(row(1, 2, **WORK, power_valid=False, phase_reason="no measured energy"))
+    shown = " ".join(render(rows).split())
+    assert "Prefill and decode are not told apart: a; 1 other reason in phase_reason." in shown
+    assert "are not told apart everywhere: a." in " ".join(render([rows[0], row(8, 0, **PHASES, power_valid=True)]).split())
+    assert "told apart" not in render([row(1, 0, **WORK, power_valid=True)])
 
 
 def test_columns_that_nobody_knows_are_left_out() -> None:

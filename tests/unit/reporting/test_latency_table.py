@@ -62,13 +62,20 @@ def test_percentiles_are_means_over_trials_and_the_columns_exist() -> None:
     assert set(LATENCY_COLUMNS) <= set(SCHEMAS["trials"].names)
 
 
-def test_a_single_repeat_shows_the_bootstrap_interval() -> None:
+def test_a_single_repeat_shows_the_interval_over_its_requests() -> None:
     text = render([row(4, 0, ttft_s_p50_lo=0.0501, ttft_s_p50_hi=0.0543, e2e_latency_s_p99=12.25)])
     assert "52.1 (50.1-54.3)" in text
-    assert "95 % bootstrap interval" in text
+    assert "95 % interval of a single repeat, over its requests" in text
     assert "±" not in text
     assert "E2E s" in text
     assert "12.2" in text
+
+
+def test_gaps_between_tokens_are_shown_of_online_loads() -> None:
+    gaps = {"inter_chunk_s_p50": 0.011, "inter_chunk_s_p99": 0.03, "inter_chunk_s_p99_lo": 0.02, "inter_chunk_s_p99_hi": 0.041}
+    (line,) = [line for line in render([row(4, 0, run_s=3.0, **gaps)]).splitlines() if "ITL" in line]
+    assert line.split() == ["ITL", "ms", "11.0", "30.0", "(20.0-41.0)"]
+    assert "ITL" not in render([row(4, 0, **gaps)])
 
 
 def test_a_single_repeat_without_an_interval_says_why() -> None:

@@ -188,7 +188,7 @@ def test_latencies_and_rates_have_intervals_over_repeats_or_over_the_requests_of
     assert cell.intervals["output_throughput_tok_s"] == Between(low=20.0, high=20.0, n=3, kind="t95")
     assert cell.intervals["tpot_s_p50"] is None
     (cell,) = summarise_run("run", rows[:1]).cells
-    assert cell.intervals["ttft_s_p50"] == Between(low=0.1, high=0.9, n=1, kind="bootstrap")
+    assert cell.intervals["ttft_s_p50"] == Between(low=0.1, high=0.9, n=1, kind="requests")
     assert cell.intervals["output_throughput_tok_s"] is None
 
 

@@ -83,7 +83,7 @@ def test_marks_lead_to_the_legend() -> None:
     text = render(run_table(summarise_run("demo", ROWS), Path("runs/demo")), 100)
     marked = {line.split()[0]: line.split()[-1] for line in text.splitlines() if line.strip().startswith("batch_size=")}
     legend = {line.split()[0]: line for line in text.splitlines() if line[:3].strip() in set("abcd")}
-    assert "counter_mismatch" in legend[marked["batch_size=2"]]
+    assert "counter_mismatch (no valid energy): " in legend[marked["batch_size=2"]]
     assert "no_cross_check" in legend[marked["batch_size=4"]]
     assert "out_of_memory" in legend[marked["batch_size=8"]]
     assert marked["batch_size=1"] == "10.0"

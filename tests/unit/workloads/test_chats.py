@@ -17,6 +17,7 @@ from llem_ray.core.errors import ConfigError
 from llem_ray.core.spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.chats import ChatTemplate
 from llem_ray.workloads.online import build_online
+from llem_ray.workloads.prompt_files import Exchange, PromptSet
 from llem_ray.workloads.prompts import build_requests, load_prompts
 
 CHATML = (
@@ -84,6 +85,31 @@ def test_later_turns_add_what_the_template_puts_after_an_answer(name: str) -> No
             known = len(before.prompt_token_ids)
             assert after.prompt_token_ids[:known] == before.prompt_token_ids
             assert shown(after.prompt_token_ids[known + 5 :]).strip() in [LATER[name].format(text).strip() for text in texts]
+
+
+@pytest.mark.parametrize("name", ["chatml", "system"])
+def test_a_recorded_conversation_is_the_chat_as_the_template_renders_it(name: str) -> None:
+    said = ("How long does it need?", "Three minutes.", "And the other?", "Five of them.", "Thanks.", "Not at all.")
+    talk = tuple(Exchange(*pair) for pair in zip(said[::2], said[1::2], strict=True))
+    workload = WorkloadSpec(
+        prompts=PromptSpec(source="file", path="s", format="sharegpt", chat_template=True),
+        turns="recorded",
+        output_tokens=LengthSpec(distribution="answer"),
+    )
+    requests = build_requests(
+        workload,
+        lambda texts: [list(tokenizer()(text).input_ids) for text in texts],
+        VOCAB,
+        CONTEXT,
+        PromptSet(texts=said[:1], answers=said[1:2], conversations=(talk,)),
+        special_token_ids(tokenizer()),
+        encode_chats=renderer(TEMPLATES[name]),
+    )
+    for turn, request in enumerate(requests):
+        roles = itertools.cycle(("user", "assistant"))
+        chat = [ChatMessage(role, text) for role, text in zip(roles, said[: 2 * turn + 1], strict=False)]  # type: ignore[arg-type]
+        (whole,) = renderer(TEMPLATES[name])([chat])
+        assert shown(request.prompt_token_ids) == shown(whole)
 
 
 @pytest.mark.parametrize("source", ["synthetic", "builtin"])

@@ -203,7 +203,7 @@ class TestSources:
         part = pickle.loads(pickle.dumps(Sources(folder).part([self.WORKLOAD])))
         for path in folder.iterdir():
             path.unlink()
-        assert part.prompts(self.WORKLOAD.prompts) == PromptSet(texts=("a b",))
+        assert part.prompts(self.WORKLOAD) == PromptSet(texts=("a b",))
         resolved = part.resolved(self.WORKLOAD)
         assert isinstance(resolved.input_tokens, LengthSpec)
         assert isinstance(resolved.output_tokens, LengthSpec)

@@ -113,6 +113,14 @@ class TestShareGpt:
         assert says in error.message
         assert (error.file, error.line) == (str(tmp_path / "s.json"), line)
 
+    def test_conversations_taken_for_plain_prompts_are_told_of(self, tmp_path: Path) -> None:
+        """A JSON list is read in either form."""
+        (tmp_path / "s.json").write_text(SAMPLE.read_text(encoding="utf-8"))
+        error = refused(PromptSpec(source="file", path="s.json"), tmp_path)
+        assert (error.line, error.hint) == (2, "set workload.prompts.format: sharegpt")
+        (tmp_path / "s.json").write_text('[{"prompt": "a b"},\n "c"]')
+        assert load_prompts(PromptSpec(source="file", path="s.json"), tmp_path).texts == ("a b", "c")
+
     def test_nothing_to_ask_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "s.json").write_text('[{"conversations": []}]')
         assert refused(self.SPEC, tmp_path).allowed == "at least one human turn with an answer"
