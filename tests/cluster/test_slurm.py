@@ -32,8 +32,8 @@ base:
   model: {config: llama-tiny}
   engine: {backend: fake, device: cpu, tensor_parallel: 2, gpus: 2, nodes: 2, engine_args: {decode_ms: 5, prefill_ms: 5}}
   workload: {batch_size: 2, output_tokens: 10}
-repeats: 3
-measure: {min_window_s: 2, idle_baseline_s: 0.5, sources: [nvml], gates: {min_coverage: 0.3}}
+repeats: 2
+measure: {min_window_s: 1, idle_baseline_s: 0.5, sources: [nvml], gates: {min_coverage: 0.3}}
 """
 
 
@@ -95,15 +95,15 @@ def test_a_sweep_that_the_time_limit_interrupts_is_resumed_by_the_same_line(site
     assert len(slurm.steps) == 1
     (run,) = site.folder.glob("runs/*")
     done = read_table(run, "trials").to_pylist()
-    assert 1 <= len(done) < 3
+    assert len(done) == 1
     assert all(row["status"] == "completed" for row in done)
 
     process, _ = site.submit()
     code, out, err = site.end(process)
     assert code == 0, (out, err)
-    assert "3 of 3 trials completed" in out
+    assert "2 of 2 trials completed" in out
     rows = read_table(run, "trials").to_pylist()
-    assert [row["attempt"] for row in rows] == [1, 1, 1]
+    assert [row["attempt"] for row in rows] == [1, 1]
     assert all(row["total_gpu_energy_j"] > 0 and len(row["gang_nodes"]) == 2 for row in rows)
 
 
@@ -121,7 +121,8 @@ def test_a_ray_that_does_not_start_ends_the_job_at_once_with_what_it_said(site: 
     code, out, err = site.end(site.submit(LLEM_RAY_START_OPTIONS="--no-such-option")[0])
     assert code == 5, (out, err)
     assert "Ray on h1 ended before the cluster was up" in err or "Ray on h2 ended before the cluster was up" in err
-    assert "No such option: --no-such-option" in err
+    assert "No such option" in err
+    assert len(err.splitlines()) < 40
 
 
 @pytest.mark.parametrize(
