@@ -132,6 +132,7 @@ def run(sweep: Path, results_dir: Path, address: str, token_file: Path | None, c
 
     What `submit` makes of a sweep for a Ray job calls this on the head; you need not.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a Ray job begins with it blocked; `stop` sends it
     where = parse_address("" if flags["inline"] else address)
     return run_sweep(unpack_sweep(sweep), results_dir.expanduser(), where, token_file, copy_to=copy_to, **flags)
 
@@ -155,7 +156,6 @@ def run_sweep(
     Raises:
         LlemRayError: It cannot run, or an energy gate failed.
     """
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # a Ray job begins with it blocked; `stop` sends it
     begin_ns = process_start_ns()
     if inline and address.kind != "embedded":
         raise ConfigError("--inline runs without a cluster", field="--address", found=address.text, allowed="without --inline")

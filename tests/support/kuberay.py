@@ -1,4 +1,4 @@
-"""What a Kubernetes with KubeRay 1.7 would refuse, or silently drop, in a manifest: its CRDs made strict, and its operator's rules."""
+"""What KubeRay 1.7 would refuse, or Kubernetes silently drop, in a manifest: its CRDs made strict, and its operator's rules."""
 
 from __future__ import annotations
 

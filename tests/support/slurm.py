@@ -70,9 +70,7 @@ class FakeSlurm:
         given = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": ",".join(nodes), "SLURM_SUBMIT_DIR": str(cwd), "PATH": path}
         given |= {"SLURM_CPUS_ON_NODE": "4", **(env or {})}
         command = ["bash", str(script), *map(str, arguments)]
-        return self._lab.popen(
-            nodes[0], command, env=given, cwd=Path("/"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        return self._lab.popen(nodes[0], command, env=given, cwd=Path("/"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):

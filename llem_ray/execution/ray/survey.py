@@ -122,9 +122,7 @@ def survey_cluster(
 def _check_plan(plan: Plan, nodes: Sequence[Node], doctors: Sequence[Any]) -> tuple[LlemRayError | None, ...]:
     """What keeps each load of the plan from running: no room for its gang, or what its engine's check says on a node."""
     rooms = [
-        NodeRoom(
-            node=node.node_id, gpus=node.gpus, free_gpus=node.gpus, gangs=0, gpu_type=node.gpu_type, backend=node.backend
-        )
+        NodeRoom(node=node.node_id, gpus=node.gpus, free_gpus=node.gpus, gangs=0, gpu_type=node.gpu_type, backend=node.backend)
         for node in nodes
     ]
     found: dict[str, LlemRayError | None] = {}
