@@ -98,8 +98,8 @@ def test_a_sweep_that_the_time_limit_interrupts_is_resumed_by_the_same_line(site
     assert len(done) == 1
     assert all(row["status"] == "completed" for row in done)
 
-    process, _ = site.submit()
-    code, out, err = site.end(process)
+    options = "--object-store-memory=100000000 --labels=llem-ray/backend=fake"
+    code, out, err = site.end(site.submit(LLEM_RAY_START_OPTIONS=options)[0])
     assert code == 0, (out, err)
     assert "2 of 2 trials completed" in out
     rows = read_table(run, "trials").to_pylist()
