@@ -152,7 +152,8 @@ def _memory(item: GroupMemory) -> tuple[str, str]:
 
 def _node(node: NodeReport) -> Iterator[str]:
     kind = f" {node.gpu_type}" if node.gpu_type else ""
-    yield f"{node.hostname} ({node.address}), {count_noun(node.gpus, f'{kind.strip()} GPU'.strip())}"
+    engine = f", for engine {node.backend}" if node.backend else ""
+    yield f"{node.hostname} ({node.address}), {count_noun(node.gpus, f'{kind.strip()} GPU'.strip())}{engine}"
     if node.problem:
         yield f"  no  {node.problem}"
     if node.host is not None:

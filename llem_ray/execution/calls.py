@@ -113,6 +113,8 @@ class Node:
     gpus_elsewhere: int = 0
     """Those of them that somebody who is not of this run holds."""
     gpu_type: str | None = None
+    backend: str | None = None
+    """The only engine whose gangs it takes; None: any."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

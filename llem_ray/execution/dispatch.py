@@ -222,5 +222,6 @@ def gang_request(group: LoadGroup, trials: Sequence[Trial], measure: MeasureSpec
         gpus=group.gpus,
         nodes=engine.nodes,
         gpu_type=engine.gpu_type,
+        backend=engine.backend,
         duration_s=LOAD_GUESS_S + 2 * measure.idle_baseline_s + trials_s,
     )

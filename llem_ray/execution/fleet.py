@@ -140,6 +140,7 @@ class Fleet:
                     gangs=gangs.get(host, 0),
                     cpu_gangs=on_cpu.get(host, 0),
                     gpu_type=node.gpu_type,
+                    backend=node.backend,
                 )
             )
         return tuple(rooms)

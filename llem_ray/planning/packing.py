@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 from llem_ray.core.spec import Exclusive
 
-Shape: TypeAlias = tuple[int, int | None, str | None, frozenset[str]]
-"""What decides where a gang may run: GPUs, nodes, GPU type, nodes to avoid."""
+Shape: TypeAlias = tuple[int, int | None, str | None, str | None, frozenset[str]]
+"""What decides where a gang may run: GPUs, nodes, GPU type, engine, nodes to avoid."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +27,8 @@ class NodeRoom:
     """Gangs on it now."""
     gpu_type: str | None = None
     """As Ray names it."""
+    backend: str | None = None
+    """The only engine whose gangs it takes; None: any."""
     cpu_gangs: int | None = None
     """Those of its gangs that run on the CPU; None when that is not known: each may be one."""
 
@@ -43,6 +45,8 @@ class GangRequest:
     """Nodes it must be spread over, evenly; None: as few as hold its GPUs, even if more nodes were free earlier."""
     gpu_type: str | None = None
     """Type its nodes must have, see ``same_gpu_type``; None: any, the same on all its nodes."""
+    backend: str | None = None
+    """Its engine, for nodes that take those of one engine only."""
     duration_s: float = 1.0
     """Expected, from its start to its end, load included."""
     avoid: frozenset[str] = frozenset()
@@ -51,7 +55,7 @@ class GangRequest:
     @property
     def shape(self) -> Shape:
         """What decides where it may run; requests of one shape can stand in for each other."""
-        return (self.gpus, self.nodes, self.gpu_type, self.avoid)
+        return (self.gpus, self.nodes, self.gpu_type, self.backend, self.avoid)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,16 +195,9 @@ def need_of(request: GangRequest, nodes: Sequence[NodeRoom]) -> Need | str:
     count = request.nodes
     if count is not None and request.gpus % count:
         return f"{request.gpus} GPUs cannot be spread evenly over {count} nodes"
-    if request.gpus and not any(room.gpus for room in nodes):
-        return f"needs {_amount(request)}; no node has any"
-    able = [number for number, room in enumerate(nodes) if room.gpus or not request.gpus]
-    wanted = request.gpu_type
-    if wanted is not None:
-        types = [nodes[number].gpu_type for number in able]
-        able = [number for number, there in zip(able, types, strict=True) if there is not None and same_gpu_type(wanted, there)]
-        if not able:
-            known = ", ".join(sorted({there for there in types if there is not None}))
-            return f"needs GPU type {wanted}; " + (f"there are {known}" if known else "the nodes name none")
+    able = _able(request, nodes)
+    if isinstance(able, str):
+        return able
     counts = range(1, len(able) + 1) if count is None else (count,)
     for spread in counts:
         if request.gpus % spread:
@@ -210,7 +207,26 @@ def need_of(request: GangRequest, nodes: Sequence[NodeRoom]) -> Need | str:
         if groups:
             left = [tuple(number for number in group if nodes[number].node not in request.avoid) for group in groups]
             return Need(count=spread, share=share, groups=tuple(group for group in left if len(group) >= spread) or groups)
-    return _shortage(request, [nodes[number] for number in able])
+    return _shortage(request, [nodes[number] for number in able], _for_engine(request, nodes))
+
+
+def _able(request: GangRequest, nodes: Sequence[NodeRoom]) -> list[int] | str:
+    """Positions of the nodes of the right engine and GPU type, with GPUs where those are needed; or why there are none."""
+    able = [number for number, room in enumerate(nodes) if room.backend in {None, request.backend}]
+    if not able:
+        known = ", ".join(sorted({room.backend for room in nodes if room.backend is not None}))
+        return f"needs a node for engine {request.backend}; the nodes are for {known}"
+    if request.gpus and not any(nodes[number].gpus for number in able):
+        return f"needs {_amount(request)}; no node{_for_engine(request, nodes)} has any"
+    able = [number for number in able if nodes[number].gpus or not request.gpus]
+    wanted = request.gpu_type
+    if wanted is not None:
+        types = [nodes[number].gpu_type for number in able]
+        able = [number for number, there in zip(able, types, strict=True) if there is not None and same_gpu_type(wanted, there)]
+        if not able:
+            known = ", ".join(sorted({there for there in types if there is not None}))
+            return f"needs GPU type {wanted}; " + (f"there are {known}" if known else "the nodes name none")
+    return able
 
 
 def _groups(able: Sequence[int], nodes: Sequence[NodeRoom], share: int, count: int) -> tuple[tuple[int, ...], ...]:
@@ -227,9 +243,14 @@ def _amount(request: GangRequest) -> str:
     return f"{request.gpus} GPU{'s' if request.gpus > 1 else ''}"
 
 
-def _shortage(request: GangRequest, able: Sequence[NodeRoom]) -> str:
-    """What nodes of the right type lack."""
-    kind = "" if request.gpu_type is None else f" of type {request.gpu_type}"
+def _for_engine(request: GangRequest, nodes: Sequence[NodeRoom]) -> str:
+    """Where some nodes are for one engine only: that the others were looked at."""
+    return f" for engine {request.backend}" if any(room.backend is not None for room in nodes) else ""
+
+
+def _shortage(request: GangRequest, able: Sequence[NodeRoom], engine: str) -> str:
+    """What nodes of the right type and engine lack."""
+    kind = ("" if request.gpu_type is None else f" of type {request.gpu_type}") + engine
     if request.nodes is None:
         sizes = Counter(room.gpus for room in able)
         there = ", ".join(f"{number} x {gpus}" for gpus, number in sorted(sizes.items()))

@@ -50,7 +50,7 @@ class RaplSource:
 
     Args:
         root: Powercap folder; ``LLEM_RAY_POWERCAP_ROOT`` if set, else /sys/class/powercap. In a container: where the host's
-            /sys/class/powercap is mounted.
+            /sys/devices/virtual/powercap is mounted; the first consists of links into that, which lead nowhere elsewhere.
         clock: Clock that stamps the samples.
         probe_s: How long to keep the CPU busy while a counter stands still.
 
@@ -194,31 +194,33 @@ def find_zones(root: Path) -> tuple[Zone, ...]:
     if not zones:
         raise SourceUnavailable(
             f"RAPL: no CPU package under {root}",
-            "virtual machines have none; in a container, mount the host's /sys/class/powercap and set LLEM_RAY_POWERCAP_ROOT",
+            "virtual machines have none; in a container, mount the host's /sys/devices/virtual/powercap, "
+            "and set LLEM_RAY_POWERCAP_ROOT to where it is mounted",
         )
     return tuple(zones.values())
 
 
 def _family_zones(root: Path, family: str) -> Iterator[Zone]:
-    names = _zone_names(root, family)
+    folders = _zone_folders(root, family)
+    names = {key: (folder / "name").read_text().strip() for key, folder in folders.items()}
     for key, name in names.items():
         if len(key) == 1 and name.startswith("package"):
-            yield _zone(root, family, key, name, "cpu_package")
+            yield _zone(folders[key], name, "cpu_package")
             for sub_key, sub_name in names.items():
                 if len(sub_key) == 2 and sub_key[:1] == key and sub_name == "dram":
-                    yield _zone(root, family, sub_key, f"{name}:dram", "dram")
+                    yield _zone(folders[sub_key], f"{name}:dram", "dram")
 
 
-def _zone_names(root: Path, family: str) -> Mapping[tuple[int, ...], str]:
-    """(package,) or (package, subzone) -> the zone's own name, in numeric order."""
-    found = {}
-    for path in root.glob(f"{family}:*"):
-        key = tuple(int(part) for part in path.name.split(":")[1:])
-        found[key] = (path / "name").read_text().strip()
-    return dict(sorted(found.items()))
+def _zone_folders(root: Path, family: str) -> Mapping[tuple[int, ...], Path]:
+    """(package,) or (package, subzone) -> the zone's folder, in numeric order.
+
+    They lie beside each other in /sys/class/powercap, and below the family and the package in /sys/devices/virtual/powercap.
+    """
+    zones = f"{family}:*"
+    paths = [*root.glob(zones), *root.glob(f"{family}/{zones}"), *root.glob(f"{family}/{zones}/{zones}")]
+    return dict(sorted((tuple(int(part) for part in path.name.split(":")[1:]), path) for path in paths))
 
 
-def _zone(root: Path, family: str, key: tuple[int, ...], name: str, scope: Scope) -> Zone:
-    folder = root / ":".join((family, *map(str, key)))
+def _zone(folder: Path, name: str, scope: Scope) -> Zone:
     range_uj = int((folder / "max_energy_range_uj").read_text())
     return Zone(name=name, scope=scope, path=folder / "energy_uj", range_uj=range_uj)

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from head import Head, ray_head
 from submission import RECORDING, suspended
 
@@ -243,3 +245,52 @@ def test_a_wrong_token(remote: Remote, tmp_path: Path) -> None:
     code, _, err = Remote(replace(remote.head, token_file=tmp_path / "wrong"), tmp_path / "own").call("status", "whole")
     assert code == 5
     assert "refuses the token" in err
+
+
+RAY_JOB = Path(__file__).parents[2] / "cluster" / "kuberay" / "job" / "rayjob.yaml"
+
+
+class Submitter:
+    """The pod by which KubeRay 1.7 submits a RayJob (K8sJobMode): it is started again where it fails."""
+
+    def __init__(self, remote: Remote, sweep: Path) -> None:
+        spec = yaml.safe_load(RAY_JOB.read_text())["spec"]
+        entrypoint = spec["entrypoint"].replace("/sweep/sweep.yaml", str(sweep)).replace("/results", str(remote.results))
+        assert entrypoint != spec["entrypoint"]
+        self._address, self._entrypoint, self._metadata = remote.head.jobs_address, entrypoint, json.dumps(spec["metadata"])
+        (self.run,) = spec["metadata"].values()
+        bin_folder = str(Path(sys.executable).parent)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": remote.head.token_file.read_text().strip()}
+        self._env = kept | token | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+
+    def start(self, job_id: str, *, follow: bool = True) -> subprocess.Popen[str]:
+        address = f"--address {self._address}"
+        script = f"if ! ray job status {address} {job_id} >/dev/null 2>&1 ; then ray job submit {address} --no-wait"
+        script += f" --metadata-json '{self._metadata}' --submission-id {job_id} -- {self._entrypoint} ; fi"
+        script += f" ; ray job logs {address} --follow {job_id}" if follow else ""
+        return subprocess.Popen(
+            ["bash", "-c", script], env=self._env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+
+def test_a_ray_job_of_kuberay(remote: Remote) -> None:
+    """Its entrypoint runs on the head and can be told to end, a second submitter follows it, and a later job goes on."""
+    name = "kube"
+    submitter = Submitter(remote, remote.sweep(name, window_s=2.0))
+    submitter.start("llem-ray-sweep-a1b2c", follow=False).communicate(timeout=DEADLINE_S)
+    remote.wait_for(name, "measuring")
+    os.kill(json.loads((remote.run(name).path / "lock").read_text())["pid"], signal.SIGINT)  # as `llem-ray stop` does
+    again = submitter.start("llem-ray-sweep-a1b2c").communicate(timeout=DEADLINE_S)[0]
+    assert "interrupted with 1 trial left" in again
+    assert len(read_table(remote.run(name).path, "trials")) == 1
+    assert "exit code 130" in remote.call("status", submitter.run)[1]
+
+    assert "2 of 2 trials completed" in submitter.start("llem-ray-sweep-d3e4f").communicate(timeout=DEADLINE_S)[0]
+    assert [row["attempt"] for row in read_table(remote.run(name).path, "trials").to_pylist()] == [1, 1]
+
+
+def test_kuberay_s_probe_needs_no_token(remote: Remote) -> None:
+    """It asks the agent of every node over HTTP, without starting a process there."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{remote.head.agent_port}/api/healthz", timeout=30) as answer:
+        assert answer.status == 200

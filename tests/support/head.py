@@ -27,6 +27,8 @@ class Head:
     """HOST:PORT."""
     jobs_address: str
     token_file: Path
+    agent_port: int
+    """Of the dashboard agent, on 127.0.0.1."""
 
 
 @contextlib.contextmanager
@@ -48,7 +50,12 @@ def ray_head(*, dashboard: bool) -> Iterator[Head]:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
     try:
         _wait_for(process, log)
-        yield Head(address=f"{address}:{port}", jobs_address=f"http://127.0.0.1:{jobs_port}", token_file=folder / "token")
+        yield Head(
+            address=f"{address}:{port}",
+            jobs_address=f"http://127.0.0.1:{jobs_port}",
+            token_file=folder / "token",
+            agent_port=agent_port,
+        )
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -32,6 +32,8 @@ HELD_SHARE: Final = 0.1
 """Of a GPU, for a process of ours that only keeps a place: the rest is for the worker that the engine starts there by Ray."""
 TYPE_RESOURCE: Final = "accelerator_type:"
 TYPE_LABEL: Final = "ray.io/accelerator-type"
+BACKEND_LABEL: Final = "llem-ray/backend"
+"""Names the one engine whose gangs a node takes; a node without it takes any. An engine that is none keeps gangs away."""
 
 
 class RaySampler:
@@ -223,10 +225,14 @@ class RayExecutor:
 
 
 def checking_nodes(nodes: Sequence[Node], groups: Sequence[LoadGroup]) -> list[tuple[Node, list[LoadGroup]]]:
-    """Which node checks which groups' engines: one of the kind that they run on. Without GPUs nobody checks those for GPUs."""
-    with_gpus = next((node for node in nodes if node.gpus), None)
-    shares = ((with_gpus, [group for group in groups if group.gpus]), (nodes[0], [group for group in groups if not group.gpus]))
-    return [(node, mine) for node, mine in shares if mine and node is not None]
+    """Which node checks which groups' engines: the first of the kind that they run on. Where there is none, nobody does."""
+    shares: dict[str, list[LoadGroup]] = {}
+    for group in groups:
+        backend = group.experiment.engine.backend
+        able = (node for node in nodes if node.backend in {None, backend} and (node.gpus or not group.gpus))
+        if (first := next(able, None)) is not None:
+            shares.setdefault(first.node_id, []).append(group)
+    return [(node, shares[node.node_id]) for node in nodes if node.node_id in shares]
 
 
 def seats_of_processes(group: LoadGroup, seats: Sequence[Seat]) -> list[tuple[int, int]]:
@@ -300,4 +306,5 @@ def as_node(entry: Mapping[str, Any]) -> Node:
         address=entry["NodeManagerAddress"],
         gpus=int(resources.get("GPU", 0)),
         gpu_type=labels.get(TYPE_LABEL) or named,
+        backend=labels.get(BACKEND_LABEL) or None,
     )

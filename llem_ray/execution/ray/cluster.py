@@ -18,7 +18,7 @@ from llem_ray.core.plan import LoadGroup
 from llem_ray.execution.calls import Node, Sampler, SamplerSettings
 from llem_ray.execution.ray.actors import ClaimActor
 from llem_ray.execution.ray.address import Address
-from llem_ray.execution.ray.base import RayExecutor, RaySampler, checking_nodes
+from llem_ray.execution.ray.base import BACKEND_LABEL, RayExecutor, RaySampler, checking_nodes
 from llem_ray.execution.ray.connect import ClusterFacts, connect, probe_cluster
 from llem_ray.execution.ray.runtime import answer_of, first_line, import_ray
 
@@ -138,13 +138,12 @@ class ClusterExecutor(RayExecutor):
         return None
 
     def ask_for_nodes(self, groups: Sequence[LoadGroup]) -> None:
-        """Ask the cluster's autoscaler for nodes that hold the largest gang."""
-        ray = import_ray()
-        largest = max(groups, key=lambda group: group.gpus)
-        nodes = largest.experiment.engine.nodes or 1
-        bundles = [{"GPU": largest.gpus // nodes} if largest.gpus else {"CPU": 1} for _ in range(nodes)]
+        """Ask the cluster's autoscaler for nodes that hold the largest gang of each engine."""
+        bundles, selectors = wanted_nodes(groups, sorts_engines=any(node.backend is not None for node in self.nodes()))
         with contextlib.suppress(Exception):  # without an autoscaler nothing comes of it, and the wait has a deadline
-            ray.autoscaler.sdk.request_resources(bundles=bundles)
+            from ray.autoscaler.sdk import request_resources  # noqa: PLC0415 - as import_ray
+
+            request_resources(bundles=bundles, bundle_label_selectors=selectors)
             self._asked = True
 
     def facts(self) -> Mapping[str, str]:
@@ -158,6 +157,30 @@ class ClusterExecutor(RayExecutor):
                 import_ray().autoscaler.sdk.request_resources(bundles=[])
         with contextlib.suppress(Exception):
             import_ray().shutdown()
+
+
+def wanted_nodes(
+    groups: Sequence[LoadGroup], *, sorts_engines: bool
+) -> tuple[list[dict[str, float]], list[dict[str, str]] | None]:
+    """What an autoscaler is asked for: a bundle for each node of the largest gang, and the labels that the node must have.
+
+    Args:
+        groups: That wait for a place.
+        sorts_engines: Nodes of this cluster are for one engine each: then it is asked for the largest gang of every engine, all
+            of which may come to run at once, by the label of its nodes.
+    """
+    largest: dict[str | None, LoadGroup] = {}
+    for group in groups:
+        backend = group.experiment.engine.backend if sorts_engines else None
+        if backend not in largest or group.gpus > largest[backend].gpus:
+            largest[backend] = group
+    bundles: list[dict[str, float]] = []
+    selectors: list[dict[str, str]] = []
+    for backend, group in largest.items():
+        nodes = group.experiment.engine.nodes or 1
+        bundles += [{"GPU": group.gpus // nodes} if group.gpus else {"CPU": 1}] * nodes
+        selectors += [{BACKEND_LABEL: backend} if backend is not None else {}] * nodes
+    return bundles, selectors if sorts_engines else None
 
 
 def _holder(name: str) -> str:

@@ -32,6 +32,8 @@ class NodeReport:
     gpus: int
     """GPUs that Ray hands out there."""
     gpu_type: str | None
+    backend: str | None
+    """The only engine whose gangs it takes; None: any."""
     host: HostReport | None
     """None when the node did not answer."""
     problem: str | None
@@ -104,6 +106,7 @@ def survey_cluster(
                     address=node.address,
                     gpus=node.gpus,
                     gpu_type=node.gpu_type,
+                    backend=node.backend,
                     host=host,
                     problem=problem,
                 )
@@ -118,7 +121,10 @@ def survey_cluster(
 
 def _check_plan(plan: Plan, nodes: Sequence[Node], doctors: Sequence[Any]) -> tuple[LlemRayError | None, ...]:
     """What keeps each load of the plan from running: no room for its gang, or what its engine's check says on a node."""
-    rooms = [NodeRoom(node=node.node_id, gpus=node.gpus, free_gpus=node.gpus, gangs=0, gpu_type=node.gpu_type) for node in nodes]
+    rooms = [
+        NodeRoom(node=node.node_id, gpus=node.gpus, free_gpus=node.gpus, gangs=0, gpu_type=node.gpu_type, backend=node.backend)
+        for node in nodes
+    ]
     found: dict[str, LlemRayError | None] = {}
     if not plan.measure.wait_for_nodes_s:  # nodes that are to come may hold more
         for group in plan.groups:

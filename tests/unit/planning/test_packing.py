@@ -15,6 +15,7 @@ from llem_ray.planning import GangRequest, NodeRoom, Seat, seats_for, why_infeas
 from llem_ray.planning.packing import same_gpu_type
 
 A4 = [room("a", 4, gpu_type="A100"), room("b", 4, gpu_type="A100")]
+SORTED = [room("a", 4, backend="vllm"), room("b", 8, backend="transformers"), room("head", 0, backend="none")]
 MIXED = [room("a", 8, gpu_type="A100"), room("b", 8, gpu_type="L40S")]
 
 
@@ -40,12 +41,23 @@ def names(seats: tuple[Seat, ...] | None) -> list[tuple[str, int]] | None:
         (gang(6, 4), A4, "6 GPUs cannot be spread evenly over 4 nodes"),
         (gang(16, 2), MIXED, "needs 2 nodes with 8 GPUs each and one GPU type; there is 1"),
         (gang(12), [*A4, room("c", 2)], "needs 12 GPUs, evenly on nodes of one GPU type; the nodes have 1 x 2, 2 x 4"),
+        (gang(1, backend="tensorrt"), SORTED, "needs a node for engine tensorrt; the nodes are for none, transformers, vllm"),
+        (gang(8, 1, backend="vllm"), SORTED, "needs 8 GPUs on one node; the largest node for engine vllm has 4"),
+        (gang(2, 2, backend="vllm"), SORTED, "needs 2 nodes for engine vllm, there is 1"),
+        (gang(1, backend="none"), SORTED, "needs 1 GPU; no node for engine none has any"),
         (gang(5, gpu_type="A100"), A4, "needs 5 GPUs, evenly on nodes of one GPU type; the nodes of type A100 have 2 x 4"),
     ],
 )
 def test_why_infeasible(request_: GangRequest, nodes: list[NodeRoom], reason: str) -> None:
     assert why_infeasible(request_, nodes) == reason
     assert all(seats_for(request_, nodes, exclusive) is None for exclusive in EXCLUSIVES)
+
+
+def test_a_node_for_one_engine_takes_its_gangs_and_no_others() -> None:
+    assert names(seats_for(gang(4, backend="vllm"), SORTED, "none")) == [("a", 4)]
+    assert names(seats_for(gang(4, backend="transformers"), SORTED, "none")) == [("b", 4)]
+    assert names(seats_for(gang(0, backend="vllm"), SORTED, "none")) == [("a", 0)]
+    assert names(seats_for(gang(4, backend="sglang"), [*SORTED, room("c", 4)], "none")) == [("c", 4)]
 
 
 def test_a_busy_cluster_is_not_an_infeasible_one() -> None:

@@ -105,6 +105,27 @@ def test_zones_are_in_numeric_order_and_mirrors_count_once(powercap):
     assert zones[0].path == powercap.root / "intel-rapl:2" / "energy_uj"
 
 
+def test_the_device_tree_shows_the_same_zones_as_the_folder_of_links_into_it(tmp_path):
+    """As in sysfs. A container gets the tree: mounted elsewhere the links lead nowhere."""
+    tree, links = tmp_path / "devices/virtual/powercap", tmp_path / "class/powercap"
+    devices = Powercap(tree)
+    devices.zone("intel-rapl/intel-rapl:0", "package-0")
+    devices.zone("intel-rapl/intel-rapl:0/intel-rapl:0:0", "core")
+    devices.zone("intel-rapl/intel-rapl:0/intel-rapl:0:1", "dram")
+    links.mkdir(parents=True)
+    for path in tree.rglob("intel-rapl:*"):
+        (links / path.name).symlink_to(Path("../..") / path.relative_to(tmp_path))
+    names = ["package-0", "package-0:dram"]
+    assert [zone.name for zone in find_zones(tree)] == names
+    assert [zone.name for zone in find_zones(links)] == names
+    elsewhere = tmp_path / "container/host/powercap"
+    links.rename(tmp_path / "moved")
+    elsewhere.mkdir(parents=True)
+    (tmp_path / "moved").rename(elsewhere)
+    with pytest.raises(SourceUnavailable, match="RAPL"):
+        find_zones(elsewhere)
+
+
 def test_counter_is_in_mj_and_gives_no_power(two_sockets):
     source = opened(two_sockets)
     two_sockets.set("intel-rapl:0", two_sockets.get("intel-rapl:0"))
