@@ -10,6 +10,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from operator import itemgetter
 from typing import Final
 
@@ -424,6 +425,9 @@ class Bookkeeper:
                 self._pump()
 
     def _record(self, ended: AttemptEnded) -> None:
+        if isinstance(ended.outcome, Completed) and self._lost_samples(ended):
+            lost = Failed(kind="interrupted", message="the samplers were killed before its last samples came", traceback=None)
+            ended = replace(ended, outcome=lost, final=False)
         with self._lock:
             self._attempts.pop((ended.trial.trial_id, ended.attempt), None)
         row = attempt_row(ended) | self._accounts.energy_columns(ended)
@@ -451,6 +455,11 @@ class Bookkeeper:
         estimate = row.get("est_joules_per_output_token")
         if estimate is not None:
             self._estimates_per_token.append(estimate)
+
+    def _lost_samples(self, ended: AttemptEnded) -> bool:
+        """Samples after its window will never come, since everything was killed at once: it is to be run again."""
+        hosts = () if ended.gang is None else ended.gang.hosts
+        return self._meter.given_up and not self._meter.is_sampled_until(ended.needs_ns, hosts)
 
     def _log(self, event: JournalEvent) -> None:
         with self._lock:

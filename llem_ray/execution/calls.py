@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from llem_ray.core.backend import LoadReport, Rank
-from llem_ray.core.errors import ConfigError
+from llem_ray.core.errors import ConfigError, PlacementError
 from llem_ray.core.outcome import Outcome
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import SampleBatch, SamplerInfo
@@ -18,6 +18,8 @@ from llem_ray.core.spec import Experiment, WarmupSpec, WindowSpec
 from llem_ray.planning.packing import Seat
 
 T_co = TypeVar("T_co", covariant=True)
+
+GONE_HINT: Final = "its processes were killed: out of memory, or a signal to all of them; the same command goes on with the run"
 
 
 class Call(Protocol[T_co]):
@@ -262,3 +264,13 @@ class Executor(Protocol):
     def close(self) -> None:
         """End everything it started. Never raises."""
         ...
+
+
+def raise_if_gone(executor: Executor) -> None:
+    """End the run where nothing that the executor started is left.
+
+    Raises:
+        PlacementError: It is gone.
+    """
+    if executor.is_gone():
+        raise PlacementError("Ray, started by this command, has ended", GONE_HINT)

@@ -71,7 +71,7 @@ def unsure_workloads(group: LoadGroup, base_dir: str) -> tuple[tuple[WorkloadSpe
 
 def _needs_tokenizer(workload: WorkloadSpec) -> bool:
     answers = isinstance(workload.output_tokens, LengthSpec) and workload.output_tokens.distribution == "answer"
-    return workload.prompts.chat_template or workload.input_tokens is None or answers
+    return workload.recorded or workload.prompts.chat_template or workload.input_tokens is None or answers
 
 
 def _limit(model: ModelSpec, engine: EngineSpec, base_dir: str) -> ContextLimit | None:

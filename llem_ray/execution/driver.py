@@ -12,14 +12,14 @@ from datetime import UTC, datetime
 
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import Phase
-from llem_ray.core.errors import ConfigError, PlacementError
+from llem_ray.core.errors import ConfigError
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import LoadGroup, Plan, Trial
 from llem_ray.core.power import SamplerInfo
 from llem_ray.core.progress import Progress, ProgressEvent
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.bookkeeper import Bookkeeper
-from llem_ray.execution.calls import Executor, SamplerSettings
+from llem_ray.execution.calls import Executor, SamplerSettings, raise_if_gone
 from llem_ray.execution.dispatch import Dispatcher
 from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.interrupts import Aborted, Interrupts
@@ -44,7 +44,7 @@ LOG = logging.getLogger(__name__)
 DRAIN_TIMEOUT_S = 60.0
 PROGRESS_S = 1.0
 ASK_AGAIN_S = 5.0
-GONE_HINT = "its processes were killed: out of memory, or a signal to all of them; the same command goes on with the run"
+LOOK_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +114,7 @@ class RunDriver:
         self._tick_lock = threading.Lock()
         self._versions: dict[str, str] = {}
         self._timeline = Timeline(options.begin_ns)
-        self._shown_ns = 0
+        self._shown_ns = self._looked_ns = 0
         self._stop_announced = False
         self._phase_seen: tuple[str, int] = ("", 0)
         self._context: RunContext | None = None
@@ -260,11 +260,13 @@ class RunDriver:
     def _tick(self) -> None:
         """Somebody waits: a chance to look at the bookkeeper and to show progress. Lanes wait in threads of their own."""
         self._book.raise_if_broken()
-        if self._executor.is_gone():
-            raise PlacementError("Ray, started by this command, has ended", GONE_HINT)
         if not self._tick_lock.acquire(blocking=False):
             return
         try:
+            now_ns = self._clock.monotonic_ns()
+            if now_ns - self._looked_ns > LOOK_S * NS_PER_S:
+                self._looked_ns = now_ns
+                raise_if_gone(self._executor)
             self._show()
         finally:
             self._tick_lock.release()

@@ -16,7 +16,7 @@ from llem_ray.core.plan import LoadGroup, Plan, Trial
 from llem_ray.core.progress import Progress
 from llem_ray.core.units import NS_PER_MS, ns_from_s
 from llem_ray.execution.bookkeeper import Bookkeeper
-from llem_ray.execution.calls import Executor, Gang, Leased, Loaded, TrialOrder
+from llem_ray.execution.calls import Executor, Gang, Leased, Loaded, TrialOrder, raise_if_gone
 from llem_ray.execution.cooling import rest_until_cool
 from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.interrupts import Aborted
@@ -307,6 +307,7 @@ class GangLane:
         """Place a gang and load its model, with both idle baselines; a Failed says why there is none."""
         run, measure = self._run, self._run.plan.measure
         run.waits.tick()
+        raise_if_gone(run.executor)
         with run.lock:
             run.gangs_opened += 1
             name = f"gang-{run.gangs_opened}"
@@ -422,6 +423,7 @@ class GangLane:
 
     def _failed(self, error: LlemRayError) -> Failed:
         self._run.waits.tick()  # what ends the run comes through every wait, and is no failure of the attempt
+        raise_if_gone(self._run.executor)
         if isinstance(error, (EngineDied, HangError)):
             self._lost = self._run.fleet.lost_node(self._seats)
             if self._lost is not None and not isinstance(error, NodeLost):

@@ -10,6 +10,7 @@ from llem_ray.core.backend import Request
 from llem_ray.core.spec import WorkloadSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.workloads.chats import Ids
+from llem_ray.workloads.lengths import draw_lengths
 from llem_ray.workloads.think_times import draw_times_s
 
 
@@ -37,6 +38,18 @@ class Script:
     """The answer to a request that stands in later prompts: the known one, or one in place of that to come."""
     name_of: Callable[[int], str]
     """What an error calls the prompt of a request."""
+
+
+def together(workload: WorkloadSpec) -> int | None:
+    """Conversations of a batch; None under an online load."""
+    return None if workload.load.online else workload.batch_size
+
+
+def turns_of(workload: WorkloadSpec) -> list[int]:
+    """Turns of each conversation of a pass, which are not those of a file; a request without turns is one."""
+    assert workload.turns != "recorded"
+    many = workload.whole_conversations
+    return draw_lengths(workload.turns, workload.batch_size if many is None else many, f"{workload.seed}/turns")
 
 
 def places_of(turns: Sequence[int], together: int | None) -> list[Place]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.spec import LengthSpec, WorkloadSpec
-from llem_ray.workloads.conversations import places_of
+from llem_ray.workloads.conversations import places_of, together, turns_of
 from llem_ray.workloads.lengths import draw_lengths
 from llem_ray.workloads.prompt_files import FIELD as PROMPTS
 from llem_ray.workloads.trace_blocks import shortened
@@ -46,9 +46,15 @@ def require_context(workload: WorkloadSpec, arrivals: Sequence[Arrival], context
 
 
 def extents_of(workload: WorkloadSpec, arrivals: Sequence[Arrival]) -> list[Extent]:
-    """Of each request, in order. Prompts of natural length, and answers as long as known ones, count as one token."""
+    """Of each request, in order. Prompts of natural length, and answers as long as known ones, count as one token.
+
+    Empty where the conversations are those of a file, which only a tokenizer can measure.
+    """
+    if workload.recorded:
+        return []
     replayed = shortened(arrivals, workload.load)
-    count = len(replayed) or workload.requests or (1 if workload.load.online else workload.batch_size) * workload.turns
+    places = places_of([1] * len(replayed) if replayed else turns_of(workload), together(workload))
+    count = len(places)
     inputs = _lengths(workload.input_tokens, count, f"{workload.seed}/input_tokens")
     outputs = _lengths(workload.output_tokens, count, f"{workload.seed}/output_tokens")
     lines: list[int | None] = [None] * count
@@ -57,7 +63,7 @@ def extents_of(workload: WorkloadSpec, arrivals: Sequence[Arrival]) -> list[Exte
         outputs[index] = arrival.output_tokens or outputs[index]
         lines[index] = arrival.line if arrival.input_tokens or arrival.output_tokens else None
     found: list[Extent] = []
-    for index, place in enumerate(places_of(workload, count)):
+    for index, place in enumerate(places):
         before = workload.shared_prefix_tokens
         if place.former is not None:
             before = found[place.former].prompt_tokens + found[place.former].output_tokens
@@ -68,8 +74,10 @@ def extents_of(workload: WorkloadSpec, arrivals: Sequence[Arrival]) -> list[Exte
 
 def _most(workload: WorkloadSpec) -> float:
     """A length that no request exceeds; infinite where none is known."""
+    if workload.turns == "recorded":
+        return float("inf")
     added = _longest(workload.input_tokens) + _longest(workload.output_tokens)
-    return workload.shared_prefix_tokens + workload.turns * added
+    return workload.shared_prefix_tokens + _longest(workload.turns) * added
 
 
 def _longest(lengths: int | LengthSpec | None) -> float:
@@ -111,7 +119,7 @@ def _too_long(workload: WorkloadSpec, extent: Extent, context_tokens: int, origi
     what = f"request {extent.index}" if workload.turns == 1 else f"request {extent.index}, with the turns before it,"
     return ConfigError(
         f"{what} is too long for the model: {text}",
-        "lower workload.input_tokens or workload.output_tokens" + (", or workload.turns" if workload.turns > 1 else ""),
+        "lower workload.input_tokens or workload.output_tokens" + (", or workload.turns" if workload.turns != 1 else ""),
         field=field,
         found=str(value) if isinstance(value, int) else f"{tokens} tokens",
         allowed=allowed,
@@ -126,5 +134,5 @@ def _blamed(workload: WorkloadSpec, extent: Extent, context_tokens: int) -> tupl
     if workload.shared_prefix_tokens >= context_tokens:
         return "workload.shared_prefix_tokens", workload.shared_prefix_tokens
     if workload.input_tokens is None:
-        return ("workload.turns", workload.turns) if workload.turns > 1 else (PROMPTS, None)
+        return ("workload.turns", workload.turns) if workload.turns != 1 else (PROMPTS, None)
     return "workload.input_tokens", workload.input_tokens

@@ -12,7 +12,7 @@ from llem_ray.core.backend import Request
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.chats import EncodeChats, Ids
-from llem_ray.workloads.conversations import Script, make_requests, places_of
+from llem_ray.workloads.conversations import Script, make_requests, places_of, together, turns_of
 from llem_ray.workloads.hub_dataset import read_dataset
 from llem_ray.workloads.lengths import draw_lengths
 from llem_ray.workloads.prompt_files import FIELD, PromptSet, read_prompt_file
@@ -103,7 +103,7 @@ def build_requests(
     if workload.recorded:
         template = template_of(workload, encode_chats)
         talks = Conversations(prompts, encode, template, vocab_size, special_token_ids)
-        script = talks.script(workload, workload.whole_conversations or workload.batch_size, _together(workload), random_ids)
+        script = talks.script(workload, workload.whole_conversations or workload.batch_size, together(workload), random_ids)
     else:
         script = _drawn(workload, source, context_tokens, random_ids, lengths, blocks)
     shared = [0] * len(script.bodies) if blocks is None else shared_tokens(blocks)
@@ -141,7 +141,7 @@ def _drawn(
     """What requests of drawn lengths and turns say. Arguments are those of ``build_requests``."""
     if lengths is not None:
         _check_given(workload, lengths)
-    places = places_of([1] * len(lengths) if lengths is not None else _turns(workload), _together(workload))
+    places = places_of([1] * len(lengths) if lengths is not None else turns_of(workload), together(workload))
     inputs = _input_lengths(workload, len(places), lengths)
     longest = workload.shared_prefix_tokens + max(tokens or 0 for tokens in inputs)
     if longest >= context_tokens:  # refused before anything of that size is made
@@ -157,18 +157,6 @@ def _drawn(
         answer=lambda index: random_ids.draw(f"{workload.seed}/answer/{index}", outputs[index]),
         name_of=source.name_of,
     )
-
-
-def _together(workload: WorkloadSpec) -> int | None:
-    """Conversations of a batch; None under an online load."""
-    return None if workload.load.online else workload.batch_size
-
-
-def _turns(workload: WorkloadSpec) -> list[int]:
-    """Turns of each conversation; a request without turns is one."""
-    assert workload.turns != "recorded"
-    many = workload.whole_conversations
-    return draw_lengths(workload.turns, workload.batch_size if many is None else many, f"{workload.seed}/turns")
 
 
 def _bodies(
