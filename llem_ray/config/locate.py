@@ -77,4 +77,6 @@ def _value_at(document: Document, where: Where) -> Any:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    return str(value), repr(value), shorten(value)
+    """How errors show a value, or one of an axis's."""
+    values = (value, *value) if isinstance(value, list) else (value,)
+    return tuple(text for item in values for text in (str(item), repr(item), shorten(item)))

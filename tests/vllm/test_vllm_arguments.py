@@ -43,11 +43,20 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+LOOKUP = {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, **LOOKUP}},
+        {"spec_method": "ngram", "spec_tokens": 3, "speculative_config": LOOKUP},
+    ],
+)
 def test_speculation_keeps_the_tokens_and_counts_what_it_drafts(
-    run: Run, checkpoint: ModelSpec, expected: dict[str, Any]
+    args: dict[str, Any], run: Run, checkpoint: ModelSpec, expected: dict[str, Any]
 ) -> None:
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    report, steps, records = run(checkpoint, {"speculative_config": ngram})
+    report, steps, records = run(checkpoint, args)
     assert report.notes["speculation"].startswith("ngram, 3 tokens")
     assert tokens_of(records) == tokens_of(expected["fixed"])
     drafted, accepted = (sum(getattr(record, name) for record in records) for name in ("draft_tokens", "accepted_tokens"))

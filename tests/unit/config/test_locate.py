@@ -73,3 +73,11 @@ def test_a_flag_is_named(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_told_stays_as_it_is(tmp_path: Path, error: ConfigError) -> None:
     assert located(tmp_path, error) is error
+
+
+@pytest.mark.parametrize(("found", "line"), [("2", 11), ("4", None)])
+def test_a_value_of_an_axis_is_told_from_the_base_s(tmp_path: Path, found: str, line: int | None) -> None:
+    field = "engine.engine_args.max_num_seqs"
+    error = located(tmp_path, ConfigError("wrong", field=field, found=found), "engine.engine_args.max_num_seqs=4")
+    assert error.line == line
+    assert (line is None) == ("from --set" in error.message)
