@@ -264,7 +264,7 @@ def test_a_rule_that_names_a_distribution_drops_its_cell(load: Load) -> None:
 def test_the_examples_of_the_docs_are_read(tmp_path: Path) -> None:
     page = Path(__file__).parents[3] / "docs" / "workloads.md"
     examples = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         base = "" if "base:" in example else "base:\n  model: {config: llama-tiny}\n"
         (tmp_path / "sweep.yaml").write_text(f"schema_version: 1\n{base}{example}", encoding="utf-8")
