@@ -52,7 +52,6 @@ def test_realised_lengths_are_recorded(llem, recording: Path, tmp_path: Path) ->
     pq.write_table(pa.table({"text": ["a b c", "d e", "f"]}), tmp_path / "table.parquet")
     ended = llem("submit", "--inline", "asked.yaml")
     assert ended.code == 0, ended
-    assert "input_tokens=lognormal(mean=40, std=20, max=90)" in ended.err
     (run,) = Path("runs").iterdir()
     trials = {row["cell_id"]: row for row in pq.read_table(run / "trials").to_pylist()}
     requests = pq.read_table(run / "requests").to_pylist()
