@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,3 +45,15 @@ class Progress(Protocol):
     def message(self, text: str) -> None:
         """Something worth a line of its own: a failure, a retry, a request to stop."""
         ...
+
+
+def format_setting(value: Any) -> str:
+    """A value of a sweep file: text as it is, a distribution as ``normal(mean=60, std=8)``, all else as JSON."""
+    if isinstance(value, Mapping) and "distribution" in value:
+        inner = ", ".join(
+            f"{key}={f'{item:g}' if isinstance(item, float) else json.dumps(item)}"
+            for key, item in value.items()
+            if key != "distribution"
+        )
+        return f"{value['distribution']}({inner})"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -17,6 +17,7 @@ from typing import Final
 from llem_ray.core.clock import Clock
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.plan import Plan, Trial
+from llem_ray.core.progress import format_setting
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.execution.accounting import Accounts
 from llem_ray.execution.footprint import look_up_footprint
@@ -150,7 +151,7 @@ class Bookkeeper:
     def measuring(self, trial: Trial, attempt: int, gang: GangRecord) -> None:
         """Journal that an attempt begins."""
         self.phase = "trial"
-        self.label = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in trial.cell.settings.items())
+        self.label = ", ".join(f"{key.rpartition('.')[2]}={format_setting(value)}" for key, value in trial.cell.settings.items())
         if self._first_trial_ns is None:
             self._first_trial_ns = self._clock.monotonic_ns()
         with self._lock:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
 from llem_ray.core.backend import RequestRecord
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.energy.request_share import BY_PHASES, PhaseParts, share_energy
@@ -87,11 +90,10 @@ def latency_interval_columns(requests: Sequence[RequestRecord], seed: int, *, al
     return row | {"latency_interval_reason": "; ".join(reasons) or None}
 
 
-def _values(metric: str, request: RequestRecord) -> Sequence[float]:
+def _values(metric: str, request: RequestRecord) -> Sequence[float] | npt.NDArray[np.float64]:
     """What a request adds to the values that percentiles are of."""
     if metric == "inter_chunk_s":
-        gaps_s: list[float] = latency.inter_chunk_gaps_s(request).tolist()
-        return gaps_s
+        return latency.inter_chunk_gaps_s(request)
     value = _PER_REQUEST[metric](request)
     return () if value is None else (value,)
 

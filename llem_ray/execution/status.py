@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llem_ray.core.errors import ResultsError
+from llem_ray.core.progress import format_setting
 from llem_ray.core.spec import StoppingSpec
 from llem_ray.results.reader import settled_state
 from llem_ray.results.rundir import RunDirectory
@@ -113,4 +114,4 @@ def read_planned(rundir: RunDirectory) -> Planned:
 
 
 def _label(settings: Mapping[str, Any]) -> str:
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+    return " ".join(f"{key.rpartition('.')[2]}={format_setting(value)}" for key, value in settings.items())

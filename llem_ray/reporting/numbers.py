@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from typing import Any
 
 MISSING = "-"
 """Stands for a value that is null."""
@@ -71,18 +68,6 @@ def format_bytes(size: int) -> str:
         if size >= scale:
             return f"{format_value(size / scale, 3)} {unit}"
     return f"{size} B"
-
-
-def format_setting(value: Any) -> str:
-    """A value of a sweep file: text as it is, a distribution as ``normal(mean=60, std=8)``, all else as JSON."""
-    if isinstance(value, Mapping) and "distribution" in value:
-        inner = ", ".join(
-            f"{key}={f'{item:g}' if isinstance(item, float) else json.dumps(item)}"
-            for key, item in value.items()
-            if key != "distribution"
-        )
-        return f"{value['distribution']}({inner})"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def count_noun(count: int, noun: str) -> str:

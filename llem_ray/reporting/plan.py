@@ -14,8 +14,9 @@ from rich.text import Text
 from llem_ray.backends.batch_memory import size_text
 from llem_ray.backends.memory_need import MemoryNeed
 from llem_ray.core.plan import LoadGroup, Plan
+from llem_ray.core.progress import format_setting
 from llem_ray.core.spec import DroppedCell
-from llem_ray.reporting.numbers import count_noun, format_duration, format_setting, format_value
+from llem_ray.reporting.numbers import count_noun, format_duration, format_value
 
 SHOWN_TRIALS: Final = 20
 SHOWN_LOADS: Final = 20

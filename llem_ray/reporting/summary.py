@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Final
 
+from llem_ray.core.progress import format_setting
 from llem_ray.core.spec import StoppingSpec
 from llem_ray.energy.stopping import NOT_REACHED, coefficient_of_variation, find_outliers
 from llem_ray.reporting.efficiency import EFFICIENCY_COLUMNS, efficiency_intervals, mean_efficiency
@@ -22,7 +23,6 @@ from llem_ray.reporting.intervals import (
     serving_intervals,
 )
 from llem_ray.reporting.loads import LoadSummary, summarise_loads
-from llem_ray.reporting.numbers import format_setting
 from llem_ray.reporting.resolution import Resolution, RunResolution, cell_resolution, run_resolution
 
 Row = Mapping[str, Any]

@@ -39,7 +39,8 @@ class Intervals:
     ends: dict[int, tuple[float, float]]
     """Percentile -> lower and upper end of its 95 % interval, of those that have one."""
     effective: dict[int, float]
-    """Percentile -> the number of independent values that would be as sure of it."""
+    """Percentile -> the number of independent values that would be as sure of it; no more than of a lower one, as the tail of a
+    trial tells least of how alike its values are."""
     why_not: str | None
     """Why some or all have none; None where all have."""
 
@@ -50,7 +51,7 @@ def requests_needed(percentile: float, beyond: int = MIN_BEYOND) -> int:
     return max(MIN_REQUESTS, ceil(round(beyond / share, 9)))
 
 
-def percentile_intervals(values: Sequence[Sequence[float]], seed: int) -> Intervals:
+def percentile_intervals(values: Sequence[Sequence[float] | Floats], seed: int) -> Intervals:
     """95 % intervals of the percentiles (numpy's ``linear``) of values pooled over requests.
 
     Args:

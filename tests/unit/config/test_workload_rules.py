@@ -12,7 +12,7 @@ import pytest
 from llem_ray.config import load_sweep
 from llem_ray.config.resolved import dump_sweep, load_resolved
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, SloPreset, Sweep
+from llem_ray.core.spec import LengthSpec, SloPreset, Sweep, TimeSpec
 from llem_ray.planning.plan import make_plan
 from llem_ray.planning.serialise import plan_from_dict, plan_to_dict
 from llem_ray.workloads.slo import PRESETS
@@ -238,6 +238,21 @@ def test_an_axis_of_numbers_and_distributions(load: Load) -> None:
     assert plan_from_dict(plan_to_dict(plan)) == plan
 
 
+def test_turns_and_times_that_vary_survive_plans(load: Load) -> None:
+    sweep = load(
+        "  workload: {conversations: 9, input_tokens: 8, load: {pattern: closed, concurrency: 1}}\n"
+        "sweep:\n  workload.turns: [3, {distribution: uniform, min: 1, max: 3}]\n"
+        "  workload.think_time_s: [0, 1.5, {distribution: empirical, values: [0.5, 2], weights: [1, 3]}]\n"
+    )
+    asked = [(cell.experiment.workload.turns, cell.experiment.workload.think_time_s) for cell in sweep.cells]
+    waits = TimeSpec(distribution="empirical", values=(0.5, 2.0), weights=(1.0, 3.0))
+    turns = LengthSpec(distribution="uniform", min=1, max=3)
+    assert asked == [(3, 0.0), (3, 1.5), (3, waits), (turns, 0.0), (turns, 1.5), (turns, waits)]
+    assert load_resolved(dump_sweep(sweep)) == sweep
+    plan = make_plan(sweep)
+    assert plan_from_dict(plan_to_dict(plan)) == plan
+
+
 def test_a_rule_that_names_a_distribution_drops_its_cell(load: Load) -> None:
     sweep = load(
         "sweep: {workload.output_tokens: [8, {distribution: normal, mean: 64, std: 8}]}\n"
@@ -249,7 +264,7 @@ def test_a_rule_that_names_a_distribution_drops_its_cell(load: Load) -> None:
 def test_the_examples_of_the_docs_are_read(tmp_path: Path) -> None:
     page = Path(__file__).parents[3] / "docs" / "workloads.md"
     examples = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         base = "" if "base:" in example else "base:\n  model: {config: llama-tiny}\n"
         (tmp_path / "sweep.yaml").write_text(f"schema_version: 1\n{base}{example}", encoding="utf-8")

@@ -91,6 +91,14 @@ def test_a_run_that_is_held_says_what_runs_now(run: RunDirectory) -> None:
         assert found.measuring in {f"batch_size={size} repeat={repeat}" for size in (1, 2, 4) for repeat in (0, 1)}
 
 
+def test_distributions_are_named_short(run: RunDirectory) -> None:
+    plan = run.read_json("plan")
+    for cell in plan["cells"].values():
+        cell["settings"] = {"workload.think_time_s": {"distribution": "exponential", "mean": 0.05}}
+    (run.path / "plan.json").write_text(json.dumps(plan))
+    assert set(read_planned(run).trials.values()) == {f"think_time_s=exponential(mean=0.05) repeat={repeat}" for repeat in (0, 1)}
+
+
 def test_a_run_killed_before_its_plan_was_written(run: RunDirectory) -> None:
     (run.path / "plan.json").unlink()
     assert read_status(run).total == 0

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llem_ray.reporting.numbers import format_duration, format_energy, format_setting, format_uncertain, format_value
+from llem_ray.core.progress import format_setting
+from llem_ray.reporting.numbers import format_duration, format_energy, format_uncertain, format_value
 
 
 @pytest.mark.parametrize(
