@@ -44,10 +44,13 @@ class Site:
         self.lab, self.folder = lab, folder
         (folder / "sweep.yaml").write_text(SWEEP)
         self.next_job = 4001
+        self._short = tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp")  # paths of sockets must be short
+        self._slurms: list[FakeSlurm] = []
 
     def submit(self, *arguments: str, deaf: tuple[str, ...] = (), **env: str) -> tuple[subprocess.Popen[str], FakeSlurm]:
         job, self.next_job = self.next_job, self.next_job + 1
-        slurm = FakeSlurm(self.lab, Path(tempfile.mkdtemp(prefix="sl", dir="/tmp")), deaf)
+        slurm = FakeSlurm(self.lab, Path(self._short.name) / str(job), deaf)
+        self._slurms.append(slurm)
         given = {
             "LLEM_RAY_VENV": sys.prefix,
             "LLEM_RAY_NODE_IP": self.lab.hosts["h1"].ip,
@@ -58,6 +61,11 @@ class Site:
         }
         words = arguments or ("sweep.yaml",)
         return slurm.sbatch(SCRIPT, *words, nodes=["h1", "h2"], job=job, cwd=self.folder, env=given), slurm
+
+    def close(self) -> None:
+        for slurm in self._slurms:
+            slurm.close()
+        self._short.cleanup()
 
     def end(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
         """Its exit code and output; nothing of the job is left."""
@@ -76,7 +84,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("slurm")
     hosts = [HostSpec(name=name, gpus=default_gpus(name, 1), joins=False) for name in ("h1", "h2")]
     with Lab(hosts, folder=folder / "hosts", token=None) as lab:
-        yield Site(lab, folder)
+        made = Site(lab, folder)
+        yield made
+        made.close()
 
 
 def test_a_sweep_that_the_time_limit_interrupts_is_resumed_by_the_same_line(site: Site) -> None:
