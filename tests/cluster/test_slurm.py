@@ -43,11 +43,14 @@ class Site:
     def __init__(self, lab: Lab, folder: Path) -> None:
         self.lab, self.folder = lab, folder
         (folder / "sweep.yaml").write_text(SWEEP)
-        self._jobs = 0
+        self.next_job = 4001
+        self._short = tempfile.TemporaryDirectory(prefix="slurm", dir="/tmp")  # paths of sockets must be short
+        self._slurms: list[FakeSlurm] = []
 
     def submit(self, *arguments: str, deaf: tuple[str, ...] = (), **env: str) -> tuple[subprocess.Popen[str], FakeSlurm]:
-        self._jobs += 1
-        slurm = FakeSlurm(self.lab, Path(tempfile.mkdtemp(prefix="sl", dir="/tmp")), deaf)
+        job, self.next_job = self.next_job, self.next_job + 1
+        slurm = FakeSlurm(self.lab, Path(self._short.name) / str(job), deaf)
+        self._slurms.append(slurm)
         given = {
             "LLEM_RAY_VENV": sys.prefix,
             "LLEM_RAY_NODE_IP": self.lab.hosts["h1"].ip,
@@ -57,7 +60,12 @@ class Site:
             **env,
         }
         words = arguments or ("sweep.yaml",)
-        return slurm.sbatch(SCRIPT, *words, nodes=["h1", "h2"], job=4000 + self._jobs, cwd=self.folder, env=given), slurm
+        return slurm.sbatch(SCRIPT, *words, nodes=["h1", "h2"], job=job, cwd=self.folder, env=given), slurm
+
+    def close(self) -> None:
+        for slurm in self._slurms:
+            slurm.close()
+        self._short.cleanup()
 
     def end(self, process: subprocess.Popen[str]) -> tuple[int, str, str]:
         """Its exit code and output; nothing of the job is left."""
@@ -76,7 +84,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("slurm")
     hosts = [HostSpec(name=name, gpus=default_gpus(name, 1), joins=False) for name in ("h1", "h2")]
     with Lab(hosts, folder=folder / "hosts", token=None) as lab:
-        yield Site(lab, folder)
+        made = Site(lab, folder)
+        yield made
+        made.close()
 
 
 def test_a_sweep_that_the_time_limit_interrupts_is_resumed_by_the_same_line(site: Site) -> None:
@@ -118,6 +128,8 @@ def test_a_node_that_never_comes_up_is_named_within_the_deadline(site: Site) -> 
 
 
 def test_a_ray_that_does_not_start_ends_the_job_at_once_with_what_it_said(site: Site) -> None:
+    # What the same job left when it was killed hard, and put back into the queue, is no hindrance.
+    site.lab.run("h1", ["mkdir", "-p", f"/tmp/ray/llem-ray-{site.next_job}/session_old"], timeout_s=20)
     code, out, err = site.end(site.submit(LLEM_RAY_START_OPTIONS="--no-such-option")[0])
     assert code == 5, (out, err)
     assert "Ray on h1 ended before the cluster was up" in err or "Ray on h2 ended before the cluster was up" in err
