@@ -105,7 +105,10 @@ def test_a_killed_engine_and_then_a_killed_sampler(lab: Lab, tmp_path: Path) -> 
     assert 100 * wasted_s < died["waste_energy_j"] < 680 * wasted_s
     assert rest[0]["trial_id"] == died["trial_id"]
     assert not rest[0]["power_valid"]
-    assert {"dropped_samples", "edge_gap"} & {*rest[0]["invalid_reasons"], *rest[0]["flags"]}
+    if rest[0]["total_energy_j"] is None:  # the hole is as long as the window
+        assert "no counter ticks" in rest[0]["energy_reason"]
+    else:
+        assert {"dropped_samples", "edge_gap"} & {*rest[0]["invalid_reasons"], *rest[0]["flags"]}
     back_ns = min(row["t_ns"] for row in run.table("power") if row["epoch"] == 2) + NS_PER_S
     later = [row for row in rest if row["begin_ns"] > back_ns]
     assert later

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 require_lab()
 
 FAULT_S = 19.0
-"""When a GPU's memory fills, s after the command began: after its load, slow as this machine may be, and in the first window."""
+"""When a GPU's memory fills, s after the command began: after its load where that is quick, and in the first window."""
 
 SWEEP = """
 schema_version: 1
@@ -66,10 +66,25 @@ def fill_memory_of_first_gpu(lab: Lab, after_s: float) -> str:
     return first.uuid
 
 
+def run_with_fault_in_first_window(lab: Lab, folder: Path) -> tuple[LabRun, str]:
+    """Again with a later fault where the machine was too slow for it; returns the run and the bad GPU."""
+    fault_s = FAULT_S
+    for number in range(3):
+        bad, begin_s = fill_memory_of_first_gpu(lab, fault_s), time.monotonic()
+        run = LabRun(lab, folder / str(number), SWEEP.replace("WINDOW", str(fault_s - 2)))
+        run.start()
+        run.wait_for("measuring", 1)
+        took_s = time.monotonic() - begin_s
+        assert run.finish(timeout_s=300) == 0, run.said()
+        if took_s < fault_s:
+            return run, bad
+        fault_s = took_s + FAULT_S
+    pytest.fail(f"the first window began {took_s:.0f} s after the command, which is later than ever expected")
+
+
+@pytest.mark.timeout(900)
 def test_a_gpu_whose_memory_is_not_free_again_is_named_and_not_used_by_the_next_gang(lab: Lab, tmp_path: Path) -> None:
-    bad = fill_memory_of_first_gpu(lab, FAULT_S)
-    run = LabRun(lab, tmp_path, SWEEP.replace("WINDOW", str(FAULT_S - 2)))
-    assert run.run() == 0, run.said()
+    run, bad = run_with_fault_in_first_window(lab, tmp_path)
     rows = sorted(run.table("trials"), key=lambda row: row["begin_ns"])
     used = [{uuid for worker in row["workers"] for uuid in worker["gpu_uuids"]} for row in rows]
     assert len(used) == 2
