@@ -82,8 +82,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with Lab([*hosts, HostSpec(name="client", joins=False)], folder=folder) as made:
         yield made
         networks = {namespaces(host.pid)["net"] for host in made.hosts.values()}
+        # While they are held open, the kernel gives their numbers to no other lab.
+        held = [os.open(f"/proc/{host.pid}/ns/net", os.O_RDONLY) for host in made.hosts.values()]
     assert leftovers(made.name) == []
     assert not networks & all_network_namespaces()
+    for descriptor in held:
+        os.close(descriptor)
     assert list(folder.iterdir()) == []
 
 
@@ -364,10 +368,10 @@ time.sleep(600)
             creator.send_signal(signal.SIGKILL)
             creator.wait(30)
             try:
-                assert cleanup_stale() == (name,)
+                assert cleanup_stale() in ((name,), ())  # a lab that somebody else begins now finds it too
+                until(lambda: leftovers(name) == [], what="the hosts' end")
             finally:
                 os.kill(int(child), signal.SIGKILL)
-        until(lambda: leftovers(name) == [], what="the hosts' end")
         assert all(host.alive for host in hosts_only.hosts.values())
 
 

@@ -15,7 +15,7 @@ from llem_ray.core.energy import PhaseSpan
 from llem_ray.energy.ledger import check_tiling
 from llem_ray.results.reader import read_table
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SWEEP = """
 schema_version: 1
