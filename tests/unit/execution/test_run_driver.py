@@ -190,7 +190,8 @@ def test_attempts_that_were_cut_short_do_not_use_up_the_retries(session: Session
 
 def test_a_retried_repeat_opens_what_its_cell_did_not_need(session: Session) -> None:
     """With another value among the first ones a cell may need more than it got: whether it does is asked again."""
-    target = "repeats: 8\nstopping: {half_width_rel: 0.9, metric: output_throughput_tok_s}"
+    # Any five durations are as close together as that, on any machine.
+    target = "repeats: 8\nstopping: {half_width_rel: 0.9, confidence: 0.6, metric: output_throughput_tok_s}"
     failing = (
         SWEEP.replace("[4, 5, 6, 7, 8]", "[4]").replace("repeats: 1", target).replace("min_window_s: 1", "min_window_s: 0.2")
     )
