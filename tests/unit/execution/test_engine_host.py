@@ -112,7 +112,7 @@ def test_later_turns_of_batches_hold_known_or_real_answers(answers: Any, tmp_pat
         experiment=Experiment(model=MODEL, engine=engine, workload=workload),
         guard_s=0.0,
         warmup=WarmupSpec(batches=0),
-        min_window_s=0.2,
+        min_window_s=0.02,
         cooldown_s=0.0,
     )
     outcome = host.run(order)
