@@ -17,7 +17,8 @@ from llem_ray.backends.model_shape import ModelShape, read_shape
 from llem_ray.backends.quantized_bits import weight_bits
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import DeviceMemoryError
-from llem_ray.core.spec import Experiment, ModelSpec, WorkloadSpec
+from llem_ray.core.spec import Experiment, ModelSpec
+from llem_ray.core.workload_spec import WorkloadSpec
 
 ENGINES: Final = ("transformers", "vllm", "tensorrt")
 """Engines whose use of memory is known here."""

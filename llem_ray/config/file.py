@@ -11,7 +11,8 @@ from pydantic import Field
 from llem_ray.config.document import Document, shorten
 from llem_ray.config.fields import Leaf, Section, closest, section_of, unknown_key
 from llem_ray.config.patches import EXPERIMENT, nested, read_patch
-from llem_ray.core.spec import FootprintSpec, MeasureSpec, Order, Rates, StoppingSpec
+from llem_ray.core.measure_spec import FootprintSpec, MeasureSpec, StoppingSpec
+from llem_ray.core.spec import Order, Rates
 
 SCHEMA_VERSION: Final = 1
 

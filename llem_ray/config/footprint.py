@@ -6,7 +6,7 @@ import re
 from datetime import date
 
 from llem_ray.config.document import Document
-from llem_ray.core.spec import FootprintSpec
+from llem_ray.core.measure_spec import FootprintSpec
 
 
 def check_footprint(document: Document, footprint: FootprintSpec) -> None:

@@ -14,7 +14,8 @@ from llem_ray.config.file import SCHEMA_VERSION
 from llem_ray.config.patches import EXPERIMENT
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.identity import plain
-from llem_ray.core.spec import Cell, DroppedCell, Experiment, FootprintSpec, MeasureSpec, Rates, StoppingSpec, Sweep
+from llem_ray.core.measure_spec import FootprintSpec, MeasureSpec, StoppingSpec
+from llem_ray.core.spec import Cell, DroppedCell, Experiment, Rates, Sweep
 
 _SECTIONS: Final = {name: child.cls for name, child in EXPERIMENT.children.items() if isinstance(child, Section)}
 _SCALARS: Final = ("schema_version", "name", "repeats", "order", "seed", "base_dir")

@@ -7,17 +7,9 @@ from math import ceil
 from typing import Any, Final
 
 from llem_ray.config.workload_rules import Broken, broken_workload
-from llem_ray.core.spec import (
-    CV_BATCHES,
-    MLPERF_MIN_S,
-    OPEN_LOOPS,
-    EngineSpec,
-    LoadSpec,
-    MeasureSpec,
-    ModelSpec,
-    WindowSpec,
-    WorkloadSpec,
-)
+from llem_ray.core.measure_spec import CV_BATCHES, MLPERF_MIN_S, MeasureSpec, WindowSpec
+from llem_ray.core.spec import EngineSpec, ModelSpec
+from llem_ray.core.workload_spec import OPEN_LOOPS, LoadSpec, WorkloadSpec
 
 
 def implied(section: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from llem_ray.config.footprint import check_footprint
 from llem_ray.config.overrides import apply_overrides
 from llem_ray.config.patches import read_patch
 from llem_ray.config.rules import broken_measure, broken_window
-from llem_ray.core.spec import Cell, MeasureSpec, StoppingSpec, Sweep
+from llem_ray.core.measure_spec import MeasureSpec, StoppingSpec
+from llem_ray.core.spec import Cell, Sweep
 
 
 def load_sweep(path: Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> Sweep:

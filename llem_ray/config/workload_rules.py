@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, Final, NamedTuple
 
 from llem_ray.config.fields import Path
-from llem_ray.core.spec import LengthSpec, PromptSpec, TimeSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, PromptSpec, TimeSpec, WorkloadSpec
 
 _TAKES: Final[Mapping[str, tuple[frozenset[str], frozenset[str]]]] = {
     "fixed": (frozenset({"mean"}), frozenset()),

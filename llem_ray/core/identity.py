@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
-from llem_ray.core.spec import HASHED_IF_SET, EngineSpec, Experiment, ModelSpec
+from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec
+from llem_ray.core.spec_fields import HASHED_IF_SET
 
 _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 _ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -20,7 +20,7 @@ from llem_ray.core.errors import (
     NumericsError,
     PluginError,
 )
-from llem_ray.core.spec import WindowRule
+from llem_ray.core.measure_spec import WindowRule
 from llem_ray.core.step_log import StepLog
 
 FailureKind = Literal[

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llem_ray.core.spec import Cell, DroppedCell, Experiment, FootprintSpec, MeasureSpec, Order, StoppingSpec
+from llem_ray.core.measure_spec import FootprintSpec, MeasureSpec, StoppingSpec
+from llem_ray.core.spec import Cell, DroppedCell, Experiment, Order
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

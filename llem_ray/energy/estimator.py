@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 
 from llem_ray.core.energy import EnergyReading, Flag, Window
+from llem_ray.core.measure_spec import GateSpec
 from llem_ray.core.power import Calibration, Device, DeviceState, Float64, Method, Trace
-from llem_ray.core.spec import GateSpec
 from llem_ray.core.units import MJ_PER_J, MW_PER_W, NS_PER_S
 from llem_ray.energy import validity
 from llem_ray.energy.cross_check import average_energy_j

@@ -9,8 +9,8 @@ from typing import Final, Literal
 import numpy as np
 
 from llem_ray.core.energy import Baseline, EnergyReading, Window
+from llem_ray.core.measure_spec import GateSpec
 from llem_ray.core.power import Calibration, Device, Float64, Trace
-from llem_ray.core.spec import GateSpec
 from llem_ray.core.units import MW_PER_W, NS_PER_S
 from llem_ray.energy.estimator import power_curve, read_window
 from llem_ray.energy.readings import clean

@@ -14,7 +14,7 @@ from math import floor, sqrt
 from statistics import fmean, median, stdev
 from typing import Any, Final, Literal
 
-from llem_ray.core.spec import StoppingSpec
+from llem_ray.core.measure_spec import StoppingSpec
 from llem_ray.energy.metrics import Interval, t_quantile
 
 OUTLIER_Z: Final = {5: 13.1, 6: 8.4, 8: 6.8, 10: 5.8, 15: 5.2, 20: 4.7, 30: 4.4, 50: 4.2}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from llem_ray.core.energy import Flag, Severity
+from llem_ray.core.measure_spec import GateSpec
 from llem_ray.core.power import DeviceState
-from llem_ray.core.spec import GateSpec
 from llem_ray.core.units import NS_PER_S
 
 

@@ -9,9 +9,9 @@ from typing import Any, Final
 import numpy as np
 
 from llem_ray.core.energy import Baseline, EnergyReading, EnergyTotal, Flag, PhaseSpan, Window
+from llem_ray.core.measure_spec import FootprintSpec, MeasureSpec
 from llem_ray.core.outcome import Completed
 from llem_ray.core.power import Trace
-from llem_ray.core.spec import FootprintSpec, MeasureSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy import metrics
 from llem_ray.energy.balance import idle_bubble_share, rank_imbalance

@@ -11,10 +11,11 @@ from typing import Any, Final, Protocol, TypeVar
 
 from llem_ray.core.backend import LoadReport, Rank
 from llem_ray.core.errors import ConfigError, PlacementError
+from llem_ray.core.measure_spec import WarmupSpec, WindowSpec
 from llem_ray.core.outcome import Outcome
 from llem_ray.core.plan import LoadGroup
 from llem_ray.core.power import SampleBatch, SamplerInfo
-from llem_ray.core.spec import Experiment, WarmupSpec, WindowSpec
+from llem_ray.core.spec import Experiment
 from llem_ray.planning.packing import Seat
 
 T_co = TypeVar("T_co", covariant=True)

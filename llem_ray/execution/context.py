@@ -10,7 +10,8 @@ from llem_ray.backends.context_limit import ContextLimit, context_limit
 from llem_ray.backends.model_source import find_model
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.plan import LoadGroup
-from llem_ray.core.spec import EngineSpec, Experiment, LengthSpec, ModelSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec
+from llem_ray.core.workload_spec import LengthSpec, WorkloadSpec
 from llem_ray.workloads.extents import require_context
 from llem_ray.workloads.online import taken
 from llem_ray.workloads.sources import Sources

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from llem_ray.core.clock import Clock
-from llem_ray.core.spec import MeasureSpec
+from llem_ray.core.measure_spec import MeasureSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.execution.interrupts import Aborted
 from llem_ray.execution.meter import Meter

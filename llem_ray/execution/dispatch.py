@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from llem_ray.core.errors import PlacementError
+from llem_ray.core.measure_spec import MeasureSpec
 from llem_ray.core.plan import LoadGroup, Trial
-from llem_ray.core.spec import MeasureSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.execution.interrupts import Aborted
 from llem_ray.execution.lane import GangLane, LaneResult, RunContext

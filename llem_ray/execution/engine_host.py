@@ -31,9 +31,10 @@ from llem_ray.core.energy import Window
 from llem_ray.core.errors import ConfigError, GenerationError, LlemRayError, LoadError
 from llem_ray.core.outcome import Completed, Failed, Outcome, WarmupReport, failed_from
 from llem_ray.core.plan import LoadGroup
-from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 from llem_ray.core.step_log import StepLog
 from llem_ray.core.units import ns_from_s
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.execution.calls import Leased, Loaded, PowerSeen, TrialOrder, WarmupProgress
 from llem_ray.execution.engines import make_backend, serves_online, worker_layout
 from llem_ray.execution.online import OnlineOrder, run_online

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llem_ray.core.errors import PluginError
-from llem_ray.core.spec import FootprintSpec
+from llem_ray.core.measure_spec import FootprintSpec
 from llem_ray.energy.footprint import carbon_g, energy_cost
 from llem_ray.power.grid import grid_intensity
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from llem_ray.core.backend import RequestRecord
 from llem_ray.core.energy import Flag
+from llem_ray.core.measure_spec import MeasureSpec, SloSpec
 from llem_ray.core.outcome import Completed, WarmupReport
-from llem_ray.core.spec import OPEN_LOOPS, LoadSpec, MeasureSpec, SloSpec
+from llem_ray.core.workload_spec import OPEN_LOOPS, LoadSpec
 from llem_ray.energy.validity import flag
 from llem_ray.workloads.latency import succeeded, throughput
 from llem_ray.workloads.pacing import pacing

@@ -8,8 +8,8 @@ from typing import Any
 
 from llem_ray.core.clock import Clock, SystemClock
 from llem_ray.core.energy import EnergyReading, EnergyTotal, Window
+from llem_ray.core.measure_spec import GateSpec
 from llem_ray.core.power import Calibration, Device, SamplerInfo
-from llem_ray.core.spec import GateSpec
 from llem_ray.core.units import ns_from_s
 from llem_ray.energy.estimator import edge_margin_s, read_window
 from llem_ray.energy.total import sum_readings

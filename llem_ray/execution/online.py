@@ -9,9 +9,11 @@ from llem_ray.core.backend import InferenceBackend, RequestRecord, StepEvent
 from llem_ray.core.clock import Clock
 from llem_ray.core.conversation import completed_record
 from llem_ray.core.energy import Window
+from llem_ray.core.measure_spec import WindowSpec
 from llem_ray.core.outcome import OnlineRun
-from llem_ray.core.spec import LoadSpec, SamplingSpec, WindowSpec
+from llem_ray.core.spec import SamplingSpec
 from llem_ray.core.step_log import StepLog
+from llem_ray.core.workload_spec import LoadSpec
 from llem_ray.workloads.online import OnlineWork
 from llem_ray.workloads.windows import choose_window
 

@@ -10,7 +10,8 @@ from typing import Final, TypeVar
 from llem_ray.config.resolved import dump_sweep, load_resolved
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.identity import digest
-from llem_ray.core.spec import Cell, EngineSpec, LengthSpec, ModelSpec, PromptSpec, Sweep, WorkloadSpec
+from llem_ray.core.spec import Cell, EngineSpec, ModelSpec, Sweep
+from llem_ray.core.workload_spec import LengthSpec, PromptSpec, WorkloadSpec
 
 Lengths = TypeVar("Lengths", int | LengthSpec, int | LengthSpec | None)
 

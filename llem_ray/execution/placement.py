@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from llem_ray.core.errors import PlacementError
+from llem_ray.core.measure_spec import MeasureSpec
 from llem_ray.core.power import Device
-from llem_ray.core.spec import MeasureSpec
 from llem_ray.execution.calls import Leased
 from llem_ray.execution.meter import GPU_SCOPES, Meter
 from llem_ray.execution.records import GangRecord, HostDevice

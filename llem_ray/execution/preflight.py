@@ -9,8 +9,9 @@ from typing import Final
 
 from llem_ray.core.errors import ConfigError, PlacementError, PluginError
 from llem_ray.core.plan import LoadGroup, Plan
-from llem_ray.core.spec import Sweep, WorkloadSpec
+from llem_ray.core.spec import Sweep
 from llem_ray.core.units import NS_PER_S
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.execution.context import check_contexts
 from llem_ray.execution.engine_host import check_group
 from llem_ray.execution.footprint import look_up_footprint

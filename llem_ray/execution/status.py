@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llem_ray.core.errors import ResultsError
+from llem_ray.core.measure_spec import StoppingSpec
 from llem_ray.core.progress import format_setting
-from llem_ray.core.spec import StoppingSpec
 from llem_ray.results.reader import settled_state
 from llem_ray.results.rundir import RunDirectory
 

@@ -11,8 +11,8 @@ from typing import Final
 
 from llem_ray.core.backend import Request, RequestRecord, StepEvent
 from llem_ray.core.clock import Clock
+from llem_ray.core.measure_spec import CV_BATCHES, WarmupSpec
 from llem_ray.core.outcome import WarmupEnd, WarmupReport
-from llem_ray.core.spec import CV_BATCHES, WarmupSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.energy.steadiness import PIECE_S, variation
 from llem_ray.execution.calls import PowerSeen, WarmupProgress

@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 
 from llem_ray.core.errors import LlemRayError
+from llem_ray.core.measure_spec import CV_BATCHES
 from llem_ray.core.power import Float64, Int64
-from llem_ray.core.spec import CV_BATCHES
 from llem_ray.core.units import ns_from_s
 from llem_ray.energy.steadiness import PIECE_S, cut_pieces, piece_power_w, settle_s, variation
 from llem_ray.execution.calls import Call, Gang, PowerSeen, TrialOrder, WarmupProgress

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from llem_ray.core.measure_spec import MeasureSpec
 from llem_ray.core.plan import Estimate, LoadGroup, Trial
-from llem_ray.core.spec import MeasureSpec, Rates
+from llem_ray.core.spec import Rates
 from llem_ray.core.units import kwh_from_j
 
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from llem_ray.core.errors import PlacementError
 from llem_ray.core.identity import digest
-from llem_ray.core.spec import Exclusive
+from llem_ray.core.measure_spec import Exclusive
 from llem_ray.planning.packing import GangRequest, Need, NodeRoom, Rooms, emptied, why_infeasible
 from llem_ray.planning.schedule import Schedule, simulate
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from llem_ray.core.spec import Exclusive
+from llem_ray.core.measure_spec import Exclusive
 
 Shape: TypeAlias = tuple[int, int | None, str | None, str | None, frozenset[str]]
 """What decides where a gang may run: GPUs, nodes, GPU type, engine, nodes to avoid."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from llem_ray.core.identity import canonical_json, digest, load_key
+from llem_ray.core.measure_spec import StoppingSpec
 from llem_ray.core.plan import LoadGroup, Plan, Trial
-from llem_ray.core.spec import Cell, EngineSpec, Order, StoppingSpec, Sweep
+from llem_ray.core.spec import Cell, EngineSpec, Order, Sweep
 from llem_ray.planning.estimate import PastRun, estimate_cost
 
 

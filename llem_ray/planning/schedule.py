@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llem_ray.core.errors import PlacementError
-from llem_ray.core.spec import Exclusive
+from llem_ray.core.measure_spec import Exclusive
 from llem_ray.planning.packing import GangRequest, Need, NodeRoom, Rooms, Seat, Shape, emptied, why_infeasible
 
 

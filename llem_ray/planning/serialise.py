@@ -12,8 +12,9 @@ from typing import Any, Final, get_args, get_type_hints
 
 from llem_ray.core.errors import PlanError
 from llem_ray.core.identity import plain
+from llem_ray.core.measure_spec import FootprintSpec, MeasureSpec, StoppingSpec
 from llem_ray.core.plan import Estimate, LoadGroup, Plan, Trial
-from llem_ray.core.spec import Cell, DroppedCell, Experiment, FootprintSpec, MeasureSpec, StoppingSpec
+from llem_ray.core.spec import Cell, DroppedCell, Experiment
 
 PLAN_SCHEMA_VERSION: Final = 1
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from llem_ray.core.spec import StoppingSpec
+from llem_ray.core.measure_spec import StoppingSpec
 from llem_ray.energy.metrics import Interval, t_interval
 from llem_ray.energy.stopping import repeats_needed, stein_interval
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llem_ray.core.spec import StoppingSpec
+from llem_ray.core.measure_spec import StoppingSpec
 from llem_ray.energy.metrics import t_interval
 from llem_ray.energy.stopping import Ended, Repeat, judge, metric_value, stein_interval, values_in_order
 

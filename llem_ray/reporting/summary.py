@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, Final
 
+from llem_ray.core.measure_spec import StoppingSpec
 from llem_ray.core.progress import format_setting
-from llem_ray.core.spec import StoppingSpec
 from llem_ray.energy.stopping import NOT_REACHED, coefficient_of_variation, find_outliers
 from llem_ray.reporting.efficiency import EFFICIENCY_COLUMNS, efficiency_intervals, mean_efficiency
 from llem_ray.reporting.intervals import (

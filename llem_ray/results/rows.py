@@ -14,7 +14,7 @@ from llem_ray.core.energy import EnergyReading, Flag, PhaseEnergy, Severity, Win
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import Trial
 from llem_ray.core.power import SamplerInfo
-from llem_ray.core.spec import TimeSpec
+from llem_ray.core.workload_spec import TimeSpec
 from llem_ray.results.trial_columns import ADJUSTED_STATISTICS, STATISTICS
 
 Row = dict[str, Any]

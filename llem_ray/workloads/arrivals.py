@@ -8,8 +8,8 @@ from itertools import accumulate
 
 from llem_ray.core.backend import LoadSchedule
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LoadSpec
 from llem_ray.core.units import ns_from_s
+from llem_ray.core.workload_spec import LoadSpec
 from llem_ray.workloads.traces import Arrival
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from llem_ray.core.backend import Request
-from llem_ray.core.spec import WorkloadSpec
 from llem_ray.core.units import ns_from_s
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.workloads.chats import Ids
 from llem_ray.workloads.lengths import draw_lengths
 from llem_ray.workloads.think_times import draw_times_s

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, WorkloadSpec
 from llem_ray.workloads.conversations import places_of, together, turns_of
 from llem_ray.workloads.lengths import draw_lengths
 from llem_ray.workloads.prompt_files import FIELD as PROMPTS

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from llem_ray.core.errors import ConfigError, PluginError
 from llem_ray.core.plugins import install_command
-from llem_ray.core.spec import PromptSpec
+from llem_ray.core.workload_spec import PromptSpec
 from llem_ray.workloads.prompt_files import FIELD, Entry, PromptSet, prompts_of, require_columns, wanted_columns
 
 _BUILDERS: Final[Mapping[str, str]] = {

@@ -20,7 +20,7 @@ from statistics import NormalDist
 from typing import Final
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec
+from llem_ray.core.workload_spec import LengthSpec
 from llem_ray.workloads.prompt_files import read_text
 
 _MOST: Final = 2.0**53

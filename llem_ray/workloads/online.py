@@ -8,7 +8,7 @@ from typing import Final
 
 from llem_ray.core.backend import LoadSchedule, Request
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import WorkloadSpec
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.workloads.arrivals import make_schedule
 from llem_ray.workloads.chats import EncodeChats
 from llem_ray.workloads.prompt_files import PromptSet

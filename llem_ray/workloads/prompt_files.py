@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import PromptSpec
+from llem_ray.core.workload_spec import PromptSpec
 
 FIELD: Final = "workload.prompts"
 CONVERSATIONS: Final = "conversations"

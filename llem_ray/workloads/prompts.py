@@ -10,7 +10,7 @@ from typing import Final
 
 from llem_ray.core.backend import Request
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.chats import EncodeChats, Ids
 from llem_ray.workloads.conversations import Script, make_requests, places_of, together, turns_of
 from llem_ray.workloads.hub_dataset import read_dataset

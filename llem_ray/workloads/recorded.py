@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, WorkloadSpec
 from llem_ray.workloads.chats import ChatTemplate, Ids
 from llem_ray.workloads.conversations import Script, places_of
 from llem_ray.workloads.lengths import draw_lengths

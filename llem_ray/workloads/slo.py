@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from llem_ray.core.backend import RequestRecord
-from llem_ray.core.spec import SloPreset, SloSpec
+from llem_ray.core.measure_spec import SloPreset, SloSpec
 from llem_ray.workloads.latency import e2e_latency_s, succeeded, tpot_s, ttft_s
 
 MS_PER_S: Final = 1000.0

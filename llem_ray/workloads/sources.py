@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.hub_dataset import is_local
 from llem_ray.workloads.lengths import load_lengths
 from llem_ray.workloads.prompt_files import PromptSet

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from statistics import NormalDist
 
-from llem_ray.core.spec import TimeSpec
+from llem_ray.core.workload_spec import TimeSpec
 
 
 def draw_times_s(spec: float | TimeSpec, count: int, seed: str) -> list[float]:

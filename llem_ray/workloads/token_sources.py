@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Protocol
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import WorkloadSpec
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.workloads.chats import ChatTemplate, EncodeChats, Ids
 from llem_ray.workloads.prompt_files import FIELD, PromptSet
 

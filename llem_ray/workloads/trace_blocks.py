@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LoadSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LoadSpec, WorkloadSpec
 from llem_ray.workloads.traces import FIELD, Arrival
 
 BLOCK_TOKENS: Final = 512

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llem_ray.core.backend import RequestRecord
-from llem_ray.core.spec import MLPERF_MIN_S, LoadSpec, WindowRule, WindowSpec
+from llem_ray.core.measure_spec import MLPERF_MIN_S, WindowRule, WindowSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
+from llem_ray.core.workload_spec import LoadSpec
 from llem_ray.workloads.latency import succeeded
 
 

@@ -13,9 +13,11 @@ from submission import RECORDING
 
 from llem_ray.core.errors import ConfigError, EngineDied, LoadError
 from llem_ray.core.identity import cell_id
+from llem_ray.core.measure_spec import WarmupSpec
 from llem_ray.core.outcome import Completed, Failed
 from llem_ray.core.plan import LoadGroup, Trial
-from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec, WarmupSpec, WorkloadSpec
+from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.execution.calls import Executor, Gang, PowerSeen, SamplerSettings, TrialOrder, WarmupProgress
 from llem_ray.execution.inline import InlineExecutor
 from llem_ray.execution.ray.executor import EmbeddedRayExecutor

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from llem_ray.core.energy import EnergyReading, Window
-from llem_ray.core.spec import GateSpec
+from llem_ray.core.measure_spec import GateSpec
 from llem_ray.energy.estimator import edge_margin_s, read_window
 from llem_ray.energy.validity import check_foreign_load
 from llem_ray.power.nvml import NvmlSource

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from llem_ray.core.spec import Exclusive
+from llem_ray.core.measure_spec import Exclusive
 from llem_ray.planning import GangRequest, NodeRoom, Schedule, Seat, why_infeasible
 from llem_ray.planning.packing import same_gpu_type
 

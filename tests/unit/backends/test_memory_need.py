@@ -8,7 +8,8 @@ from llem_ray.backends.memory_need import MemoryNeed, estimate_need, require_fit
 from llem_ray.backends.model_shape import read_shape
 from llem_ray.core.backend import BackendConfig
 from llem_ray.core.errors import DeviceMemoryError
-from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec
+from llem_ray.core.workload_spec import WorkloadSpec
 
 GB = 10**9
 H100 = 85_520_809_984

@@ -22,7 +22,8 @@ from llem_ray.backends.transformers.engine import is_out_of_memory
 from llem_ray.backends.transformers.memory import estimate_batch_memory
 from llem_ray.core.backend import BackendConfig, Request, RequestRecord
 from llem_ray.core.errors import DeviceMemoryError, GenerationError, LoadError, NumericsError
-from llem_ray.core.spec import EngineSpec, ModelSpec, PromptSpec, SamplingSpec
+from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
+from llem_ray.core.workload_spec import PromptSpec
 from llem_ray.workloads.prompts import load_prompts
 
 TINY = ModelSpec(config="llama-tiny", initializer_range=0.1)

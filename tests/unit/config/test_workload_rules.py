@@ -12,7 +12,9 @@ import pytest
 from llem_ray.config import load_sweep
 from llem_ray.config.resolved import dump_sweep, load_resolved
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, SloPreset, Sweep, TimeSpec
+from llem_ray.core.measure_spec import SloPreset
+from llem_ray.core.spec import Sweep
+from llem_ray.core.workload_spec import LengthSpec, TimeSpec
 from llem_ray.planning.plan import make_plan
 from llem_ray.planning.serialise import plan_from_dict, plan_to_dict
 from llem_ray.workloads.slo import PRESETS

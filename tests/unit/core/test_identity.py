@@ -10,17 +10,9 @@ import pytest
 
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.identity import canonical_json, cell_id, digest, load_key
-from llem_ray.core.spec import (
-    HASHED_IF_SET,
-    EngineSpec,
-    Experiment,
-    LengthSpec,
-    LoadSpec,
-    ModelSpec,
-    PromptSpec,
-    SamplingSpec,
-    WorkloadSpec,
-)
+from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec, SamplingSpec
+from llem_ray.core.spec_fields import HASHED_IF_SET
+from llem_ray.core.workload_spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
 from llem_ray.planning.plan import make_plan
 
 ONE = Experiment(model=ModelSpec(id="a"), engine=EngineSpec(engine_args={"x": 1, "y": [None, {"b": 1.5}]}))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llem_ray.core.energy import EnergyReading, Window
+from llem_ray.core.measure_spec import GateSpec
 from llem_ray.core.power import Device, Trace
-from llem_ray.core.spec import GateSpec
 from llem_ray.energy.estimator import read_window
 from llem_ray.testing.loads import IDLE_W, Load, six_loads
 from llem_ray.testing.sensor import SensorModel, simulate_trace

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llem_ray.core.energy import Window
+from llem_ray.core.measure_spec import GateSpec
 from llem_ray.core.power import DeviceState
-from llem_ray.core.spec import GateSpec
 from llem_ray.energy.estimator import read_window
 from llem_ray.testing.loads import ConstantLoad, Segment, SegmentLoad
 from llem_ray.testing.sensor import SensorModel, simulate_trace

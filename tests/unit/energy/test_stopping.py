@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llem_ray.core.spec import StoppingSpec
+from llem_ray.core.measure_spec import StoppingSpec
 from llem_ray.energy.metrics import t_interval
 from llem_ray.energy.stopping import (
     Repeat,

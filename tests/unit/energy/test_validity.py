@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from llem_ray.core.measure_spec import GateSpec
 from llem_ray.core.power import DeviceState
-from llem_ray.core.spec import GateSpec
 from llem_ray.energy import validity
 from llem_ray.energy.validity import REASONS, check_foreign_load, check_states, flag
 

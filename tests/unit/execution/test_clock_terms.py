@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llem_ray.core.energy import EnergyReading, EnergyTotal, Window
+from llem_ray.core.measure_spec import GateSpec
 from llem_ray.core.power import Device
-from llem_ray.core.spec import GateSpec
 from llem_ray.core.units import NS_PER_S
 from llem_ray.energy.estimator import read_window
 from llem_ray.energy.total import sum_readings

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from fake_samplers import FakeCluster, gpu
 
+from llem_ray.core.measure_spec import MeasureSpec
 from llem_ray.core.power import DeviceState
-from llem_ray.core.spec import MeasureSpec
 from llem_ray.core.units import NS_PER_S
 from llem_ray.execution.cooling import rest_until_cool
 from llem_ray.execution.meter import Meter

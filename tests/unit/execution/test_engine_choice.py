@@ -13,8 +13,10 @@ import pytest
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError, PluginError
 from llem_ray.core.identity import load_key
+from llem_ray.core.measure_spec import WarmupSpec
 from llem_ray.core.outcome import Completed, Failed
-from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec, WarmupSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.execution.calls import TrialOrder
 from llem_ray.execution.engine_host import EngineHost
 from llem_ray.execution.engines import worker_layout

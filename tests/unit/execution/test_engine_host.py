@@ -11,8 +11,10 @@ import pytest
 
 from llem_ray.core.backend import Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError
+from llem_ray.core.measure_spec import WarmupSpec
 from llem_ray.core.outcome import Completed, Failed
-from llem_ray.core.spec import EngineSpec, Experiment, LoadSpec, ModelSpec, PromptSpec, WarmupSpec, WorkloadSpec
+from llem_ray.core.spec import EngineSpec, Experiment, ModelSpec
+from llem_ray.core.workload_spec import LoadSpec, PromptSpec, WorkloadSpec
 from llem_ray.execution import engines
 from llem_ray.execution.calls import TrialOrder
 from llem_ray.execution.engine_host import EngineHost

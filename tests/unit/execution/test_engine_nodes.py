@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fake_samplers import FakeCluster
 
+from llem_ray.core.measure_spec import MeasureSpec
 from llem_ray.core.plan import LoadGroup, Trial
-from llem_ray.core.spec import Cell, EngineSpec, Experiment, MeasureSpec, ModelSpec, WorkloadSpec
+from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.execution.calls import Node
 from llem_ray.execution.dispatch import gang_request, placement_problem
 from llem_ray.execution.fleet import Fleet

@@ -14,8 +14,8 @@ from vllm_bench import PERCENTILES, calculate_metrics, output_of
 
 from llem_ray.core.backend import RequestRecord
 from llem_ray.core.energy import Window
+from llem_ray.core.measure_spec import SloSpec
 from llem_ray.core.outcome import Completed, OnlineRun
-from llem_ray.core.spec import SloSpec
 from llem_ray.execution.load_rows import goodput_columns
 from llem_ray.execution.rows import latency_columns, latency_interval_columns
 from llem_ray.results.schema import SCHEMAS

@@ -16,9 +16,10 @@ from scripted import answered, pairs
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.backend import LoadSchedule, Request, RequestRecord, StepEvent
 from llem_ray.core.energy import Window
+from llem_ray.core.measure_spec import WarmupSpec, WindowSpec
 from llem_ray.core.outcome import Completed, OnlineRun, WarmupReport
 from llem_ray.core.plan import Plan
-from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec, WarmupSpec, WindowSpec
+from llem_ray.core.spec import EngineSpec, ModelSpec, SamplingSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
 from llem_ray.execution import engines
 from llem_ray.execution.accounting import Accounts

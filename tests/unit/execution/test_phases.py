@@ -17,10 +17,11 @@ from llem_ray.config.sweep import load_sweep
 from llem_ray.core.backend import LoadReport, RequestRecord, StepEvent
 from llem_ray.core.energy import Window
 from llem_ray.core.flops import FlopModel
+from llem_ray.core.measure_spec import FootprintSpec
 from llem_ray.core.outcome import Completed, OnlineRun
 from llem_ray.core.plan import Plan
 from llem_ray.core.power import SampleBatch
-from llem_ray.core.spec import EngineSpec, FootprintSpec
+from llem_ray.core.spec import EngineSpec
 from llem_ray.core.step_log import StepLog
 from llem_ray.core.units import NS_PER_S
 from llem_ray.energy.peak_flops import PEAKS, peak_flops_per_s

@@ -8,8 +8,8 @@ import pytest
 from scripted import answered
 
 from llem_ray.core.backend import Request, RequestRecord, StepEvent
+from llem_ray.core.measure_spec import WarmupSpec
 from llem_ray.core.outcome import WarmupReport
-from llem_ray.core.spec import WarmupSpec
 from llem_ray.core.units import NS_PER_MS
 from llem_ray.energy.steadiness import variation
 from llem_ray.execution.calls import PowerSeen

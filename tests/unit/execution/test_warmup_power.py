@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llem_ray.config.sweep import load_sweep
-from llem_ray.core.spec import CV_BATCHES
+from llem_ray.core.measure_spec import CV_BATCHES
 from llem_ray.energy.steadiness import cut_pieces, variation
 from llem_ray.execution import warmup, warmup_power
 from llem_ray.execution.driver import RunDriver, RunOptions

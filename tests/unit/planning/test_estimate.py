@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from llem_ray.core.identity import cell_id
+from llem_ray.core.measure_spec import MeasureSpec
 from llem_ray.core.plan import Estimate
-from llem_ray.core.spec import Cell, EngineSpec, Experiment, LoadSpec, MeasureSpec, ModelSpec, Rates, Sweep, WorkloadSpec
+from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec, Rates, Sweep
+from llem_ray.core.workload_spec import LoadSpec, WorkloadSpec
 from llem_ray.planning import PastRun, make_plan
 
 MEASURE = MeasureSpec(idle_baseline_s=5.0, min_window_s=10.0, edge_guard_s=0.5, cooldown_s=4.0)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llem_ray.core.errors import PlacementError
-from llem_ray.core.spec import Exclusive
+from llem_ray.core.measure_spec import Exclusive
 from llem_ray.planning import GangRequest, NodeRoom, lower_bound_s, order_requests, simulate
 from llem_ray.planning import ordering as ordering_module
 

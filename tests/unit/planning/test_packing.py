@@ -10,7 +10,7 @@ from clusters import EXCLUSIVES, check_seats, clusters, gang, room, sweeps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llem_ray.core.spec import Exclusive
+from llem_ray.core.measure_spec import Exclusive
 from llem_ray.planning import GangRequest, NodeRoom, Seat, seats_for, why_infeasible
 from llem_ray.planning.packing import same_gpu_type
 

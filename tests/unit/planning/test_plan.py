@@ -14,19 +14,10 @@ from hypothesis import strategies as st
 
 from llem_ray.core.errors import PlanError
 from llem_ray.core.identity import cell_id
+from llem_ray.core.measure_spec import FootprintSpec, MeasureSpec
 from llem_ray.core.plan import Trial
-from llem_ray.core.spec import (
-    Cell,
-    DroppedCell,
-    EngineSpec,
-    Experiment,
-    FootprintSpec,
-    MeasureSpec,
-    ModelSpec,
-    Order,
-    Sweep,
-    WorkloadSpec,
-)
+from llem_ray.core.spec import Cell, DroppedCell, EngineSpec, Experiment, ModelSpec, Order, Sweep
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.planning import gang_gpus, make_plan, plan_from_dict, plan_to_dict, run_hash
 
 

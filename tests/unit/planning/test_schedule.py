@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llem_ray.core.errors import PlacementError
-from llem_ray.core.spec import Exclusive
+from llem_ray.core.measure_spec import Exclusive
 from llem_ray.planning import GangRequest, NodeRoom, Running, Schedule, Seat, Start, next_starts, simulate
 
 Cluster = tuple[NodeRoom, ...]

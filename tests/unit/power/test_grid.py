@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 
 from llem_ray.core.errors import ConfigError, PluginError
+from llem_ray.core.measure_spec import FootprintSpec
 from llem_ray.core.plugins import install_command
-from llem_ray.core.spec import FootprintSpec
 from llem_ray.execution.footprint import look_up_footprint
 from llem_ray.power.grid import grid_intensity
 

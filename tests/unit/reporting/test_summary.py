@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from llem_ray.core.spec import StoppingSpec
+from llem_ray.core.measure_spec import StoppingSpec
 from llem_ray.reporting.intervals import LATENCIES, Between, Uncertain
 from llem_ray.reporting.resolution import RunResolution
 from llem_ray.reporting.summary import SUMMARY_COLUMNS, summarise_run

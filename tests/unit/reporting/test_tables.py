@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
+from llem_ray.core.measure_spec import MeasureSpec, StoppingSpec
 from llem_ray.core.plan import Estimate, LoadGroup, Plan, Trial
-from llem_ray.core.spec import Cell, DroppedCell, EngineSpec, Experiment, MeasureSpec, ModelSpec, StoppingSpec, WorkloadSpec
+from llem_ray.core.spec import Cell, DroppedCell, EngineSpec, Experiment, ModelSpec
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.reporting.labels import break_label
 from llem_ray.reporting.plan import plan_table
 from llem_ray.reporting.summary import summarise_run

@@ -10,7 +10,8 @@ from llem_ray.core.errors import DeviceMemoryError
 from llem_ray.core.outcome import failed_from
 from llem_ray.core.plan import Trial
 from llem_ray.core.power import Calibration, Device, SamplerInfo
-from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec, WorkloadSpec
+from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec
+from llem_ray.core.workload_spec import WorkloadSpec
 from llem_ray.results import rows
 from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import RunDirectory

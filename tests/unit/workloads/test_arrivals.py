@@ -8,8 +8,8 @@ from statistics import fmean, pstdev
 import pytest
 
 from llem_ray.core.backend import LoadSchedule
-from llem_ray.core.spec import LoadSpec
 from llem_ray.core.units import NS_PER_S
+from llem_ray.core.workload_spec import LoadSpec
 from llem_ray.workloads.arrivals import constant_arrivals_s, gamma_arrivals_s, make_schedule
 from llem_ray.workloads.traces import Arrival
 

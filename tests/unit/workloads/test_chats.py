@@ -14,7 +14,7 @@ import pytest
 from llem_ray.backends.tokenizer import encode_chats, special_token_ids, train_tokenizer
 from llem_ray.core.backend import ChatMessage, Request
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.chats import ChatTemplate
 from llem_ray.workloads.online import build_online
 from llem_ray.workloads.prompt_files import Exchange, PromptSet

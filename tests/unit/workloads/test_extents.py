@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.extents import extents_of, require_context
 from llem_ray.workloads.online import build_online
 from llem_ray.workloads.prompts import build_requests, load_prompts

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec
+from llem_ray.core.workload_spec import LengthSpec
 from llem_ray.workloads.lengths import draw_lengths, load_lengths
 
 COUNT = 20_000

@@ -17,7 +17,7 @@ import pytest
 from llem_ray.core.backend import ChatMessage
 from llem_ray.core.errors import ConfigError, PluginError
 from llem_ray.core.plugins import install_command
-from llem_ray.core.spec import LengthSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.prompt_files import PromptSet
 from llem_ray.workloads.prompts import build_requests, load_prompts
 

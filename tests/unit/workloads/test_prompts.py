@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import PromptSpec, WorkloadSpec
+from llem_ray.core.workload_spec import PromptSpec, WorkloadSpec
 from llem_ray.workloads.prompt_files import PromptSet
 from llem_ray.workloads.prompts import batches, build_requests, load_prompts
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llem_ray.core.backend import Request
 from llem_ray.core.conversation import Histories
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, LoadSpec, PromptSpec, TimeSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, LoadSpec, PromptSpec, TimeSpec, WorkloadSpec
 from llem_ray.workloads.conversations import Place, places_of
 from llem_ray.workloads.online import build_online
 from llem_ray.workloads.prompt_files import Exchange, PromptSet

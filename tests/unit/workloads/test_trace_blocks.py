@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llem_ray.core.backend import Request
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LoadSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LoadSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.online import OnlineWork, build_online
 from llem_ray.workloads.prompts import load_prompts
 from llem_ray.workloads.trace_blocks import BLOCK_TOKENS

@@ -9,7 +9,7 @@ import pytest
 
 from llem_ray.core.backend import Request
 from llem_ray.core.errors import ConfigError
-from llem_ray.core.spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, LoadSpec, PromptSpec, WorkloadSpec
 from llem_ray.workloads.online import build_online
 from llem_ray.workloads.traces import load_trace
 

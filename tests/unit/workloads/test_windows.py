@@ -8,8 +8,9 @@ import pytest
 from scripted import answered, pairs
 
 from llem_ray.core.backend import RequestRecord
-from llem_ray.core.spec import LoadSpec, WindowSpec
+from llem_ray.core.measure_spec import WindowSpec
 from llem_ray.core.units import NS_PER_S, ns_from_s
+from llem_ray.core.workload_spec import LoadSpec
 from llem_ray.workloads.pacing import pacing
 from llem_ray.workloads.windows import Chosen, choose_window, count_all, count_inside, inside, realised_concurrency, steady_state
 
