@@ -24,7 +24,7 @@ measure:
   idle_baseline_s: 0
   warmup: {batches: 0}
   trial_timeout_s: 5
-  gates: {min_coverage: 0.3}
+  gates: {min_coverage: 0.05}
 """
 
 ENGINES = (

@@ -32,7 +32,7 @@ experiments:
   - {workload: {batch_size: 2}, sampling: {temperature: 0.8, top_k: 20, top_p: 0.9}}
   - {workload: {batch_size: 2}, engine: {engine_args: {attn_implementation: eager}}}
 repeats: 2
-measure: {min_window_s: 1.2, idle_baseline_s: 1.5, sources: [replay, codecarbon], gates: {min_coverage: 0.3}}
+measure: {min_window_s: 1.2, idle_baseline_s: 1.5, sources: [replay, codecarbon], gates: {min_coverage: 0.05}}
 """
 
 

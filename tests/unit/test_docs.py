@@ -197,7 +197,7 @@ base:
 sweep:
   workload.batch_size: [1, 4]
 repeats: 2
-measure: {sources: [replay], min_window_s: 0.5, idle_baseline_s: 0.5, gates: {min_coverage: 0.3}}
+measure: {sources: [replay], min_window_s: 0.5, idle_baseline_s: 0.5, gates: {min_coverage: 0.01}}
 """
 
 
