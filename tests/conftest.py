@@ -16,6 +16,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Libraries that count their objects at the end find them collected."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _collected() -> Iterator[None]:
     """An open file or socket is an error once it is collected: in this module, and not by chance in another."""
