@@ -27,7 +27,7 @@ base:
 experiments:
   - workload: {batch_size: 2}
   - workload: {batch_size: 100000, output_tokens: 2000}
-  - workload: {input_tokens: 5000}
+  - workload: {input_tokens: null, prompts: {source: file, path: long.jsonl}}
   - workload: {batch_size: 3, prompts: {source: synthetic}}
   - {workload: {batch_size: 2}, sampling: {temperature: 0.8, top_k: 20, top_p: 0.9}}
   - {workload: {batch_size: 2}, engine: {engine_args: {attn_implementation: eager}}}
@@ -38,7 +38,9 @@ measure: {min_window_s: 1.2, idle_baseline_s: 1.5, sources: [replay, codecarbon]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Submission, str]:
-    sweep = Submission(tmp_path_factory.mktemp("real"), SWEEP)
+    folder = tmp_path_factory.mktemp("real")
+    (folder / "long.jsonl").write_text(json.dumps({"prompt": "every word is a token, or more, of " * 500}), encoding="utf-8")
+    sweep = Submission(folder, SWEEP)
     code, output = sweep.run()
     assert code == 3, output
     return sweep, output
@@ -52,10 +54,10 @@ def test_only_the_impossible_trials_fail(finished: tuple[Submission, str]) -> No
     failed = {(row["batch_size"], row["input_tokens"]): row for row in trials(finished) if row["status"] == "failed"}
     assert {key: row["failure_kind"] for key, row in failed.items()} == {
         (100000, 16): "out_of_memory",
-        (1, 5000): "bad_request",
+        (1, None): "bad_request",
     }
     assert "KV cache" in failed[100000, 16]["failure_message"]
-    assert "5000" in failed[1, 5000]["failure_message"]
+    assert "2048" in failed[1, None]["failure_message"]
     assert sum(row["status"] == "completed" for row in trials(finished)) == 8
 
 
