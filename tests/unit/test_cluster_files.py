@@ -287,6 +287,8 @@ class TestKustomize:
         assert spec["autoscalerOptions"]["version"] == "v2"
         assert [(group["replicas"], group["minReplicas"]) for group in spec["workerGroupSpecs"]] == [(0, 0)] * 3
         assert head(manifest)["automountServiceAccountToken"] is True
+        text = (KUBERAY / "cluster" / "kustomization.yaml").read_text(encoding="utf-8")
+        assert text.index("../settings") < text.index("../components/autoscaling"), "the later one says how many replicas"
 
     @pytest.mark.parametrize("folder", ["cluster", "job"])
     @pytest.mark.parametrize("optional", [False, True], ids=["as it is", "with everything"])
@@ -308,6 +310,8 @@ class TestKustomize:
         (manifest,) = (manifest for manifest in built if manifest["kind"] == kind)
         assert problems(manifest) == []
         assert ("sampler" in groups_of(manifest)) == optional
+        replicas = [groups_of(manifest)[name]["replicas"] for name in ENGINES]
+        assert replicas == ([0, 0, 0] if optional and folder == "cluster" else [0, 1, 0]), "autoscaling begins without workers"
         images = re.findall(r"image: (\S+)", done.stdout)
         assert set(images) == {f"registry.example.com/llem-ray:{name}" for name in ENGINES}
         if folder == "job":

@@ -150,6 +150,16 @@ def test_the_readme_s_sweep_loads(tmp_path: Path) -> None:
         assert len(sweep.cells) > 1
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/slurm.md", "docs/docker.md"])
+def test_every_override_shown_is_taken(tmp_path: Path, page: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("{schema_version: 1, name: shown, base: {model: {config: llama-tiny}}}", encoding="utf-8")
+    shown = re.findall(r"--set\s+'?([\w.]+)=([^\s'`]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert shown
+    for key, value in shown:
+        load_sweep(path, overrides=[f"{key}={'fake' if value == '...' else value}"], environ={})
+
+
 def test_the_readme_s_accuracy_is_that_of_the_method_page() -> None:
     claims = re.findall(r"(\d[\d.]*) to\s+(\d[\d.]*) %", (ROOT / "README.md").read_text(encoding="utf-8"))
     report = (DOCS / "method.md").read_text(encoding="utf-8").partition("bench-accuracy: begin")[2]
