@@ -24,7 +24,7 @@ def test_all_parts_run_and_one_that_fails_fails_the_whole(first_code: int, code:
 
 def test_an_interrupt_ends_the_part_that_runs_and_begins_no_other() -> None:
     # Like pytest, the part takes Ctrl-C, tidies up, and ends with a code of its own. A parent may have SIGINT ignored.
-    part = "import sys, time\ntry:\n    print('begun', flush=True)\n    time.sleep(300)\nexcept KeyboardInterrupt:\n    sys.exit(2)"
+    part = "import sys, time\ntry:\n print('begun', flush=True)\n time.sleep(300)\nexcept KeyboardInterrupt:\n sys.exit(2)"
     script = f'set -euo pipefail; . "{PARTS}"; part zero true; part one "$0" -c "$1"; part two echo second; summary'
     start = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); os.execvp('bash', sys.argv[1:])"
     command = [sys.executable, "-c", start, "bash", "-c", script, sys.executable, part]
