@@ -210,6 +210,7 @@ class TestAgreement:
             gpus = pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
             mounts = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
             assert (gpus is None) == (name == "head") == ("/results" in mounts)
+            assert (environment(pod).get("NVIDIA_VISIBLE_DEVICES") == "void") == (name == "head")
             assert "/models" in mounts  # HF_HOME of the images
 
     def test_variables_are_known(self) -> None:

@@ -169,6 +169,8 @@ class TestCompose:
     def test_only_the_worker_has_gpus_and_nobody_has_more_rights_than_needed(self) -> None:
         services = compose("compose.yaml")["services"]
         assert "deploy" not in services["head"]
+        assert services["head"]["environment"].pop("NVIDIA_VISIBLE_DEVICES") == "void"
+        assert "NVIDIA_VISIBLE_DEVICES" not in services["worker"]["environment"]
         (gpus,) = services["worker"]["deploy"]["resources"]["reservations"]["devices"]
         assert gpus["driver"] == "nvidia"
         assert {"gpu", "utility"} <= set(gpus["capabilities"])
