@@ -34,7 +34,7 @@ RUN --mount=type=cache,target=/root/.cache \
     --mount=type=bind,from=node,source=/wheels,target=/wheels \
     --mount=type=bind,from=node,source=/usr/local/bin/uv,target=/usr/local/bin/uv \
     --mount=type=bind,source=constraints/transformers.txt,target=/constraints.txt \
-    uv pip install --python /opt/llem-ray/bin/python --constraints /constraints.txt \
+    uv pip install --compile-bytecode --python /opt/llem-ray/bin/python --constraints /constraints.txt \
     "llem-ray[transformers] @ $(ls /wheels/*.whl)" \
     && printf '#!/bin/sh\nexec /opt/llem-ray/bin/python "$@"\n' > /usr/local/bin/engine-python \
     && chmod 755 /usr/local/bin/engine-python

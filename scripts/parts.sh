@@ -11,9 +11,12 @@ part() {
   part_rows+=("$(printf '%-6s %4d s  %s' "$said" $((SECONDS - begin)) "$name")")
 }
 
-# Prints what came of each part, and ends with exit code 1 if one failed.
+# Prints what came of each part, and ends with exit code 1 if one failed, or with that given.
 summary() {
   printf '\n=== parts\n'
   printf '%s\n' "${part_rows[@]}"
-  exit "$part_status"
+  exit "${1:-$part_status}"
 }
+
+# pytest tidies up after Ctrl-C and ends by itself: without a trap of ours bash would go on with the next part.
+trap 'trap - INT; part_rows+=("interrupted"); summary 130' INT

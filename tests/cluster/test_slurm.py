@@ -143,6 +143,7 @@ def test_a_ray_that_does_not_start_ends_the_job_at_once_with_what_it_said(site: 
         (("absent.yaml",), {}, "there is no sweep file absent.yaml", 2),
         ((), {"LLEM_RAY_VENV": "/absent", "PATH": "/usr/bin:/bin"}, "no ray on the PATH", 5),
         ((), {"LLEM_RAY_NODE_IP": "127.0.1.1"}, "set LLEM_RAY_NODE_IP", 5),
+        ((), {"LLEM_RAY_NODE_IP": "", "SLURM_JOB_NODELIST": "absent.invalid,h2"}, "absent.invalid does not tell", 5),
     ],
 )
 def test_what_is_missing_is_one_line(site: Site, arguments: tuple[str, ...], env: dict[str, str], says: str, code: int) -> None:

@@ -210,6 +210,7 @@ class TestAgreement:
             gpus = pod["containers"][0]["resources"]["limits"].get("nvidia.com/gpu")
             mounts = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
             assert (gpus is None) == (name == "head") == ("/results" in mounts)
+            assert (environment(pod).get("NVIDIA_VISIBLE_DEVICES") == "void") == (name == "head")
             assert "/models" in mounts  # HF_HOME of the images
 
     def test_variables_are_known(self) -> None:
@@ -287,6 +288,8 @@ class TestKustomize:
         assert spec["autoscalerOptions"]["version"] == "v2"
         assert [(group["replicas"], group["minReplicas"]) for group in spec["workerGroupSpecs"]] == [(0, 0)] * 3
         assert head(manifest)["automountServiceAccountToken"] is True
+        text = (KUBERAY / "cluster" / "kustomization.yaml").read_text(encoding="utf-8")
+        assert text.index("../settings") < text.index("../components/autoscaling"), "the later one says how many replicas"
 
     @pytest.mark.parametrize("folder", ["cluster", "job"])
     @pytest.mark.parametrize("optional", [False, True], ids=["as it is", "with everything"])
@@ -308,6 +311,8 @@ class TestKustomize:
         (manifest,) = (manifest for manifest in built if manifest["kind"] == kind)
         assert problems(manifest) == []
         assert ("sampler" in groups_of(manifest)) == optional
+        replicas = [groups_of(manifest)[name]["replicas"] for name in ENGINES]
+        assert replicas == ([0, 0, 0] if optional and folder == "cluster" else [0, 1, 0]), "autoscaling begins without workers"
         images = re.findall(r"image: (\S+)", done.stdout)
         assert set(images) == {f"registry.example.com/llem-ray:{name}" for name in ENGINES}
         if folder == "job":

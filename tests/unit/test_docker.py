@@ -101,6 +101,12 @@ class TestDockerfiles:
         assert "source=constraints/transformers.txt" in dockerfile("transformers")
         assert pins("transformers")["transformers"] in extras["transformers"]
 
+    def test_what_is_installed_is_compiled_as_its_user_cannot_write_there(self) -> None:
+        for image in IMAGES:
+            for stage in dockerfile(image).split("\nFROM "):
+                for options in re.findall(r"uv pip install (.*)", stage):
+                    assert "UV_COMPILE_BYTECODE=1" in stage or "--compile-bytecode" in options, image
+
     def test_the_node_is_the_same_in_all_images(self) -> None:
         stages = {dockerfile(image).partition("AS node\n")[2].partition("\nFROM ")[0] for image in IMAGES}
         assert len(stages) == 1
@@ -163,6 +169,8 @@ class TestCompose:
     def test_only_the_worker_has_gpus_and_nobody_has_more_rights_than_needed(self) -> None:
         services = compose("compose.yaml")["services"]
         assert "deploy" not in services["head"]
+        assert services["head"]["environment"].pop("NVIDIA_VISIBLE_DEVICES") == "void"
+        assert "NVIDIA_VISIBLE_DEVICES" not in services["worker"]["environment"]
         (gpus,) = services["worker"]["deploy"]["resources"]["reservations"]["devices"]
         assert gpus["driver"] == "nvidia"
         assert {"gpu", "utility"} <= set(gpus["capabilities"])
@@ -174,6 +182,12 @@ class TestCompose:
             assert service["environment"]["RAY_AUTH_TOKEN_PATH"] == "/run/secrets/ray_token"
             assert "RAY_AUTH_TOKEN" not in service["environment"]
         assert all(port.startswith("127.0.0.1:") for port in services["head"]["ports"])
+
+    def test_a_machine_without_rapl_has_what_is_mounted(self) -> None:
+        for service in compose("compose.yaml")["services"].values():
+            (bound,) = (volume for volume in service["volumes"] if isinstance(volume, dict))
+            assert bound == {"type": "bind", "source": "/sys/devices/virtual", "target": "/host/virtual", "read_only": True}
+            assert service["environment"]["LLEM_RAY_POWERCAP_ROOT"] == "/host/virtual/powercap"
 
 
 class TestStartNode:

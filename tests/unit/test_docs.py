@@ -150,6 +150,16 @@ def test_the_readme_s_sweep_loads(tmp_path: Path) -> None:
         assert len(sweep.cells) > 1
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/slurm.md", "docs/docker.md"])
+def test_every_override_shown_is_taken(tmp_path: Path, page: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("{schema_version: 1, name: shown, base: {model: {config: llama-tiny}}}", encoding="utf-8")
+    shown = re.findall(r"--set\s+'?([\w.]+)=([^\s'`]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert shown
+    for key, value in shown:
+        load_sweep(path, overrides=[f"{key}={'fake' if value == '...' else value}"], environ={})
+
+
 def test_the_readme_s_accuracy_is_that_of_the_method_page() -> None:
     claims = re.findall(r"(\d[\d.]*) to\s+(\d[\d.]*) %", (ROOT / "README.md").read_text(encoding="utf-8"))
     report = (DOCS / "method.md").read_text(encoding="utf-8").partition("bench-accuracy: begin")[2]
@@ -167,12 +177,15 @@ def test_every_benchmark_is_on_the_performance_page() -> None:
 
 
 def test_every_environment_variable_is_documented() -> None:
-    scripts = (path for folder in ("scripts", "cluster") for path in (ROOT / folder).rglob("*") if path.is_file())
+    folders = ("scripts", "cluster", "docker", ".ci")
+    scripts = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
     sources = [*(ROOT / "llem_ray").rglob("*.py"), *scripts]
     used = {name for path in sources for name in re.findall(r"\bLLEM_[A-Z_]*[A-Z]\b", path.read_text(encoding="utf-8"))}
     documented = set(re.findall(r"\bLLEM_[A-Z_]+\b", (DOCS / "environment.md").read_text(encoding="utf-8")))
     set_by_ourselves = {"LLEM_RAY_FAKE_NVML_SCENARIO", "LLEM_RAY_EMBEDDED", "LLEM_RAY_ENGINE"}
-    assert used - documented <= set_by_ourselves
+    compose = set(re.findall(r"^(LLEM_[A-Z_]+)=", (ROOT / "docker" / ".env.example").read_text(encoding="utf-8"), re.MULTILINE))
+    build_arguments = {"LLEM_RAY_VERSION"}
+    assert used - documented <= set_by_ourselves | compose | build_arguments
     assert documented <= used
 
 
