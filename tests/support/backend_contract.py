@@ -55,6 +55,17 @@ class Loaded:
     """Ids of ``TEXTS`` before it was loaded."""
 
 
+def load(engine: Engine, config: BackendConfig) -> Loaded:
+    backend = engine.factory(config)
+    begin_s = time.monotonic()
+    backend.check()
+    tell = getattr(backend, "outlook", None)
+    outlook = tell() if tell is not None else None
+    early_ids = backend.encode(TEXTS) if outlook is not None else None
+    report = backend.load()
+    return Loaded(backend, report, config, time.monotonic() - begin_s, outlook, early_ids)
+
+
 def requests_of(loaded: Loaded, lengths: list[int], new_tokens: list[int]) -> list[Request]:
     first = len(loaded.report.special_token_ids)
     ordinary = loaded.report.vocab_size - first
@@ -127,16 +138,9 @@ class LoadedEngine:
     @pytest.fixture(scope="class")
     @classmethod
     def loaded(cls, engine: Engine, make_config: Callable[..., BackendConfig]) -> Iterator[Loaded]:
-        config = make_config()
-        backend = engine.factory(config)
-        begin_s = time.monotonic()
-        backend.check()
-        tell = getattr(backend, "outlook", None)
-        outlook = tell() if tell is not None else None
-        early_ids = backend.encode(TEXTS) if outlook is not None else None
-        report = backend.load()
-        yield Loaded(backend, report, config, time.monotonic() - begin_s, outlook, early_ids)
-        backend.close()
+        one = load(engine, make_config())
+        yield one
+        one.backend.close()
 
     def test_what_it_tells_before_a_load_is_what_the_load_finds(self, loaded: Loaded) -> None:
         told, report = loaded.outlook, loaded.report

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from backend_contract import BackendContract, Engine, Loaded, OnlineContract
+from backend_contract import BackendContract, Engine, Loaded, OnlineContract, load
 from gang import FollowingRank, GangBackend, place
 from vllm_models import SMALL, children, config_of, requests_of
 
@@ -49,12 +49,10 @@ class TestTwoHosts(BackendContract, OnlineContract):
     @pytest.fixture(scope="class")
     @classmethod
     def loaded(cls, engine: Engine, make_config: Callable[..., BackendConfig]) -> Iterator[Loaded]:
-        before, config = children(), make_config()
-        backend = engine.factory(config)
-        backend.check()
-        begin_s = time.monotonic()
-        report = backend.load()
-        yield Loaded(backend, report, config, time.monotonic() - begin_s)
+        before = children()
+        one = load(engine, make_config())
+        backend = one.backend
+        yield one
         ranks = backend.identity()
         segments = shared_segments((rank.pid for rank in ranks), rings=True)
         assert segments
