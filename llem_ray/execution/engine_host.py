@@ -170,7 +170,7 @@ class EngineHost:
             backend.close()
 
     def _look_ahead(self, backend: InferenceBackend) -> None:
-        """Make the requests of workloads that are unsure, while they are kept and there is time; those that cannot be are refused.
+        """Make the requests of unsure workloads, while they are kept and there is time; those that cannot be made are refused.
 
         Raises:
             ConfigError: That leaves none of the trials.
