@@ -53,7 +53,7 @@ def context_limit(config: Mapping[str, Any], model: ModelSpec, engine: EngineSpe
     if asked is not None and asked != -1:  # -1: what fits into the memory, at most the model's
         known = type(asked) is int and asked > 0
         return ContextLimit(asked, f"engine.engine_args.{named}") if known else None
-    if any(name in args for name in ("hf_overrides", "hf_config_path", "model_kwargs")) or (
+    if any(name in args for name in ("hf_overrides", "hf_config_path", "config_format", "model_kwargs")) or (
         model.trust_remote_code and config.get("auto_map")
     ):
         return None
@@ -100,7 +100,7 @@ def _vllm_limit(values: Mapping[str, Any], args: Mapping[str, Any]) -> float | N
     if limit is None:
         return None
     window = _number(values, "sliding_window")
-    if args.get("disable_sliding_window") is True and window is not None:
+    if args.get("disable_sliding_window") is True and window is not None and values.get("use_sliding_window") is not False:
         limit = min(limit, window)
     return limit * rope_factor(values)
 

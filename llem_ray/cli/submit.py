@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import click
@@ -20,7 +19,7 @@ from llem_ray.cli.output import INTERRUPTED, SOME_FAILED
 from llem_ray.cli.remote import submit_job
 from llem_ray.cli.summaries import read_summary
 from llem_ray.cli.sweeps import ADDRESS, RESULTS_DIR, SET, SWEEP, TOKEN_FILE, build_plan
-from llem_ray.config.locate import locate
+from llem_ray.config.locate import locator
 from llem_ray.config.resolved import dump_sweep
 from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError, EnergyGateError, ResultsError
@@ -102,6 +101,7 @@ def submit(
     if detach and where.kind != "jobs":
         raise ConfigError("only a Ray job goes on by itself", field="--detach", allowed="with --address http://HOST:8265")
     loaded = load_sweep(sweep, overrides=overrides)
+    located = locator(sweep, overrides=overrides)
     try:
         if where.kind == "jobs":
             if copy_to is not None:
@@ -109,10 +109,9 @@ def submit(
             prepare_environment(where, token_file)
             chosen = context.get_parameter_source("results_dir") == ParameterSource.COMMANDLINE
             return submit_job(RunJobs(where), loaded, str(results_dir) if chosen else None, flags, copy_to, detach=detach)
-        located = partial(locate, path=sweep, overrides=overrides)
         return run_sweep(loaded, results_dir, where, token_file, located, copy_to=copy_to, **flags)
     except ConfigError as error:
-        raise locate(error, sweep, overrides=overrides) from error
+        raise located(error) from error
 
 
 @click.command()

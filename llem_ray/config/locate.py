@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +29,27 @@ def locate(
     """
     if error.field is None or error.file is not None:
         return error
+    return locator(path, overrides=overrides, environ=environ)(error)
+
+
+def locator(
+    path: Path, *, overrides: Sequence[str] = (), environ: Mapping[str, str] = os.environ
+) -> Callable[[ConfigError], ConfigError]:
+    """``locate`` for errors to come, by the sweep file as it is now: while a long run goes on it may be edited or removed.
+
+    Args:
+        path: As of ``locate``.
+        overrides: As of ``locate``.
+        environ: As of ``locate``.
+    """
     document = read_document(path, environ)
     apply_overrides(document, overrides, environ)
+    return partial(_located, document)
+
+
+def _located(document: Document, error: ConfigError) -> ConfigError:
+    if error.field is None or error.file is not None:
+        return error
     places = _places(document, error.field.split("."))
     if len(places) > 1:
         places = [where for where in places if error.found in _texts(_value_at(document, where))]

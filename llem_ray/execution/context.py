@@ -48,10 +48,11 @@ def check_contexts(experiments: Iterable[Experiment], sources: Sources, base_dir
     Raises:
         ConfigError: One is; or the trace has fewer arrivals than are to be replayed.
     """
-    limits = ContextLimits(base_dir)
+    limits, seen = ContextLimits(base_dir), set[tuple[ContextLimit, WorkloadSpec]]()
     for experiment in experiments:
         limit = limits.of(experiment)
-        if limit is not None:
+        if limit is not None and (limit, experiment.workload) not in seen:
+            seen.add((limit, experiment.workload))
             workload = sources.resolved(experiment.workload)
             arrivals = taken(workload, sources.trace(workload.load.trace))
             require_context(workload, arrivals, limit.tokens, limit.origin)

@@ -47,6 +47,8 @@ from llem_ray.workloads.sources import Sources
 
 KEPT_TOKENS = 2_000_000
 """Prompt tokens of other cells that are kept for their repeats; about 36 bytes each."""
+LOOK_AHEAD_S = 60.0
+"""How long workloads are looked at before the load: the gang's other processes wait meanwhile, by a deadline of their own."""
 
 
 class EngineHost:
@@ -168,7 +170,7 @@ class EngineHost:
             backend.close()
 
     def _look_ahead(self, backend: InferenceBackend) -> None:
-        """Make the requests of workloads that are unsure, as far as they are kept; those that cannot be are refused.
+        """Make the requests of unsure workloads, while they are kept and there is time; those that cannot be made are refused.
 
         Raises:
             ConfigError: That leaves none of the trials.
@@ -177,9 +179,9 @@ class EngineHost:
         self._model = tell() if tell is not None and self._unsure else None
         if self._model is None:
             return
-        made = 0
+        made, deadline_ns = 0, self._clock.monotonic_ns() + ns_from_s(LOOK_AHEAD_S)
         for workload in self._unsure:
-            if made > KEPT_TOKENS:
+            if made > KEPT_TOKENS or self._clock.monotonic_ns() > deadline_ns:
                 return
             try:
                 work = (self._online_work(workload).requests,) if workload.load.online else self._work(workload)

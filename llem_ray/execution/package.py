@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 from llem_ray.config.resolved import dump_sweep, load_resolved
 from llem_ray.core.errors import ConfigError
@@ -13,7 +13,7 @@ from llem_ray.core.identity import digest
 from llem_ray.core.spec import Cell, EngineSpec, ModelSpec, Sweep
 from llem_ray.core.workload_spec import LengthSpec, PromptSpec, WorkloadSpec
 
-Lengths = TypeVar("Lengths", int | LengthSpec, int | LengthSpec | None)
+Lengths = TypeVar("Lengths", int | LengthSpec, int | LengthSpec | None, int | LengthSpec | Literal["recorded"])
 
 SWEEP_FILE: Final = "sweep.json"
 MAX_BYTES: Final = 100 * 2**20
@@ -83,6 +83,7 @@ class _Packer:
             prompts=self._pack_prompts(found.prompts),
             input_tokens=self._pack_lengths("workload.input_tokens.path", found.input_tokens),
             output_tokens=self._pack_lengths("workload.output_tokens.path", found.output_tokens),
+            turns=self._pack_lengths("workload.turns.path", found.turns),
         )
 
     def _pack_prompts(self, found: PromptSpec) -> PromptSpec:

@@ -21,7 +21,7 @@ from llem_ray.workloads.sources import Part, Sources
 from llem_ray.workloads.trace_blocks import blocks_of
 from llem_ray.workloads.traces import FIELD
 
-_LENGTHS: Final = (FIELD, "workload.input_tokens", "workload.output_tokens")
+_LENGTHS: Final = (FIELD, "workload.input_tokens", "workload.output_tokens", "workload.turns")
 """Fields whose files tell how long requests are."""
 
 

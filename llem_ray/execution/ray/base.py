@@ -34,6 +34,8 @@ TYPE_RESOURCE: Final = "accelerator_type:"
 TYPE_LABEL: Final = "ray.io/accelerator-type"
 BACKEND_LABEL: Final = "llem-ray/backend"
 """Names the one engine whose gangs a node takes; a node without it takes any. An engine that is none keeps gangs away."""
+NO_BACKEND: Final = "none"
+"""The engine that is none, by its usual name."""
 
 
 class RaySampler:

@@ -8,17 +8,18 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from llem_ray.backends.memory_need import ENGINES
 from llem_ray.core.errors import LlemRayError, RunInUse
 from llem_ray.core.plan import LoadGroup
 from llem_ray.execution.calls import Node, Sampler, SamplerSettings
 from llem_ray.execution.ray.actors import ClaimActor
 from llem_ray.execution.ray.address import Address
-from llem_ray.execution.ray.base import BACKEND_LABEL, RayExecutor, RaySampler, checking_nodes
+from llem_ray.execution.ray.base import BACKEND_LABEL, NO_BACKEND, RayExecutor, RaySampler, checking_nodes
 from llem_ray.execution.ray.connect import ClusterFacts, connect, probe_cluster
 from llem_ray.execution.ray.runtime import answer_of, first_line, import_ray
 
@@ -139,7 +140,7 @@ class ClusterExecutor(RayExecutor):
 
     def ask_for_nodes(self, groups: Sequence[LoadGroup]) -> None:
         """Ask the cluster's autoscaler for nodes that hold the largest gang of each engine."""
-        bundles, selectors = wanted_nodes(groups, sorts_engines=any(node.backend is not None for node in self.nodes()))
+        bundles, selectors = wanted_nodes(groups, {node.backend for node in self.nodes() if node.backend is not None})
         with contextlib.suppress(Exception):  # without an autoscaler nothing comes of it, and the wait has a deadline
             from ray.autoscaler.sdk import request_resources  # noqa: PLC0415 - as import_ray
 
@@ -160,27 +161,28 @@ class ClusterExecutor(RayExecutor):
 
 
 def wanted_nodes(
-    groups: Sequence[LoadGroup], *, sorts_engines: bool
+    groups: Sequence[LoadGroup], labels: Collection[str]
 ) -> tuple[list[dict[str, float]], list[dict[str, str]] | None]:
     """What an autoscaler is asked for: a bundle for each node of the largest gang, and the labels that the node must have.
 
     Args:
         groups: That wait for a place.
-        sorts_engines: Nodes of this cluster are for one engine each: then it is asked for the largest gang of every engine, all
-            of which may come to run at once, by the label of its nodes.
+        labels: Engines that nodes of this cluster are for. Where there are some, it is asked for the largest gang of every
+            engine, all of which may come to run at once, on nodes that are not for another one: its own, or unlabelled ones.
     """
     largest: dict[str | None, LoadGroup] = {}
     for group in groups:
-        backend = group.experiment.engine.backend if sorts_engines else None
+        backend = group.experiment.engine.backend if labels else None
         if backend not in largest or group.gpus > largest[backend].gpus:
             largest[backend] = group
+    known = {*labels, *ENGINES, *filter(None, largest), NO_BACKEND}
     bundles: list[dict[str, float]] = []
     selectors: list[dict[str, str]] = []
     for backend, group in largest.items():
         nodes = group.experiment.engine.nodes or 1
         bundles += [{"GPU": group.gpus // nodes} if group.gpus else {"CPU": 1}] * nodes
-        selectors += [{BACKEND_LABEL: backend} if backend is not None else {}] * nodes
-    return bundles, selectors if sorts_engines else None
+        selectors += [{BACKEND_LABEL: f"!in({','.join(sorted(known - {backend}))})"}] * nodes
+    return bundles, selectors if labels else None
 
 
 def _holder(name: str) -> str:

@@ -60,10 +60,17 @@ def test_what_a_config_tells_is_what_the_engine_finds(config: dict[str, Any], to
         ({"max_model_len": "auto"}, None),
         ({"disable_sliding_window": True}, 512),
         ({"hf_overrides": {"max_position_embeddings": 4096}}, None),
+        ({"config_format": "own-format"}, None),
     ],
 )
 def test_arguments_of_vllm_go_before_the_config(args: dict[str, Any], tokens: int | None) -> None:
     assert limit_of(LLAMA | {"sliding_window": 512}, "vllm", **args) == tokens
+
+
+def test_a_window_that_a_model_does_not_use_limits_nothing() -> None:
+    qwen = {"model_type": "qwen2", "max_position_embeddings": 2048, "sliding_window": 512, "use_sliding_window": False}
+    assert AutoConfig.for_model(**qwen).sliding_window is None
+    assert limit_of(qwen, "vllm", disable_sliding_window=True) == 2048
 
 
 def test_what_only_the_engine_knows_is_unknown() -> None:

@@ -130,6 +130,16 @@ def test_what_may_lie_elsewhere_is_a_note(llem: Any, write: Callable[..., Path])
     assert llem("submit", "--inline", sweep).code == 2
 
 
+@pytest.mark.parametrize("field", ["input_tokens", "output_tokens", "turns"])
+def test_lengths_that_lie_elsewhere_are_not_held_against_the_context(llem: Any, write: Callable[..., Path], field: str) -> None:
+    sweep = write(f"{field}: {{distribution: empirical, path: /only/there.txt}}", {})
+    told = llem("validate", sweep, "--set", "engine.backend=transformers")
+    assert (told.code, told.err) == (
+        0,
+        f"note: workload.{field}.path: /only/there.txt is not on this machine: it must be where the sweep runs\n",
+    )
+
+
 def test_a_data_set_of_the_hub_is_not_fetched_to_validate(llem: Any, write: Callable[..., Path]) -> None:
     told = llem("validate", write("prompts: {source: dataset, dataset: org/data}", {}))
     assert (told.code, told.err) == (0, "")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llem_ray.config.locate import locate
+from llem_ray.config.locate import locate, locator
 from llem_ray.core.errors import ConfigError
 
 SWEEP = """\
@@ -53,6 +53,18 @@ def test_the_line(tmp_path: Path, field: str, found: str | None, line: int) -> N
     error = located(tmp_path, ConfigError("wrong", "try another", field=field, found=found, allowed="this"))
     assert (error.file, error.line, error.field) == (str(tmp_path / "sweep.yaml"), line, field)
     assert (error.message, error.hint, error.found, error.allowed) == ("wrong", "try another", found, "this")
+
+
+@pytest.mark.parametrize("later", [None, "base: [", "schema_version: 1\n"])
+def test_the_line_is_that_of_the_file_when_the_run_began(tmp_path: Path, later: str | None) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(SWEEP)
+    told = locator(path)
+    path.unlink()
+    if later is not None:
+        path.write_text(later)
+    error = told(ConfigError("wrong", field="engine.engine_args.lora.rank"))
+    assert (error.file, error.line) == (str(path), 8)
 
 
 def test_a_flag_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llem_ray.core.backend import Request, RequestRecord, StepEvent
+from llem_ray.core.backend import ChatMessage, Request, RequestRecord, StepEvent
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.measure_spec import WarmupSpec
 from llem_ray.core.outcome import Completed, Failed
@@ -19,6 +19,7 @@ from llem_ray.execution import engines
 from llem_ray.execution.calls import TrialOrder
 from llem_ray.execution.engine_host import EngineHost
 from llem_ray.testing.backend import FakeBackend
+from llem_ray.testing.clock import VirtualClock
 
 MODEL = ModelSpec(config="llama-tiny", weights="random")
 ENGINE = EngineSpec(backend="fake", device="cpu", engine_args={"fail": {"kind": "generation"}})
@@ -194,4 +195,22 @@ def test_the_other_trials_of_a_load_go_on(backend: type[FakeBackend], tmp_path: 
         assert isinstance(outcome, Failed)
         assert (outcome.kind, message in outcome.message) == ("bad_request", True)
     assert isinstance(host.run(order_of(engine, FITS)), Completed)
+    host.close()
+
+
+def test_a_load_does_not_wait_for_long_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gang's other processes would not wait that long for the first."""
+    clock = VirtualClock()
+
+    class Slow(Counted):
+        """Its tokenizer takes a minute and more."""
+
+        def encode_chats(self, chats: Sequence[Sequence[ChatMessage]]) -> list[list[int]]:
+            clock.advance_ns(61 * 10**9)
+            return super().encode_chats(chats)
+
+    engine = EngineSpec(backend="fake", device="cpu", engine_args={"context_tokens": 100})
+    monkeypatch.setattr(engines, "load_plugin", lambda _group, _name: Slow)
+    host = EngineHost(MODEL, engine, 0, str(tmp_path), str(tmp_path), clock=clock, unsure=(SHORT, LONG))
+    assert len(host.load().refused) == 1
     host.close()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
+import pytest
 from fake_samplers import FakeCluster
 
 from llem_ray.core.measure_spec import MeasureSpec
@@ -13,6 +16,7 @@ from llem_ray.execution.dispatch import gang_request, placement_problem
 from llem_ray.execution.fleet import Fleet
 from llem_ray.execution.ray.base import BACKEND_LABEL, as_node, checking_nodes
 from llem_ray.execution.ray.cluster import wanted_nodes
+from llem_ray.execution.ray.runtime import import_ray
 from llem_ray.planning.packing import NodeRoom
 from llem_ray.testing.clock import VirtualClock
 
@@ -52,11 +56,22 @@ def test_each_engine_is_checked_on_a_node_that_takes_it() -> None:
 
 def test_an_autoscaler_is_asked_for_the_largest_gang_of_every_engine() -> None:
     groups = [group("vllm", 2), group("vllm", 8, nodes=2), group("transformers", 1), group("fake", 0)]
-    assert wanted_nodes(groups, sorts_engines=True) == (
-        [{"GPU": 4}, {"GPU": 4}, {"GPU": 1}, {"CPU": 1}],
-        [{BACKEND_LABEL: "vllm"}, {BACKEND_LABEL: "vllm"}, {BACKEND_LABEL: "transformers"}, {BACKEND_LABEL: "fake"}],
-    )
-    assert wanted_nodes(groups, sorts_engines=False) == ([{"GPU": 4}, {"GPU": 4}], None)
+    bundles, selectors = wanted_nodes(groups, {"none"})
+    assert bundles == [{"GPU": 4}, {"GPU": 4}, {"GPU": 1}, {"CPU": 1}]
+    assert selectors is not None
+    assert [next(iter(selector)) for selector in selectors] == [BACKEND_LABEL] * 4
+    assert wanted_nodes(groups, ()) == ([{"GPU": 4}, {"GPU": 4}], None)
+
+
+@pytest.mark.parametrize("label", ["none", "vllm", "tensorrt", "transformers", "mine", "fake"])
+def test_an_autoscaler_may_start_nodes_of_the_engine_and_unlabelled_ones(label: str) -> None:
+    """As Ray itself reads the selector. A head that is for none says nothing of the nodes to come."""
+    import_ray()
+    matches = import_module("ray._raylet").node_labels_match_selector
+    _, selectors = wanted_nodes([group("vllm", 1), group("fake", 0)], {"none", "mine"})
+    assert selectors is not None
+    assert [matches({}, selector) for selector in selectors] == [True, True]
+    assert [matches({BACKEND_LABEL: label}, selector) for selector in selectors] == [label == "vllm", label == "fake"]
 
 
 def test_a_fleet_tells_the_engines_of_its_nodes() -> None:

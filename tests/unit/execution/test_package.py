@@ -110,6 +110,13 @@ def test_data_sets_and_lengths_go_along(home: Path, tmp_path: Path) -> None:
     assert hub.cells[0].experiment.workload.prompts.dataset == "someone/something"
 
 
+@pytest.mark.parametrize("field", ["input_tokens", "output_tokens", "turns"])
+def test_every_file_of_lengths_goes_along(home: Path, tmp_path: Path, field: str) -> None:
+    (home / "in.csv").write_text("3\n")
+    _, folder = pack(load(home, f"{{}}, {field}: {{distribution: empirical, path: in.csv}}"), tmp_path)
+    assert (folder / "in.csv").read_text() == "3\n"
+
+
 def test_too_much_is_refused(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "MAX_BYTES", 4)
     with pytest.raises(ConfigError, match="too large"):

@@ -13,6 +13,7 @@ from llem_ray.config.sweep import load_sweep
 from llem_ray.core.errors import ConfigError, DeviceMemoryError, PlacementError, PluginError
 from llem_ray.core.plan import Plan
 from llem_ray.core.power import Device
+from llem_ray.execution import context
 from llem_ray.execution.context import unsure_workloads
 from llem_ray.execution.memory import Devices, cluster_devices, group_memory, local_devices, require_memory, require_placed
 from llem_ray.execution.preflight import check_plan, check_prompts, process_start_ns
@@ -170,6 +171,13 @@ def test_requests_beyond_the_context_are_refused_by_the_config_alone(tmp_path: P
     with pytest.raises(ConfigError, match=r"2000 prompt \+ 40 output = 2040 tokens"):
         check_prompts(plan_of(tmp_path, *CONTEXT, "base.model.config=short.json"))
     check_prompts(plan_of(tmp_path, *CONTEXT))
+
+
+def test_a_workload_is_measured_once_for_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(context, "require_context", lambda workload, *_: asked.append(workload.batch_size))
+    check_prompts(plan_of(tmp_path, *CONTEXT, "repeats=3", "sweep.sampling.temperature=[0.5, 1.0]"))
+    assert sorted(asked) == [1, 2]
 
 
 def test_a_model_that_cannot_be_looked_at_is_nobody_s_fault(tmp_path: Path) -> None:
