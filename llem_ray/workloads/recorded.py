@@ -105,6 +105,14 @@ class Conversations:
         answers = [tuple(token for token in ids if token not in self._special) for ids in self._encode([a for _, a in talk])]
         asked = workload.output_tokens
         lengths = [len(ids) for ids in answers] if isinstance(asked, LengthSpec) and asked.distribution == "answer" else None
+        if lengths is not None and 0 in lengths and isinstance(asked, LengthSpec) and asked.min is None:
+            raise ConfigError(
+                f"an answer of conversation {index} has no tokens",
+                "set workload.output_tokens.min",
+                field="workload.output_tokens",
+                found=repr(talk[lengths.index(0)].answer[:40]),
+                allowed="at least 1 token",
+            )
         outputs = draw_lengths(asked, len(talk), seed, answers=lengths)
         for ids, exchange in zip(answers, talk, strict=True):
             if ids:

@@ -223,6 +223,15 @@ class TestReplay:
         assert caught.value.field == "workload.max_conversation_tokens"
         assert "conversations then end before they are too long" in str(caught.value)
 
+    def test_an_answer_without_tokens_is_named(self) -> None:
+        prompts = PromptSet(
+            texts=("q",), answers=("a",), conversations=((Exchange("q", "a"), Exchange("r", " ")), (Exchange("s", "b"),))
+        )
+        with pytest.raises(ConfigError, match="an answer of conversation 0 has no tokens") as caught:
+            build(Words(), prompts, conversations=2)
+        assert (caught.value.field, caught.value.hint) == ("workload.output_tokens", "set workload.output_tokens.min")
+        assert len(build(Words(), prompts, conversations=2, output_tokens=LengthSpec(distribution="answer", min=1))) == 3
+
     def test_under_an_online_load_turns_follow_answers_after_a_time_that_varies(self) -> None:
         words = Words()
         workload = WorkloadSpec(
