@@ -340,7 +340,7 @@ class _Group:
             tokens = 1  # the trace tells the lengths
         if self._backend != "transformers" or workload.load.pattern != "batch":
             return 1, tokens  # a scheduler lets the others wait
-        rows = min(workload.batch_size, workload.conversations or workload.requests or workload.batch_size)
+        rows = min(workload.batch_size, workload.whole_conversations or workload.batch_size)
         return ceil(rows / experiment.engine.data_parallel), tokens
 
     def _cache_bytes(self) -> tuple[float, bool]:

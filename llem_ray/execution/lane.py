@@ -404,7 +404,7 @@ class GangLane:
         self._run.book.add(IdleTaken(gang=record, resident=phase == "resident_idle", span=span, lane=self._name))
 
     def _check_identity(self, record: GangRecord, loaded: Loaded) -> None:
-        """The GPUs that the workers see from inside must be the ones that were leased, one for each."""
+        """The GPUs that the workers see from inside must be the ones that were leased, all of them where two share one."""
         ranks_on: dict[str, list[str]] = {}
         for rank in loaded.ranks:
             if rank.gpu_uuid:
@@ -417,9 +417,9 @@ class GangLane:
                 "set CUDA_DEVICE_ORDER=PCI_BUS_ID where Ray starts, so that CUDA and NVML count GPUs alike",
             )
         for uuid, ranks in ranks_on.items():
-            if len(ranks) > 1:
-                unused = f"; nobody runs on {', '.join(sorted(held - seen))}" if held - seen else ""
-                raise PlacementError(f"ranks {' and '.join(ranks)} of the engine all run on {uuid}{unused}")
+            if len(ranks) > 1 and held - seen:
+                unused = f"nobody runs on {', '.join(sorted(held - seen))}"
+                raise PlacementError(f"ranks {' and '.join(ranks)} of the engine all run on {uuid}; {unused}")
 
     def _failed(self, error: LlemRayError) -> Failed:
         self._run.waits.tick()  # what ends the run comes through every wait, and is no failure of the attempt

@@ -14,7 +14,7 @@ from llem_ray.core.energy import EnergyReading, Flag, PhaseEnergy, Severity, Win
 from llem_ray.core.outcome import Failed
 from llem_ray.core.plan import Trial
 from llem_ray.core.power import SamplerInfo
-from llem_ray.core.workload_spec import TimeSpec
+from llem_ray.core.workload_spec import LengthSpec, TimeSpec
 from llem_ray.results.trial_columns import ADJUSTED_STATISTICS, STATISTICS
 
 Row = dict[str, Any]
@@ -34,7 +34,7 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
     """Identity and experiment of one attempt: the columns known before it runs."""
     experiment = trial.experiment
     model, engine, workload, sampling = experiment.model, experiment.engine, experiment.workload, experiment.sampling
-    load, think_s = workload.load, workload.think_time_s
+    load, turns = workload.load, _single(workload.turns)
     return {
         "trial_id": trial.trial_id,
         "cell_id": trial.cell.cell_id,
@@ -61,9 +61,9 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
         "rate_per_s": load.rate_per_s,
         "burstiness": load.burstiness,
         "concurrency": load.concurrency,
-        "turns": workload.turns if isinstance(workload.turns, int) else None,
+        "turns": None if turns is None else int(turns),
         "turn_answers": None if workload.turns == 1 else "generated" if workload.generated_answers else "known",
-        "think_time_s": think_s if not isinstance(think_s, TimeSpec) and workload.turns != 1 and load.online else None,
+        "think_time_s": _single(workload.think_time_s) if workload.turns != 1 and load.online else None,
         "trace": load.trace,
         "input_tokens": workload.input_tokens if isinstance(workload.input_tokens, int) else None,
         "output_tokens_requested": workload.output_tokens if isinstance(workload.output_tokens, int) else None,
@@ -74,6 +74,13 @@ def trial_row(trial: Trial, *, attempt: int, load_key: str, gpus: int) -> Row:
         "top_p": sampling.top_p,
         "sampling_seed": sampling.seed,
     }
+
+
+def _single(value: float | str | LengthSpec | TimeSpec) -> float | None:
+    """The number, also of a distribution that has only one; None where it varies."""
+    if isinstance(value, LengthSpec | TimeSpec):
+        return value.mean if value.distribution == "fixed" else None
+    return None if isinstance(value, str) else value
 
 
 def load_columns(report: LoadReport) -> Row:

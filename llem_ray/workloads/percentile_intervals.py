@@ -90,8 +90,12 @@ def _effective(pooled: Floats, sizes: npt.NDArray[np.int64], at: float) -> float
     """Independent values that would know as well which share lies at or below ``at``; no more than there are.
 
     A request's part in the error of the share is its values below less the share of all its values (the linearised ratio).
+    Where ``at`` is the largest value no error shows in that; the share of smaller ones tells of it then.
     """
-    below = np.add.reduceat((pooled <= at).astype(np.float64), np.concatenate(([0], np.cumsum(sizes)[:-1])))
+    lower = pooled <= at
+    if lower.all():
+        lower = pooled < at
+    below = np.add.reduceat(lower.astype(np.float64), np.concatenate(([0], np.cumsum(sizes)[:-1])))
     share = below.sum() / pooled.size
     spread = _summed_autocovariance(below - share * sizes) * sizes.size
     return min(float(share * (1.0 - share) * pooled.size**2 / spread), float(pooled.size)) if spread > 0 else float(pooled.size)
@@ -103,8 +107,9 @@ def _summed_autocovariance(series: Floats) -> float:
     Autocovariances are added by pairs of lags while their sum is positive, none counted as larger than the pair before.
     """
     size = series.size
-    spectrum = np.fft.rfft(series, 2 * size)
-    of_lag = np.fft.irfft(spectrum * spectrum.conj(), 2 * size)[:size] / size
+    padded = 1 << (2 * size - 1).bit_length()  # a transform of twice a large prime takes several times as long
+    spectrum = np.fft.rfft(series, padded)
+    of_lag = np.fft.irfft(spectrum * spectrum.conj(), padded)[:size] / size
     half = size // 2
     pairs = of_lag[0 : 2 * half : 2] + of_lag[1 : 2 * half : 2]
     noise = np.flatnonzero(pairs <= 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
+from typing import Final
 
 from llem_ray.core.errors import ConfigError
 from llem_ray.core.workload_spec import LengthSpec, WorkloadSpec
@@ -13,6 +14,9 @@ from llem_ray.workloads.conversations import Script, places_of
 from llem_ray.workloads.lengths import draw_lengths
 from llem_ray.workloads.prompt_files import PromptSet
 from llem_ray.workloads.token_sources import Encode, RandomIds, order_of, valid_ids
+
+MOST_DRAWS: Final = 1000
+"""Lengths of answers that are drawn, one after the other or two rounds of the file, before all count as too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +78,21 @@ class Conversations:
 
     def _fitting(self, workload: WorkloadSpec) -> Iterator[tuple[int, list[_Turn]]]:
         """Endless: the conversations in the order that the seed decides, cut to the limit, with their numbers in the file."""
-        limit, since = workload.max_conversation_tokens, 0
-        for number, index in enumerate(order_of(len(self._talks), str(workload.seed))):
-            turns = self._turns(index, workload, f"{workload.seed}/output_tokens/{number}")
-            if limit is not None:
-                turns = turns[: self._within(limit, turns, workload)]
-            since = 0 if turns else since + 1
-            if turns:
-                yield index, turns
-            elif since == len(self._talks):
+        limit, asked, count, since = workload.max_conversation_tokens, workload.output_tokens, len(self._talks), 0
+        drawn = isinstance(asked, LengthSpec) and asked.distribution != "answer"
+        never: set[int] = set()  # too long in every round: encoded once
+        for number, index in enumerate(order_of(count, str(workload.seed))):
+            if index not in never:
+                turns = self._turns(index, workload, f"{workload.seed}/output_tokens/{number}")
+                fitting = len(turns) if limit is None else self._within(limit, turns, workload)
+                if fitting:
+                    since = 0
+                    yield index, turns[:fitting]
+                    continue
+                if not drawn or (limit is not None and workload.shared_prefix_tokens + len(turns[0].body) >= limit):
+                    never.add(index)
+            since += 1
+            if len(never) == count or since == max(2 * count, MOST_DRAWS):
                 raise ConfigError(
                     "no conversation of the file is short enough",
                     field="workload.max_conversation_tokens",
@@ -95,6 +105,14 @@ class Conversations:
         answers = [tuple(token for token in ids if token not in self._special) for ids in self._encode([a for _, a in talk])]
         asked = workload.output_tokens
         lengths = [len(ids) for ids in answers] if isinstance(asked, LengthSpec) and asked.distribution == "answer" else None
+        if lengths is not None and 0 in lengths and isinstance(asked, LengthSpec) and asked.min is None:
+            raise ConfigError(
+                f"an answer of conversation {index} has no tokens",
+                "set workload.output_tokens.min",
+                field="workload.output_tokens",
+                found=repr(talk[lengths.index(0)].answer[:40]),
+                allowed="at least 1 token",
+            )
         outputs = draw_lengths(asked, len(talk), seed, answers=lengths)
         for ids, exchange in zip(answers, talk, strict=True):
             if ids:

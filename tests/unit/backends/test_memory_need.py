@@ -93,7 +93,7 @@ def test_fewer_requests_than_a_batch_and_replicas_that_share_it() -> None:
     work = WorkloadSpec(input_tokens=10, output_tokens=1, batch_size=64, requests=6)
     assert part(need_of(models.LLAMA_3_8B, work), "KV cache")[0] == 131_072 * 10 * 6
     assert part(need_of(models.LLAMA_3_8B, work, data_parallel=4), "KV cache")[0] == 131_072 * 10 * 2
-    talks = WorkloadSpec(input_tokens=10, output_tokens=1, batch_size=64, turns=3, conversations=6)
+    talks = WorkloadSpec(input_tokens=10, output_tokens=1, batch_size=64, turns=2, conversations=6)
     assert part(need_of(models.LLAMA_3_8B, talks), "KV cache")[0] == 131_072 * 10 * 6
     # Lengths that are not known, or may end early, count as one token.
     assert part(need_of(models.LLAMA_3_8B, WorkloadSpec(ignore_eos=False)), "KV cache")[0] == 131_072

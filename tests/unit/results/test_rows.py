@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from llem_ray.core.backend import LoadReport, Rank, RequestRecord
 from llem_ray.core.energy import EnergyReading, Flag, PhaseEnergy, PhaseSpan, Window
 from llem_ray.core.errors import DeviceMemoryError
@@ -11,7 +13,7 @@ from llem_ray.core.outcome import failed_from
 from llem_ray.core.plan import Trial
 from llem_ray.core.power import Calibration, Device, SamplerInfo
 from llem_ray.core.spec import Cell, EngineSpec, Experiment, ModelSpec
-from llem_ray.core.workload_spec import WorkloadSpec
+from llem_ray.core.workload_spec import LengthSpec, LoadSpec, TimeSpec, WorkloadSpec
 from llem_ray.results import rows
 from llem_ray.results.reader import read_table
 from llem_ray.results.rundir import RunDirectory
@@ -37,6 +39,23 @@ READING = EnergyReading(
     bound_j=(4.0, 6.0), cross_check_j=None, cross_check_ratio=None, sensor_rel=0.05, shift_w=None, delta_s=0.0, lag_s=0.0,
     coverage=1.0, mean_power_w=100.0, flags=(Flag(code="edge_gap", severity="flag", detail="0.2 s"),),
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("turns", "think_s", "told"),
+    [
+        (3, 0.5, (3, 0.5)),
+        (LengthSpec(distribution="fixed", mean=3), TimeSpec(distribution="fixed", mean=0.5), (3, 0.5)),
+        (LengthSpec(distribution="uniform", min=1, max=3), TimeSpec(distribution="exponential", mean=2), (None, None)),
+        ("recorded", 0.5, (None, 0.5)),
+        (1, 0.0, (1, None)),
+    ],
+)
+def test_turns_and_thinking_are_null_only_where_they_vary(turns, think_s, told) -> None:
+    load = LoadSpec(pattern="closed", concurrency=2)
+    experiment = replace(EXPERIMENT, workload=WorkloadSpec(turns=turns, think_time_s=think_s, load=load))
+    row = rows.trial_row(replace(TRIAL, cell=replace(TRIAL.cell, experiment=experiment)), attempt=1, load_key="k", gpus=0)
+    assert (row["turns"], row["think_time_s"]) == told
 
 
 def test_a_whole_trial_made_of_core_objects_is_written_and_read(tmp_path: Path) -> None:

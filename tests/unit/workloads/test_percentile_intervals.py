@@ -63,6 +63,28 @@ def test_equal_values_have_an_interval_of_no_width() -> None:
     assert of_requests([2.0] * 100).ends == {50: (2.0, 2.0), 90: (2.0, 2.0)}
 
 
+def test_a_percentile_that_is_the_largest_value_is_no_surer_for_that() -> None:
+    """Two values in runs of 50, by chance more of the larger: whether the median is that one, 40 runs hardly know."""
+    levels = np.random.default_rng(1).permutation([0.0] * 18 + [1.0] * 22)
+    found = of_requests(np.repeat(levels, 50))
+    assert found.effective[50] < 100
+    assert found.ends == {}
+
+
+@pytest.mark.parametrize("n", [101, 128, 257])
+def test_neighbours_are_weighed_by_all_lags_up_to_where_they_are_noise(n: int) -> None:
+    """Recomputed from the autocovariances' definition, lag by lag."""
+    values = np.random.default_rng(n).normal(size=n)
+    values = np.convolve(values, np.ones(5), mode="same")
+    series = (values <= np.percentile(values, 50)).astype(float)
+    series -= series.mean()
+    of_lag = [float(series[: n - lag] @ series[lag:]) / n for lag in range(n)]
+    pairs = [of_lag[lag] + of_lag[lag + 1] for lag in range(0, n - 1, 2)]
+    kept = pairs[: next(index for index, pair in enumerate(pairs) if pair <= 0)]
+    spread = 2 * float(np.minimum.accumulate(kept).sum()) - of_lag[0]
+    assert of_requests(values).effective[50] == pytest.approx(n * of_lag[0] / spread)
+
+
 def test_neighbours_that_tell_of_each_other_count_for_less() -> None:
     """The same 1,000 values, each ten times in a row: no more than 1,000 are known."""
     values = np.random.default_rng(4).exponential(1.0, 1000)

@@ -187,11 +187,50 @@ class TestReplay:
             build(words, talks(2, words=3), max_conversation_tokens=6)
         assert caught.value.field == "workload.max_conversation_tokens"
 
+    def test_those_that_never_fit_are_encoded_once(self) -> None:
+        class Counting(Words):
+            texts = 0
+
+            def encode(self, texts: Sequence[str]) -> list[list[int]]:
+                self.texts += len(texts)
+                return super().encode(texts)
+
+        words = Counting()
+        long, short = talks(*[1] * 20, words=9).conversations, talks(1).conversations
+        prompts = PromptSet(texts=("x",), answers=("y",), conversations=(*long, *short))
+        assert len(build(words, prompts, conversations=30, max_conversation_tokens=8)) == 30
+        assert words.texts == 2 * (20 + 30)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_the_order_of_rounds_does_not_make_the_short_ones_too_few(self, seed: int) -> None:
+        """One of two fits. It may be the first of a round and the last of the next."""
+        prompts = PromptSet(
+            texts=("x",), answers=("y",), conversations=(*talks(1, words=9).conversations, *talks(1).conversations)
+        )
+        built = build(Words(), prompts, conversations=8, max_conversation_tokens=8, seed=seed)
+        assert {len(request.prompt_token_ids) for request in built} == {2}
+
+    def test_an_answer_drawn_too_long_is_drawn_again(self) -> None:
+        drawn = LengthSpec(distribution="uniform", min=1, max=20)
+        built = build(Words(), talks(1), conversations=30, max_conversation_tokens=8, output_tokens=drawn)
+        assert {request.max_new_tokens for request in built} == set(range(1, 7))
+        with pytest.raises(ConfigError, match="no conversation of the file is short enough"):
+            build(Words(), talks(1), max_conversation_tokens=8, output_tokens=LengthSpec(distribution="uniform", min=7, max=9))
+
     def test_one_beyond_the_context_is_named_with_what_helps(self) -> None:
         with pytest.raises(ConfigError, match="turn 2 of conversation 0 is too long for the model: 6 prompt") as caught:
             build(Words(), talks(3), context=6)
         assert caught.value.field == "workload.max_conversation_tokens"
         assert "conversations then end before they are too long" in str(caught.value)
+
+    def test_an_answer_without_tokens_is_named(self) -> None:
+        prompts = PromptSet(
+            texts=("q",), answers=("a",), conversations=((Exchange("q", "a"), Exchange("r", " ")), (Exchange("s", "b"),))
+        )
+        with pytest.raises(ConfigError, match="an answer of conversation 0 has no tokens") as caught:
+            build(Words(), prompts, conversations=2)
+        assert (caught.value.field, caught.value.hint) == ("workload.output_tokens", "set workload.output_tokens.min")
+        assert len(build(Words(), prompts, conversations=2, output_tokens=LengthSpec(distribution="answer", min=1))) == 3
 
     def test_under_an_online_load_turns_follow_answers_after_a_time_that_varies(self) -> None:
         words = Words()
