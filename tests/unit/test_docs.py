@@ -250,8 +250,9 @@ def test_the_examples_are_of_every_reader() -> None:
 def test_every_example_of_the_dataset_page_runs_and_agrees(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("POLARS_FMT_STR_LEN", "100")
-    columns = ["batch_size", "joules_per_output_token"]
+    columns = ["batch_size", "joules_per_output_token", "power_valid"]
     rows = read_table(folder / "runs" / RUN, "trials", columns).to_pylist()
+    assert all(row["power_valid"] for row in rows), "the examples leave out what is not valid"
     means = [sum(costs) / len(costs) for size in (1, 4) if (costs := [r[columns[1]] for r in rows if r[columns[0]] == size])]
     assert len(rows) == 4
     assert len(means) == 2
