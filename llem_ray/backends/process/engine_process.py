@@ -283,20 +283,22 @@ class EngineProcess:
         return str(body.get("python"))
 
     def _send(self, call: int, kind: str, body: Any) -> None:
-        if self._channel is None:
+        channel = self._channel  # ``kill`` of another thread takes it away
+        if channel is None:
             raise self._died()
         try:
-            self._channel.send(call, kind, body, self._deadlines.call_s)
+            channel.send(call, kind, body, self._deadlines.call_s)
         except PeerGone:
             pass  # what it said before it ended is read first
         except TimeoutError as error:
             raise self._hang(self._deadlines.call_s) from error
 
     def _receive(self, timeout_s: float | None) -> tuple[int, str, Any]:
-        if self._channel is None:
+        channel = self._channel
+        if channel is None:
             raise self._died()
         try:
-            return self._channel.receive(timeout_s)
+            return channel.receive(timeout_s)
         except PeerGone as error:
             raise self._died() from error
         except TimeoutError as error:

@@ -71,8 +71,8 @@ class Channel:
             TimeoutError: It was not taken within ``timeout_s``.
         """
         payload = _ENCODER.encode((call, kind, body)).encode()
-        self._socket.settimeout(timeout_s)
         try:
+            self._socket.settimeout(timeout_s)
             self._socket.sendall(_HEADER.pack(_MAGIC, len(payload)) + payload)
         except TimeoutError:
             raise

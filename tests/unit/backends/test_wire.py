@@ -180,6 +180,17 @@ def test_messages_keep_their_order_and_borders(ends: tuple[Channel, Channel]) ->
     assert not right.pending()
 
 
+def test_a_channel_that_another_thread_has_closed_has_no_peer() -> None:
+    near, far = socket.socketpair()
+    with far:
+        channel = Channel(near)
+        channel.close()
+        with pytest.raises(PeerGone):
+            channel.send(1, "load", {})
+        with pytest.raises(PeerGone):
+            channel.receive(10.0)
+
+
 def test_silence_has_a_deadline_and_an_end_is_noticed_after_the_last_message(ends: tuple[Channel, Channel]) -> None:
     left, right = ends
     with pytest.raises(TimeoutError):
